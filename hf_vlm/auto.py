@@ -1,0 +1,44 @@
+"""The one table: which config, model and processor goes with which Auto class."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from .models import (
+    VlmClipConfig,
+    VlmClipModel,
+    VlmClipProcessor,
+    VlmImageProcessor,
+    VlmTextTowerConfig,
+    VlmTextTowerModel,
+    VlmTowerConfig,
+    VlmTowerModel,
+)
+
+MODELS: dict[type[PreTrainedConfig], dict[type, type[PreTrainedModel]]] = {
+    VlmTowerConfig: {AutoModel: VlmTowerModel},
+    VlmTextTowerConfig: {AutoModel: VlmTextTowerModel},
+    VlmClipConfig: {AutoModel: VlmClipModel, AutoModelForZeroShotImageClassification: VlmClipModel},
+}
+PROCESSORS: dict[type[PreTrainedConfig], type[ProcessorMixin]] = {VlmClipConfig: VlmClipProcessor}
+
+
+def register() -> None:
+    """Makes `AutoConfig`, `AutoModel*`, `AutoProcessor` and `AutoImageProcessor` know every class of the table."""
+    for config_class, heads in MODELS.items():
+        AutoConfig.register(config_class.model_type, config_class)
+        for auto_class, model_class in heads.items():
+            auto_class.register(config_class, model_class)
+        AutoImageProcessor.register(config_class, image_processor_classes={"pil": VlmImageProcessor})
+    for config_class, processor_class in PROCESSORS.items():
+        AutoProcessor.register(config_class, processor_class)
+
+
+__all__ = ["MODELS", "PROCESSORS", "register"]

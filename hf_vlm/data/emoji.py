@@ -1,0 +1,212 @@
+"""Built-in pictures: every emoji as three vendors draw it, with its English name and keywords.
+
+- Real drawings by different hands, from pip packages (extra `data`): nothing is downloaded, nothing is synthetic.
+- Which emoji: fully qualified ones (keycaps too), without skin tones and without flags of countries and regions, that
+  all three vendors draw. Of emoji that a vendor draws alike (`man walking` and `person walking`, most families) the one
+  with the shortest code sequence stays: nobody could tell the others apart.
+- Two things are never trained on: 15 % of the emoji, chosen by a hash of their code points, and the style `noto`. The
+  hash knows no families: `man astronaut` may be seen and `woman astronaut` held out.
+- Drawn once per size, then read from the cache (`~/.cache/hf_vlm/emoji`; the environment variable `HF_VLM_CACHE`
+  replaces `~/.cache/hf_vlm`), whose key is the versions of the packages.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from .drawings import PROBE_SIZE, STYLES, Drawings, code_points, package_folder, package_versions
+
+TRAIN_STYLES = ("openmoji", "twemoji")
+HELD_OUT_FRACTION = 0.15
+VALIDATION_FRACTION = 0.06
+
+EMOJI_SPLITS = {
+    "train": "seen emoji (85 %, by sha256 of the code points), openmoji and twemoji, without the validation drawings",
+    "validation": "the twemoji drawing of 6 % of the seen emoji (by another sha256); train has their openmoji drawing",
+    "unseen_style": "all seen emoji in the style noto, which is never trained on",
+    "unseen_emoji": "the held-out emoji (15 %), styles openmoji and twemoji",
+    "unseen_both": "the held-out emoji in the style noto",
+}
+
+LICENCES = {
+    "openmoji": {
+        "licence": "CC-BY-SA-4.0",
+        "credit": "OpenMoji, the open-source emoji and icon project",
+        "source": "https://github.com/hfg-gmuend/openmoji",
+    },
+    "twemoji": {
+        "licence": "CC-BY-4.0",
+        "credit": "Twemoji, copyright Twitter, Inc and other contributors",
+        "source": "https://github.com/twitter/twemoji",
+    },
+    "noto": {
+        "licence": "OFL-1.1",
+        "credit": "Noto Color Emoji, copyright Google Inc.",
+        "source": "https://github.com/googlefonts/noto-emoji",
+    },
+}
+
+FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(),
+        "name": datasets.Value("string"),
+        "keywords": datasets.List(datasets.Value("string")),
+        "emoji": datasets.Value("string"),
+        "style": datasets.Value("string"),
+        "emoji_id": datasets.Value("int64"),
+    }
+)
+
+RULES = 1  # part of the cache's key: raise it when a rule of this file or of drawings.py changes
+SKIN_TONES = range(0x1F3FB, 0x1F3FF + 1)
+REGION_LETTERS = range(0x1F1E6, 0x1F1FF + 1)
+TAGS = range(0xE0000, 0xE007F + 1)  # flags of regions are spelt with them
+TWIN_DISTANCE = 2.0  # of 255, root mean square over a drawing of PROBE_SIZE; the next nearest pairs differ to the eye
+BLANK_COVERAGE = 0.01  # the emptiest real drawing covers 3 % of its square
+
+
+def load_emoji(size: int = 96, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
+    """Load the built-in pictures, drawing them first if the cache does not hold them.
+
+    Args:
+        size: pixels a side, 16 to 1024.
+        cache_dir: folder of the cache, `$HF_VLM_CACHE/emoji` or `~/.cache/hf_vlm/emoji` if None.
+
+    Returns:
+        The splits that `EMOJI_SPLITS` describes, with the columns `image` (RGBA, transparent background), `name`,
+        `keywords`, `emoji` (the characters), `style`, `emoji_id` (equal for all drawings of one emoji).
+
+    Raises:
+        ModuleNotFoundError: a package of the extra `data` is not installed.
+        ValueError: size out of range.
+    """
+    if not 16 <= size <= 1024:
+        raise ValueError(f"size of the emoji pictures must be 16 to 1024 pixels, got {size}")
+    root = Path(cache_dir or Path(os.environ.get("HF_VLM_CACHE", "~/.cache/hf_vlm")) / "emoji").expanduser()
+    key = hashlib.sha256(json.dumps([RULES, package_versions()]).encode()).hexdigest()[:12]
+    folder = root / f"{size}px-{key}"
+    if not folder.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{folder.name}.lock"):  # ranks and workers start together: one draws, the others wait
+            if not folder.exists():
+                _save_atomically(_draw_splits(size), folder)
+    return datasets.load_from_disk(folder)
+
+
+def is_held_out(emoji: str) -> bool:
+    """Whether the emoji is one of the 15 % that no training split shows."""
+    return _hash_fraction("held out", emoji) < HELD_OUT_FRACTION
+
+
+def emoji_name(emoji: str) -> str:
+    """English name in lower case, words separated by blanks: `grinning face with big eyes`."""
+    import emoji as unicode_emoji
+
+    name = unicode_emoji.EMOJI_DATA[emoji]["en"].strip(":").replace("_", " ").lower()
+    return name.translate({0x2019: "'", 0x201C: None, 0x201D: None})  # typographic apostrophe and quotation marks
+
+
+def _hash_fraction(salt: str, emoji: str) -> float:
+    """A number in [0, 1) that depends on the code points alone, on every machine and in every process."""
+    text = salt + ":" + "-".join(f"{point:x}" for point in code_points(emoji))
+    return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13
+
+
+def _split_of(emoji: str, style: str) -> str:
+    if is_held_out(emoji):
+        return "unseen_emoji" if style in TRAIN_STYLES else "unseen_both"
+    if style not in TRAIN_STYLES:
+        return "unseen_style"
+    held_back = style == "twemoji" and _hash_fraction("validation", emoji) < VALIDATION_FRACTION
+    return "validation" if held_back else "train"
+
+
+def _candidates() -> list[str]:
+    """Fully qualified emoji without skin tones and regions, shortest code sequence (then shortest name) first."""
+    package_folder("emoji")
+    import emoji as unicode_emoji
+
+    left_out = {*SKIN_TONES, *REGION_LETTERS, *TAGS}
+    qualified = unicode_emoji.STATUS["fully_qualified"]
+    kept = [
+        emoji
+        for emoji, entry in unicode_emoji.EMOJI_DATA.items()
+        if entry["status"] == qualified and left_out.isdisjoint(code_points(emoji))
+    ]
+    return sorted(kept, key=lambda emoji: (len(code_points(emoji)), len(emoji_name(emoji)), code_points(emoji)))
+
+
+def _drawn_apart(candidates: list[str], drawings: Drawings) -> list[str]:
+    """Those that every vendor draws, and draws unlike any emoji kept before it."""
+    drawn = [emoji for emoji in candidates if all(drawings.exists(emoji, style) for style in STYLES)]
+    near = np.zeros((len(drawn), len(drawn)), dtype=bool)
+    blank = np.zeros(len(drawn), dtype=bool)
+    for style in STYLES:
+        bar = tqdm(drawn, desc=f"comparing the emoji of {style}", unit=" emoji")
+        thumbnails = np.stack([np.asarray(drawings.draw(emoji, style, PROBE_SIZE).convert("RGBa")) for emoji in bar])
+        blank |= (thumbnails[..., 3] > 127).mean(axis=(1, 2)) < BLANK_COVERAGE
+        near |= _distances(thumbnails.reshape(len(drawn), -1)) < TWIN_DISTANCE
+    kept: list[int] = []
+    for index in range(len(drawn)):
+        if not blank[index] and not near[index, kept].any():
+            kept.append(index)
+    return [drawn[index] for index in kept]
+
+
+def _distances(pixels: np.ndarray) -> np.ndarray:
+    """Root mean square differences `(n, n)` between the rows of `(n, values)`."""
+    rows = pixels.astype(np.float64)
+    squares = (rows**2).sum(axis=1)
+    summed = squares[:, None] + squares[None, :] - 2 * rows @ rows.T
+    return np.sqrt(np.maximum(summed, 0) / rows.shape[1])
+
+
+def _keywords(emoji: str, table: dict[tuple[int, ...], list[str]]) -> list[str]:
+    """Keywords without the name, repetitions and emoticons such as `:d`."""
+    words = [word.lower().replace("_", " ").strip() for word in table.get(code_points(emoji), [])]
+    return [word for word in dict.fromkeys(words) if re.match(r"\w", word) and word != emoji_name(emoji)]
+
+
+def _rows(size: int) -> Iterator[dict]:
+    drawings = Drawings()
+    table = json.loads((package_folder("em-keyboard") / "emojis.json").read_text("utf-8"))
+    table = {code_points(emoji): words for emoji, words in table.items()}
+    emoji_list = sorted(_drawn_apart(_candidates(), drawings), key=code_points)
+    for emoji_id, emoji in enumerate(tqdm(emoji_list, desc=f"drawing emoji at {size} px", unit=" emoji")):
+        name, keywords = emoji_name(emoji), _keywords(emoji, table)
+        for style in STYLES:
+            png = io.BytesIO()
+            drawings.draw(emoji, style, size).save(png, format="PNG")
+            values = ({"bytes": png.getvalue(), "path": None}, name, keywords, emoji, style, emoji_id)
+            yield dict(zip(FEATURES, values, strict=True))
+
+
+def _draw_splits(size: int) -> datasets.DatasetDict:
+    splits = {name: [] for name in EMOJI_SPLITS}
+    for row in _rows(size):
+        splits[_split_of(row["emoji"], row["style"])].append(row)
+    return datasets.DatasetDict({name: datasets.Dataset.from_list(rows, FEATURES) for name, rows in splits.items()})
+
+
+def _save_atomically(splits: datasets.DatasetDict, folder: Path) -> None:
+    """Write beside the target and rename, so that a folder of that name is always whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a process killed here left it; the lock says that it is gone
+    try:
+        splits.save_to_disk(partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+__all__ = ["EMOJI_SPLITS", "LICENCES", "TRAIN_STYLES", "emoji_name", "is_held_out", "load_emoji"]

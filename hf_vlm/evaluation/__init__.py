@@ -1,0 +1,25 @@
+"""Evaluation: embeddings or scores in, a dictionary of floats out.
+
+- `embed`: embeddings of many images and texts by a two-tower model.
+- `retrieval`: recall at k both ways, and what chance gives.
+- `zero_shot`: classification by prompt ensembles.
+- `hard_negatives`: the true caption against one that differs in a word.
+"""
+
+from .embed import embed_images, embed_texts
+from .hard_negatives import hard_negative_metrics
+from .retrieval import chance, retrieval_metrics, similarity_metrics
+from .zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
+
+__all__ = [
+    "PROMPTS",
+    "chance",
+    "class_prompts",
+    "embed_images",
+    "embed_texts",
+    "hard_negative_metrics",
+    "retrieval_metrics",
+    "similarity_metrics",
+    "zero_shot_classifier",
+    "zero_shot_metrics",
+]

@@ -1,0 +1,114 @@
+"""Embeddings of many images or texts by a two-tower model, ready for the metrics and for search.
+
+- Works with any model whose `get_image_features` and `get_text_features` return an output with the projected embedding
+  as `pooler_output`: `VlmClipModel` and transformers' own CLIP.
+- Texts are sorted by length, so each batch is padded only to texts of about its own length, longest first, so a batch
+  that does not fit into memory fails at once; the result is in the order of the input.
+- The model is in eval mode meanwhile; afterwards every module is in the mode it had, frozen ones too.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+
+def embed_images(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    batch_size: int = 64,
+    *,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """L2-normalised image embeddings.
+
+    Args:
+        images: anything with a length and integer indices, such as a column of a data set; read a batch at a time.
+        batch_size: images a forward pass.
+        progress: show a progress bar.
+        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
+
+    Returns:
+        `(len(images), D)`, float32, on the CPU.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if len(images) == 0:
+        raise ValueError("there are no images to embed")
+    batches = []
+    with _evaluating(model, autocast_dtype), tqdm(total=len(images), desc="images", disable=not progress) as bar:
+        for start in range(0, len(images), batch_size):
+            batch = [images[row] for row in range(start, min(start + batch_size, len(images)))]
+            pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
+            features = model.get_image_features(pixel_values=pixel_values.to(model.device, model.dtype))
+            batches.append(_unit(features.pooler_output))
+            bar.update(len(batch))
+    return torch.cat(batches)
+
+
+def embed_texts(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    batch_size: int = 256,
+    *,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """L2-normalised text embeddings, in the order of `texts`.
+
+    Args:
+        texts: cut where they exceed the length that the processor allows.
+        batch_size: texts a forward pass.
+        progress: show a progress bar.
+        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
+
+    Returns:
+        `(len(texts), D)`, float32, on the CPU.
+
+    Raises:
+        ValueError: there are no texts, or `texts` is one string.
+    """
+    if isinstance(texts, str) or len(texts) == 0:
+        raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}")
+    texts = list(texts)
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
+    batches = []
+    with _evaluating(model, autocast_dtype), tqdm(total=len(texts), desc="texts", disable=not progress) as bar:
+        for start in range(0, len(texts), batch_size):
+            batch = [texts[row] for row in order[start : start + batch_size]]
+            inputs = processor(text=batch, padding="longest", truncation=True, return_tensors="pt").to(model.device)
+            features = model.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            batches.append(_unit(features.pooler_output))
+            bar.update(len(batch))
+    return torch.cat(batches)[torch.tensor(order).argsort()]
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    # Mode by mode, because model.train() would also switch towers that are kept frozen in eval mode.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast(model.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
+        ):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+__all__ = ["embed_images", "embed_texts"]

@@ -1,0 +1,265 @@
+"""Image-text retrieval: recall at k in both directions, median rank and mean reciprocal rank.
+
+- **Several captions an image** (the protocol of Karpathy and Fei-Fei, 2015): an image is a hit when *any* of its captions
+  is among its first k texts, a caption is a hit when its image is among its first k images. Items match when their ids
+  are equal, so several images may share an id too.
+- **Ties are broken at random, and the exact expectation is reported.** A model that gives every pair the same score
+  gets exactly the recall of chance, neither 1 (ties counted as hits) nor 0.
+- **Cosines within `COSINE_TOLERANCE` are tied**: rounding makes equal embeddings differ by about 1e-7, and which of
+  them comes first would depend on the batches they were computed in.
+- Similarities are computed `chunk` rows at a time; the whole matrix never exists.
+
+Shapes: I images, T texts, D embedding size, Q queries, N candidates.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+Array = torch.Tensor | np.ndarray
+
+COSINE_TOLERANCE = 1e-6
+
+
+def retrieval_metrics(
+    image_embeds: Array,
+    text_embeds: Array,
+    text_to_image: Array | Sequence[int],
+    image_ids: Array | Sequence[int] | None = None,
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    chunk: int = 512,
+    tie_tolerance: float = COSINE_TOLERANCE,
+) -> dict[str, float]:
+    """Retrieval by cosine similarity, every image against every text and back.
+
+    Args:
+        image_embeds: `(I, D)`, any floating type, normalised here.
+        text_embeds: `(T, D)`.
+        text_to_image: `(T,)`, integers: the id of the image that each text describes. Without `image_ids` the id of an
+            image is its row in `image_embeds`.
+        image_ids: `(I,)`, integers; several images may share an id.
+        ks: the ranks at which recall is measured.
+        chunk: queries compared at a time; memory is about `15 * chunk * max(I, T)` bytes.
+        tie_tolerance: cosines that differ by no more than this count as equal.
+
+    Returns:
+        For `image_to_text` and `text_to_image`: `_r{k}` the share of queries with a match among the first k;
+        `_median_rank` the smallest k at which that share reaches one half (ranks start at 1); `_mrr` the mean of
+        1 / rank of the first match. `mean_recall` is the mean over all k and both directions.
+
+    Raises:
+        ValueError: shapes do not fit, an embedding is not finite, or an image or text has nothing that it matches.
+    """
+    images, texts = unit_rows(image_embeds, "image_embeds"), unit_rows(text_embeds, "text_embeds")
+    if images.shape[1] != texts.shape[1]:
+        raise ValueError(f"image_embeds have size {images.shape[1]}, text_embeds {texts.shape[1]}: they must be equal")
+    image_ids, text_ids = _matching_ids(text_to_image, image_ids, len(images), len(texts))
+    by_image = first_matches(lambda rows: images[rows] @ texts.T, image_ids, text_ids, chunk, tie_tolerance)
+    by_text = first_matches(lambda rows: texts[rows] @ images.T, text_ids, image_ids, chunk, tie_tolerance)
+    return _both_directions(by_image, by_text, ks)
+
+
+def similarity_metrics(
+    similarity: Array,
+    text_to_image: Array | Sequence[int],
+    image_ids: Array | Sequence[int] | None = None,
+    *,
+    text_similarity: Array | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    chunk: int = 512,
+    tie_tolerance: float = 0.0,
+) -> dict[str, float]:
+    """The metrics of `retrieval_metrics` for scores that are already there, such as those of a re-ranking model.
+
+    Args:
+        similarity: `(I, T)`, larger is more similar; `-inf` marks pairs that were not scored.
+        text_to_image, image_ids, ks, chunk, tie_tolerance: as in `retrieval_metrics`.
+        text_similarity: `(T, I)`, the scores for text-to-image where they differ from the transpose of `similarity`
+            (a re-ranker scores other pairs in each direction).
+
+    Raises:
+        ValueError: shapes do not fit, a score is NaN, or an image or text has nothing that it matches.
+    """
+    by_row = _scores(similarity, "similarity")
+    by_column = by_row.T if text_similarity is None else _scores(text_similarity, "text_similarity")
+    if by_column.shape != by_row.T.shape:
+        raise ValueError(f"text_similarity has shape {tuple(by_column.shape)}, expected {tuple(by_row.T.shape)}")
+    image_ids, text_ids = _matching_ids(text_to_image, image_ids, *by_row.shape)
+    by_image = first_matches(lambda rows: by_row[rows], image_ids, text_ids, chunk, tie_tolerance)
+    by_text = first_matches(lambda rows: by_column[rows], text_ids, image_ids, chunk, tie_tolerance)
+    return _both_directions(by_image, by_text, ks)
+
+
+def chance(
+    text_to_image: Array | Sequence[int],
+    image_ids: Array | Sequence[int] | None = None,
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """What random scores give in expectation: recall at k of a query with m matches is `1 - C(N - m, k) / C(N, k)`.
+
+    Arguments, keys and errors are those of `retrieval_metrics`; print the two side by side.
+    """
+    text_ids = _integers(text_to_image, "text_to_image")
+    num_images = int(text_ids.max()) + 1 if image_ids is None else len(image_ids)
+    image_ids, text_ids = _matching_ids(text_ids, image_ids, num_images, len(text_ids))
+    return _both_directions(_all_tied(image_ids, text_ids), _all_tied(text_ids, image_ids), ks)
+
+
+def first_matches(
+    score_rows: Callable[[slice], torch.Tensor],
+    query_ids: torch.Tensor,
+    candidate_ids: torch.Tensor,
+    chunk: int,
+    tie_tolerance: float,
+) -> torch.Tensor:
+    """Where the best match of each query stands among its candidates.
+
+    Args:
+        score_rows: gives the scores `(rows, N)` of a slice of the queries.
+        query_ids: `(Q,)`.
+        candidate_ids: `(N,)`; a candidate matches a query of the same id.
+        chunk: length of a slice.
+        tie_tolerance: scores that differ from the best match by no more than this are tied with it.
+
+    Returns:
+        `(Q, 3)`, int64: how many candidates score above the best match; how many are tied with it, itself included; how
+        many of the tied ones match.
+    """
+    places = []
+    for start in range(0, len(query_ids), chunk):
+        rows = slice(start, start + chunk)
+        scores = score_rows(rows)
+        matches = query_ids[rows, None] == candidate_ids
+        best = scores.masked_fill(~matches, -torch.inf).amax(dim=1, keepdim=True)
+        above = scores > best + tie_tolerance
+        tied = (scores >= best - tie_tolerance) & ~above
+        places.append(torch.stack([above.sum(1), tied.sum(1), (tied & matches).sum(1)], dim=1))
+    return torch.cat(places)
+
+
+def hit_probability(places: torch.Tensor, k: int) -> torch.Tensor:
+    """The probability that a match is among the first k when ties are broken at random.
+
+    Args:
+        places: `(Q, 3)`, from `first_matches`.
+        k: at least 1.
+
+    Returns:
+        `(Q,)`, float64; 0 or 1 for a query without ties.
+    """
+    if k < 1:
+        raise ValueError(f"recall at k needs k >= 1, got {k}")
+    above, tied, matching = places.unbind(1)
+    return 1 - _miss_probability(tied, matching, (k - above).clamp(min=0))
+
+
+def unit_rows(embeds: Array, name: str) -> torch.Tensor:
+    """The rows of `embeds`, `(rows, D)`, as float32 unit vectors on the CPU; `name` is for error messages."""
+    rows = torch.as_tensor(embeds).detach().to("cpu", torch.float32)
+    if rows.ndim != 2 or len(rows) == 0:
+        raise ValueError(f"{name} must have shape (rows, size) with at least one row, got {tuple(rows.shape)}")
+    bad = (~rows.isfinite().all(dim=1)).nonzero()
+    if len(bad) > 0:
+        raise ValueError(f"{name}: NaN or infinity in {len(bad)} of {len(rows)} rows, first row {int(bad[0])}")
+    return F.normalize(rows, dim=1)
+
+
+def _scores(similarity: Array, name: str) -> torch.Tensor:
+    scores = torch.as_tensor(similarity).detach().cpu()
+    if scores.ndim != 2 or scores.numel() == 0:
+        raise ValueError(f"{name} must have two dimensions, neither of them empty, got shape {tuple(scores.shape)}")
+    bad = scores.isnan().any(dim=1).nonzero()
+    if len(bad) > 0:
+        raise ValueError(f"{name}: NaN in {len(bad)} of {len(scores)} rows, first row {int(bad[0])}")
+    return scores if scores.is_floating_point() else scores.double()
+
+
+def _integers(ids: Array | Sequence[int], name: str) -> torch.Tensor:
+    values = torch.as_tensor(ids).cpu()
+    if values.ndim != 1 or len(values) == 0 or values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(f"{name} must be a non-empty list of integers, got {values.dtype} {tuple(values.shape)}")
+    return values.long()
+
+
+def _matching_ids(
+    text_to_image: Array | Sequence[int], image_ids: Array | Sequence[int] | None, num_images: int, num_texts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides' ids, `(I,)` and `(T,)`, after checking that nothing is without a match."""
+    text_ids = _integers(text_to_image, "text_to_image")
+    image_ids = torch.arange(num_images) if image_ids is None else _integers(image_ids, "image_ids")
+    if (len(image_ids), len(text_ids)) != (num_images, num_texts):
+        raise ValueError(
+            f"{num_images} images and {num_texts} texts, but {len(image_ids)} image ids and {len(text_ids)} text ids"
+        )
+    for kind, other, ids, other_ids in (("text", "image", text_ids, image_ids), ("image", "text", image_ids, text_ids)):
+        lost = (~torch.isin(ids, other_ids)).nonzero()
+        if len(lost) > 0:
+            row = int(lost[0])
+            raise ValueError(
+                f"{len(lost)} {kind}s have no {other} of their id, first {kind} {row} (id {int(ids[row])}): leave them out"
+            )
+    return image_ids, text_ids
+
+
+def _miss_probability(tied: torch.Tensor, matching: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """`C(tied - matching, draws) / C(tied, draws)`: the first `draws` of the tied candidates hold no match."""
+    tied, others, draws = tied.double(), (tied - matching).double(), draws.double()
+    # Differences of neighbouring terms first: exactly 0, so exactly probability 1, when there are no draws.
+    log_ratio = torch.lgamma(others + 1) - torch.lgamma((others - draws).clamp(min=0) + 1)
+    log_ratio += torch.lgamma((tied - draws).clamp(min=0) + 1) - torch.lgamma(tied + 1)
+    return log_ratio.exp().masked_fill(draws > others, 0.0)
+
+
+def _all_tied(query_ids: torch.Tensor, candidate_ids: torch.Tensor) -> torch.Tensor:
+    """The `(Q, 3)` of `first_matches` when all scores are equal."""
+    labels = torch.unique(torch.cat([query_ids, candidate_ids]), return_inverse=True)[1]
+    matching = labels[len(query_ids) :].bincount(minlength=len(labels))[labels[: len(query_ids)]]
+    return torch.stack([torch.zeros_like(matching), torch.full_like(matching, len(candidate_ids)), matching], dim=1)
+
+
+def _median_rank(places: torch.Tensor) -> float:
+    low, high = 1, int(places[:, :2].sum(dim=1).max())
+    while low < high:
+        middle = (low + high) // 2
+        # The slack absorbs the rounding of the logarithms of factorials.
+        if hit_probability(places, middle).mean() >= 0.5 - 1e-9:
+            high = middle
+        else:
+            low = middle + 1
+    return float(low)
+
+
+def _mean_reciprocal_rank(places: torch.Tensor) -> float:
+    certain = places[:, 1] == places[:, 2]
+    total = float((1.0 / (places[certain, 0] + 1).double()).sum())
+    for place, count in zip(*torch.unique(places[~certain], dim=0, return_counts=True), strict=True):
+        above, tied, matching = place
+        draws = torch.arange(int(tied - matching) + 2)
+        misses = _miss_probability(tied, matching, draws)
+        total += float(count * ((misses[:-1] - misses[1:]) / (above + draws[1:])).sum())
+    return total / len(places)
+
+
+def _both_directions(by_image: torch.Tensor, by_text: torch.Tensor, ks: Sequence[int]) -> dict[str, float]:
+    metrics = {}
+    for direction, places in (("image_to_text", by_image), ("text_to_image", by_text)):
+        metrics |= {f"{direction}_r{k}": float(hit_probability(places, k).mean()) for k in ks}
+        metrics[f"{direction}_median_rank"] = _median_rank(places)
+        metrics[f"{direction}_mrr"] = _mean_reciprocal_rank(places)
+    recalls = [metrics[f"{direction}_r{k}"] for direction in ("image_to_text", "text_to_image") for k in ks]
+    return metrics | {"mean_recall": sum(recalls) / len(recalls)}
+
+
+__all__ = [
+    "COSINE_TOLERANCE",
+    "chance",
+    "first_matches",
+    "hit_probability",
+    "retrieval_metrics",
+    "similarity_metrics",
+    "unit_rows",
+]

@@ -1,0 +1,48 @@
+"""Hard-negative accuracy for `evaluate.load`, by the definitions of `hf_vlm.evaluation.hard_negative_metrics`."""
+
+import datasets
+import evaluate
+import numpy as np
+
+from hf_vlm.evaluation import hard_negative_metrics
+
+_DESCRIPTION = "How often an image scores its true caption above one that differs in a word; ties count one half."
+
+_INPUTS = """
+Args:
+    positive_scores: (pairs,), score of an image with its true caption.
+    negative_scores: (pairs,), score of the same image with the changed caption.
+    kinds: (pairs,), what was changed, such as "colour"; each kind is also reported by itself.
+    tie_tolerance: scores that differ by no more than this are tied, 0 by default.
+"""
+
+
+class HardNegativeAccuracy(evaluate.Metric):
+    """`compute(positive_scores=..., negative_scores=..., kinds=...)` equals `hard_negative_metrics` of the same."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "positive_scores": datasets.Value("float64"),
+                    "negative_scores": datasets.Value("float64"),
+                    "kinds": datasets.Value("string"),
+                }
+            ),
+            format="numpy",
+        )
+
+    def _compute(
+        self,
+        positive_scores: np.ndarray,
+        negative_scores: np.ndarray,
+        kinds: np.ndarray,
+        tie_tolerance: float = 0.0,
+    ) -> dict[str, float]:
+        return hard_negative_metrics(positive_scores, negative_scores, kinds.tolist(), tie_tolerance=tie_tolerance)
+
+
+__all__ = ["HardNegativeAccuracy"]

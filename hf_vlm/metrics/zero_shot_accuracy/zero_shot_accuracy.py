@@ -1,0 +1,55 @@
+"""Zero-shot accuracy for `evaluate.load`, by the definitions of `hf_vlm.evaluation.zero_shot_metrics`."""
+
+import datasets
+import evaluate
+import numpy as np
+
+from hf_vlm.evaluation import zero_shot_metrics
+
+_DESCRIPTION = "Top-k and mean per class accuracy of classifying images by the nearest class embedding."
+
+_CITATION = """\
+@inproceedings{radford2021learning,
+  title={Learning transferable visual models from natural language supervision},
+  author={Radford, Alec and Kim, Jong Wook and Hallacy, Chris and others},
+  booktitle={ICML},
+  year={2021}
+}"""
+
+_INPUTS = """
+Args:
+    image_embeds: (images, size), rows that `add_batch` may also bring in parts.
+    labels: (images,), the class of each image, in [0, classes).
+    class_embeds: (classes, size), to `compute` only; see hf_vlm.evaluation.zero_shot_classifier.
+    ks: a hit at k has the true class among the k nearest, (1, 5) by default.
+"""
+
+
+class ZeroShotAccuracy(evaluate.Metric):
+    """`compute(image_embeds=..., class_embeds=..., labels=...)` equals `zero_shot_metrics` of the same."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "image_embeds": datasets.Sequence(datasets.Value("float32")),
+                    "labels": datasets.Value("int64"),
+                }
+            ),
+            format="numpy",
+        )
+
+    def _compute(
+        self,
+        image_embeds: np.ndarray,
+        labels: np.ndarray,
+        class_embeds: np.ndarray,
+        ks: tuple[int, ...] = (1, 5),
+    ) -> dict[str, float]:
+        return zero_shot_metrics(image_embeds, class_embeds, labels, ks=ks)
+
+
+__all__ = ["ZeroShotAccuracy"]

@@ -1,0 +1,144 @@
+"""Image processor of every model here: any picture in, normalised `pixel_values` out.
+
+- One implementation, on PIL: the numbers do not depend on whether torchvision is installed.
+- Three ways to make a picture fit: `"crop"` (CLIP: shortest edge resized, centre cropped), `"squash"` (BLIP, SigLIP:
+  both sides resized) and `"pad"` (LLaVA-1.5: padded to a square with the mean colour, then resized).
+- Every colour mode becomes RGB the way a viewer shows it: transparency on white, 16-bit greys scaled, CMYK converted.
+"""
+
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+MAX_ASPECT_RATIO = 16
+
+
+class VlmImageKwargs(ImagesKwargs, total=False):
+    """Options of [`VlmImageProcessor`] beyond those of every image processor."""
+
+    resize_mode: Literal["crop", "squash", "pad"]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB: transparency is composited on white, 16-bit and 32-bit greys are scaled to 8 bits."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, dtype=np.float64)
+        scale = 257.0 if image.mode.startswith("I;16") or grey.max() > 255 else 1.0
+        return Image.fromarray((grey / scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(canvas, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+class VlmImageProcessor(PilBackend):
+    """Resizes, crops or pads, scales to [0, 1] and normalises.
+
+    Args:
+        size: `{"height": ..., "width": ...}` of the result in pixels.
+        resize_mode: `"crop"`, `"squash"` or `"pad"`; see the module's docstring.
+        resample: PIL's resampling filter.
+        image_mean: Mean of each channel, in [0, 1].
+        image_std: Standard deviation of each channel, in [0, 1].
+
+    Calling it with images (PIL, arrays or tensors; one or a list) gives `pixel_values` of shape
+    `(batch, 3, height, width)` in float32.
+    """
+
+    valid_kwargs = VlmImageKwargs
+    size = {"height": 224, "width": 224}
+    resize_mode = "crop"
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def __init__(self, **kwargs: Unpack[VlmImageKwargs]):
+        super().__init__(**kwargs)
+
+    def process_image(self, image, input_data_format=None, **kwargs) -> Image.Image:
+        """One picture as an RGB PIL image.
+
+        Raises:
+            ValueError: if it is neither a PIL image nor an array of shape `(height, width)` or with 1, 3 or 4 channels.
+        """
+        if not isinstance(image, Image.Image):
+            image = to_pil_image(image, input_data_format=input_data_format)
+        return to_rgb(image)
+
+    def fit(
+        self, image: Image.Image, size: SizeDict, resize_mode: str, resample: PILImageResampling, fill: tuple[int, ...]
+    ) -> Image.Image:
+        """An RGB image at exactly `size`, by the given mode."""
+        width, height = image.size
+        target = (size.width, size.height)
+        if resize_mode == "pad" and width != height:
+            side = max(width, height)
+            square = Image.new("RGB", (side, side), fill)
+            square.paste(image, ((side - width) // 2, (side - height) // 2))
+            image = square
+        if resize_mode != "crop":
+            return image if image.size == target else image.resize(target, resample)
+        image = limit_aspect_ratio(image)
+        width, height = image.size
+        shortest = max(target)
+        long_side = int(shortest * max(width, height) / min(width, height))
+        resized = (shortest, long_side) if width <= height else (long_side, shortest)
+        if image.size != resized:
+            image = image.resize(resized, resample)
+        left, top = (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2
+        return image.crop((left, top, left + target[0], top + target[1]))
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        do_resize: bool,
+        size: SizeDict,
+        resize_mode: str,
+        resample: PILImageResampling,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        return_tensors: str | None,
+        **kwargs,
+    ) -> BatchFeature:
+        if do_resize:
+            fill = tuple(round(255 * mean) for mean in image_mean)
+            images = [self.fit(image, size, resize_mode, PILImageResampling(resample), fill) for image in images]
+        pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32)  # (B, H, W, 3)
+        if do_rescale:
+            pixels *= rescale_factor
+        if do_normalize:
+            pixels = (pixels - np.float32(image_mean)) / np.float32(image_std)
+        pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+def limit_aspect_ratio(image: Image.Image) -> Image.Image:
+    """The middle of a very long image, since resizing its short edge would blow up the rest only to crop it away."""
+    width, height = image.size
+    longest = MAX_ASPECT_RATIO * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    if width > height:
+        left = (width - longest) // 2
+        return image.crop((left, 0, left + longest, height))
+    top = (height - longest) // 2
+    return image.crop((0, top, width, top + longest))
+
+
+__all__ = ["VlmImageProcessor", "to_rgb"]

