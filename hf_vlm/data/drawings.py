@@ -35,6 +35,9 @@ NOTO_SVG = (
     ' text-anchor="middle" font-family="Noto Color Emoji">{text}</text></svg>'
 )
 
+# These glyphs of Noto are composed with the mode "source in", which resvg does not know: it shows them under a box.
+MISDRAWN = "⏏ ⚠ 🎛 🎟 🎫 👓 💻 📖 📜 📠 📦 📰 🕰 🖥 🗒 🗞 🚸 🛼 🦎 🧑‍🦳 🩲 🪢 🪦 🧑‍🎄"
+
 
 def package_folder(package: str) -> Path:
     """The folder in which a pip package of the extra `data` keeps its files, found without importing it.
@@ -74,6 +77,7 @@ class Drawings:
         }
         self.font = package_folder("dynamic-font") / "assets" / "fonts" / "NotoColorEmoji-Regular.ttf"
         package_folder("resvg-py")
+        self.misdrawn = {code_points(emoji) for emoji in MISDRAWN.split()}
         self.box = self._draw_text(UNASSIGNED, PROBE_SIZE, glyphs=3)
 
     def draw(self, emoji: str, style: str, size: int) -> Image.Image:
@@ -100,9 +104,11 @@ class Drawings:
         return square
 
     def exists(self, emoji: str, style: str) -> bool:
-        """Whether the style really has this emoji: a file, or one glyph that is neither a box nor two side by side."""
+        """Whether the style really has this emoji: a file, or one glyph, not a box and not two glyphs side by side."""
         if style != "noto":
             return code_points(emoji) in self.files[style]
+        if code_points(emoji) in self.misdrawn:
+            return False
         picture = self._draw_text(emoji, PROBE_SIZE, glyphs=3)
         beside = np.asarray(picture)[..., 3].copy()
         beside[:, PROBE_SIZE : 2 * PROBE_SIZE] = 0

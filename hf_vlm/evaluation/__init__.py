@@ -4,11 +4,13 @@
 - `retrieval`: recall at k both ways, and what chance gives.
 - `zero_shot`: classification by prompt ensembles.
 - `hard_negatives`: the true caption against one that differs in a word.
+- `suites`: the above on whole data sets, model and data in, report out.
 """
 
 from .embed import embed_images, embed_texts
 from .hard_negatives import hard_negative_metrics
 from .retrieval import chance, retrieval_metrics, similarity_metrics
+from .suites import hard_negative_report, retrieval_report
 from .zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "embed_images",
     "embed_texts",
     "hard_negative_metrics",
+    "hard_negative_report",
     "retrieval_metrics",
+    "retrieval_report",
     "similarity_metrics",
     "zero_shot_classifier",
     "zero_shot_metrics",

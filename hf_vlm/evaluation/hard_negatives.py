@@ -34,7 +34,9 @@ def hard_negative_metrics(
     Raises:
         ValueError: the lengths differ, there are no pairs, or a score is NaN.
     """
-    positive, negative = torch.as_tensor(positive_scores).cpu(), torch.as_tensor(negative_scores).cpu()
+    # In double precision, so that nothing is tied that was not.
+    positive = torch.as_tensor(positive_scores, dtype=torch.float64).cpu()
+    negative = torch.as_tensor(negative_scores, dtype=torch.float64).cpu()
     if positive.shape != (len(kinds),) or negative.shape != (len(kinds),) or len(kinds) == 0:
         raise ValueError(
             "positive_scores, negative_scores and kinds must be lists of one length, at least 1: "

@@ -1,8 +1,8 @@
 """Image-text retrieval: recall at k in both directions, median rank and mean reciprocal rank.
 
-- **Several captions an image** (the protocol of Karpathy and Fei-Fei, 2015): an image is a hit when *any* of its captions
-  is among its first k texts, a caption is a hit when its image is among its first k images. Items match when their ids
-  are equal, so several images may share an id too.
+- **Several captions an image** (the protocol of Karpathy and Fei-Fei, 2015): an image is a hit when *any* of its
+  captions is among its first k texts, a caption is a hit when its image is among its first k images. Items match when
+  their ids are equal, so several images may share an id too.
 - **Ties are broken at random, and the exact expectation is reported.** A model that gives every pair the same score
   gets exactly the recall of chance, neither 1 (ties counted as hits) nor 0.
 - **Cosines within `COSINE_TOLERANCE` are tied**: rounding makes equal embeddings differ by about 1e-7, and which of
@@ -30,7 +30,7 @@ def retrieval_metrics(
     image_ids: Array | Sequence[int] | None = None,
     *,
     ks: Sequence[int] = (1, 5, 10),
-    chunk: int = 512,
+    chunk: int = 256,
     tie_tolerance: float = COSINE_TOLERANCE,
 ) -> dict[str, float]:
     """Retrieval by cosine similarity, every image against every text and back.
@@ -42,7 +42,7 @@ def retrieval_metrics(
             image is its row in `image_embeds`.
         image_ids: `(I,)`, integers; several images may share an id.
         ks: the ranks at which recall is measured.
-        chunk: queries compared at a time; memory is about `15 * chunk * max(I, T)` bytes.
+        chunk: queries compared at a time; memory is about `16 * chunk * max(I, T)` bytes.
         tie_tolerance: cosines that differ by no more than this count as equal.
 
     Returns:
@@ -69,7 +69,7 @@ def similarity_metrics(
     *,
     text_similarity: Array | None = None,
     ks: Sequence[int] = (1, 5, 10),
-    chunk: int = 512,
+    chunk: int = 256,
     tie_tolerance: float = 0.0,
 ) -> dict[str, float]:
     """The metrics of `retrieval_metrics` for scores that are already there, such as those of a re-ranking model.
@@ -129,16 +129,12 @@ def first_matches(
         `(Q, 3)`, int64: how many candidates score above the best match; how many are tied with it, itself included; how
         many of the tied ones match.
     """
-    places = []
+    # One tensor made first: small results allocated between large buffers would keep freed memory from being reused.
+    places = torch.empty(len(query_ids), 3, dtype=torch.int64)
     for start in range(0, len(query_ids), chunk):
         rows = slice(start, start + chunk)
-        scores = score_rows(rows)
-        matches = query_ids[rows, None] == candidate_ids
-        best = scores.masked_fill(~matches, -torch.inf).amax(dim=1, keepdim=True)
-        above = scores > best + tie_tolerance
-        tied = (scores >= best - tie_tolerance) & ~above
-        places.append(torch.stack([above.sum(1), tied.sum(1), (tied & matches).sum(1)], dim=1))
-    return torch.cat(places)
+        places[rows] = _places(score_rows(rows), query_ids[rows, None] == candidate_ids, tie_tolerance)
+    return places
 
 
 def hit_probability(places: torch.Tensor, k: int) -> torch.Tensor:
@@ -166,6 +162,13 @@ def unit_rows(embeds: Array, name: str) -> torch.Tensor:
     if len(bad) > 0:
         raise ValueError(f"{name}: NaN or infinity in {len(bad)} of {len(rows)} rows, first row {int(bad[0])}")
     return F.normalize(rows, dim=1)
+
+
+def _places(scores: torch.Tensor, matches: torch.Tensor, tie_tolerance: float) -> torch.Tensor:
+    best = scores.masked_fill(~matches, -torch.inf).amax(dim=1, keepdim=True)
+    above = scores > best + tie_tolerance
+    tied = (scores >= best - tie_tolerance) & ~above
+    return torch.stack([above.sum(dim=1), tied.sum(dim=1), (tied & matches).sum(dim=1)], dim=1)
 
 
 def _scores(similarity: Array, name: str) -> torch.Tensor:
@@ -199,9 +202,8 @@ def _matching_ids(
         lost = (~torch.isin(ids, other_ids)).nonzero()
         if len(lost) > 0:
             row = int(lost[0])
-            raise ValueError(
-                f"{len(lost)} {kind}s have no {other} of their id, first {kind} {row} (id {int(ids[row])}): leave them out"
-            )
+            where = f"first {kind} {row} (id {int(ids[row])})"
+            raise ValueError(f"{len(lost)} {kind}s have no {other} of their id, {where}: leave them out")
     return image_ids, text_ids
 
 

@@ -69,7 +69,7 @@ def zero_shot_metrics(
     labels: Array | Sequence[int],
     *,
     ks: Sequence[int] = (1, 5),
-    chunk: int = 512,
+    chunk: int = 256,
 ) -> dict[str, float]:
     """Accuracy of the nearest class vector by cosine.
 
@@ -102,7 +102,7 @@ def zero_shot_metrics(
 def _checked_labels(labels: Array | Sequence[int], num_images: int, num_classes: int) -> torch.Tensor:
     values = torch.as_tensor(labels).cpu()
     if values.shape != (num_images,) or values.is_floating_point():
-        raise ValueError(f"labels must be {num_images} integers, one an image, got {values.dtype} {tuple(values.shape)}")
+        raise ValueError(f"labels must be {num_images} integers, got {values.dtype} of shape {tuple(values.shape)}")
     wrong = ((values < 0) | (values >= num_classes)).nonzero()
     if len(wrong) > 0:
         row = int(wrong[0])

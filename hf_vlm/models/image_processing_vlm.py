@@ -123,7 +123,7 @@ class VlmImageProcessor(PilBackend):
         if do_rescale:
             pixels *= rescale_factor
         if do_normalize:
-            pixels = (pixels - np.float32(image_mean)) / np.float32(image_std)
+            pixels = (pixels - np.asarray(image_mean, np.float32)) / np.asarray(image_std, np.float32)
         pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 

@@ -45,11 +45,11 @@ def gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(all_gather(tensor.contiguous()))
 
 
-def positive_pairs(pair_ids: torch.LongTensor | None, num_rows: int, device: torch.device) -> torch.BoolTensor:
+def positive_pairs(pair_ids: torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
     """Which global columns are positives of which local rows, `(B, G)`: equal ids, or only the own pair without ids."""
     if pair_ids is None:
-        pair_ids = torch.arange(num_rows, device=device) + rank() * num_rows
-        return pair_ids[:, None] == torch.arange(num_rows * world_size(), device=device)
+        own = torch.arange(num_rows, device=device) + rank() * num_rows
+        return own[:, None] == torch.arange(num_rows * world_size(), device=device)
     return pair_ids[:, None] == gather_with_grad(pair_ids)
 
 
@@ -80,7 +80,7 @@ def contrastive_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor,
-    pair_ids: torch.LongTensor | None = None,
+    pair_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Symmetric softmax loss over the global batch (CLIP, arXiv 2103.00020, figure 3).
 
@@ -106,7 +106,7 @@ def sigmoid_loss(
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
-    pair_ids: torch.LongTensor | None = None,
+    pair_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pairwise sigmoid loss over the global batch (SigLIP, arXiv 2303.15343, equation 1).
 

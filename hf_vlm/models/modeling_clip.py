@@ -41,11 +41,11 @@ class VlmClipOutput(ModelOutput):
         image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`): L2-normalised image embeddings.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
 
 
 def pool_tokens(last_hidden_state: torch.Tensor, mode: str, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,7 +75,7 @@ class VlmClipSimilarity(nn.Module):
             return logits if self.logit_bias is None else logits + self.logit_bias.float()
 
     def loss(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, pair_ids: torch.LongTensor | None
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, pair_ids: torch.Tensor | None
     ) -> torch.Tensor:
         """The loss of `config.loss_type` over the pairs of all ranks."""
         with torch.autocast(image_embeds.device.type, enabled=False):
@@ -158,8 +158,8 @@ class VlmClipModel(PreTrainedModel):
         """Builds a CLIP model from pretrained towers; the projections are new.
 
         Args:
-            vision: Hub id, folder or instance of a vision encoder, or of a model with a `vision_config` (its vision tower
-                is taken).
+            vision: Hub id, folder or instance of a vision encoder, or of a model with a `vision_config`, whose vision
+                tower is taken.
             text: The same for the text encoder.
             vision_kwargs: `from_pretrained` options of the vision tower (`dtype`, `device_map`, `revision`,
                 `quantization_config`).
@@ -207,7 +207,7 @@ class VlmClipModel(PreTrainedModel):
             self.text_model.eval()
         return self
 
-    def vision_pooled(self, pixel_values: torch.FloatTensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+    def vision_pooled(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """Pooled output of the image tower before the projection, `(B, H)`."""
         options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
         if self.config.vision_config.model_type == VlmTowerConfig.model_type:
@@ -218,7 +218,7 @@ class VlmClipModel(PreTrainedModel):
             return outputs.pooler_output
         return pool_tokens(outputs.last_hidden_state, self.config.vision_pooling)
 
-    def text_pooled(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
+    def text_pooled(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Pooled output of the text tower before the projection, `(B, H)`: what `text_features` may carry instead."""
         options = {}
         if self.config.text_config.model_type == VlmTextTowerConfig.model_type:
@@ -230,28 +230,31 @@ class VlmClipModel(PreTrainedModel):
         return pool_tokens(outputs.last_hidden_state, self.config.text_pooling, attention_mask)
 
     def _pool_vision_features(self, vision_features: torch.Tensor) -> torch.Tensor:
+        if vision_features.ndim == 2:
+            return vision_features
         if self.config.vision_pooling != "tower":
             return pool_tokens(vision_features, self.config.vision_pooling)
         if self.config.vision_config.model_type == VlmTowerConfig.model_type:
             return self.vision_model.pool(vision_features)
         raise ValueError(
-            'vision_features need vision_pooling="class" or "mean": the pooled output of a '
-            f"{self.config.vision_config.model_type} tower cannot be recomputed from its hidden states."
+            f"The pooled output of a {self.config.vision_config.model_type} tower cannot be recomputed from hidden "
+            "states: pass vision_features of shape (images, hidden) from vision_pooled()."
         )
 
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> BaseModelOutputWithPooling:
         """Embeds images.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): The images.
-            vision_features (`torch.FloatTensor` of shape `(batch, patches, hidden)`): The image tower's last hidden
-                state instead of images; the tower is then not called.
+            vision_features (`torch.FloatTensor` of shape `(batch, patches, hidden)` or `(batch, hidden)`): The image
+                tower's last hidden state, or its pooled output ([`~VlmClipModel.vision_pooled`]), instead of images;
+                the tower is then not called.
             interpolate_pos_encoding: Accept another image size than the tower's.
 
         Returns:
@@ -271,9 +274,9 @@ class VlmClipModel(PreTrainedModel):
     @can_return_tuple
     def get_text_features(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        text_features: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPooling:
         """Embeds texts.
 
@@ -297,12 +300,12 @@ class VlmClipModel(PreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        pair_ids: torch.LongTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
-        text_features: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pair_ids: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         return_loss: bool | None = None,
     ) -> VlmClipOutput:
@@ -316,8 +319,8 @@ class VlmClipModel(PreTrainedModel):
             vision_features: See [`~VlmClipModel.get_image_features`].
             text_features: See [`~VlmClipModel.get_text_features`].
             interpolate_pos_encoding: Accept another image size than the tower's.
-            return_loss: Whether to compute the loss over the pairs of all ranks; row i of the images belongs to row i of
-                the texts.
+            return_loss: Whether to compute the loss over the pairs of all ranks; row i of the images belongs to row i
+                of the texts.
 
         Returns:
             [`VlmClipOutput`]; logits are of this rank's images and texts.

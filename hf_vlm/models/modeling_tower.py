@@ -68,7 +68,7 @@ class VlmTowerAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        query_index: torch.LongTensor | None = None,
+        query_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends from every token, or, with `query_index` of shape `(B,)`, from that one token of each row."""
@@ -143,7 +143,7 @@ class VlmTowerLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        query_index: torch.LongTensor | None = None,
+        query_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attended, _ = self.attn(self.norm1(hidden_states), attention_mask, query_index, **kwargs)
@@ -153,7 +153,7 @@ class VlmTowerLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
 
 
-def select_tokens(hidden_states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+def select_tokens(hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The token at `index` of shape `(B,)` of each row of `(B, N, H)`, as `(B, 1, H)`."""
     return hidden_states[torch.arange(len(index), device=index.device), index].unsqueeze(1)
 
@@ -298,7 +298,7 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
         stop_at_layer: int | None = None,
         pooled_only: bool = False,
@@ -353,11 +353,11 @@ class VlmTextTowerModel(VlmTowerPreTrainedModel):
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    @capture_outputs
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
@@ -397,7 +397,7 @@ class VlmTextTowerModel(VlmTowerPreTrainedModel):
         pooled = hidden_states[:, 0] if pooled_only else select_tokens(hidden_states, end)[:, 0]
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
-    def feature_positions(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def feature_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Position of each text's first end-of-text token, of shape `(B,)`.
 
         OpenAI's first checkpoints say `eos_token_id=2`, which their texts do not contain; the end-of-text token is then

@@ -2,7 +2,6 @@
 
 import datasets
 import evaluate
-import numpy as np
 
 from hf_vlm.evaluation import hard_negative_metrics
 
@@ -32,17 +31,16 @@ class HardNegativeAccuracy(evaluate.Metric):
                     "kinds": datasets.Value("string"),
                 }
             ),
-            format="numpy",
         )
 
     def _compute(
         self,
-        positive_scores: np.ndarray,
-        negative_scores: np.ndarray,
-        kinds: np.ndarray,
+        positive_scores: list[float],
+        negative_scores: list[float],
+        kinds: list[str],
         tie_tolerance: float = 0.0,
     ) -> dict[str, float]:
-        return hard_negative_metrics(positive_scores, negative_scores, kinds.tolist(), tie_tolerance=tie_tolerance)
+        return hard_negative_metrics(positive_scores, negative_scores, kinds, tie_tolerance=tie_tolerance)
 
 
 __all__ = ["HardNegativeAccuracy"]

@@ -42,18 +42,18 @@ class ImageTextRetrieval(evaluate.Metric):
                     "text_to_image": datasets.Value("int64"),
                 }
             ),
-            format="numpy",
         )
 
     def _compute(
         self,
-        text_embeds: np.ndarray,
-        text_to_image: np.ndarray,
+        text_embeds: list[list[float]],
+        text_to_image: list[int],
         image_embeds: np.ndarray,
         image_ids: np.ndarray | None = None,
         ks: tuple[int, ...] = (1, 5, 10),
     ) -> dict[str, float]:
-        return retrieval_metrics(image_embeds, text_embeds, text_to_image, image_ids, ks=ks)
+        texts = np.asarray(text_embeds, dtype=np.float32)
+        return retrieval_metrics(image_embeds, texts, text_to_image, image_ids, ks=ks)
 
 
 __all__ = ["ImageTextRetrieval"]

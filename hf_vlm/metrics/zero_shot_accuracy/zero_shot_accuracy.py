@@ -39,17 +39,17 @@ class ZeroShotAccuracy(evaluate.Metric):
                     "labels": datasets.Value("int64"),
                 }
             ),
-            format="numpy",
         )
 
     def _compute(
         self,
-        image_embeds: np.ndarray,
-        labels: np.ndarray,
+        image_embeds: list[list[float]],
+        labels: list[int],
         class_embeds: np.ndarray,
         ks: tuple[int, ...] = (1, 5),
     ) -> dict[str, float]:
-        return zero_shot_metrics(image_embeds, class_embeds, labels, ks=ks)
+        images = np.asarray(image_embeds, dtype=np.float32)
+        return zero_shot_metrics(images, class_embeds, labels, ks=ks)
 
 
 __all__ = ["ZeroShotAccuracy"]

@@ -1,0 +1,232 @@
+"""What the speed comparisons share: contenders in processes of their own, interleaved timing, FLOPs, memory, tables.
+
+- Every contender lives in a child process, so its peak memory is its own and a peer may patch what it needs to import.
+- One process works at a time, A B C A B C ..., so that a change in the machine's speed meets all contenders alike.
+- Ratios are taken within a round and then the median over the rounds; the spread beside a median is the whole range.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MATMUL_SIZES = (512, 1024, 2048, 3072)
+
+
+@dataclass(frozen=True)
+class Times:
+    """One training step: seconds of forward and backward, seconds of the whole step, and the loss before it."""
+
+    forward_backward: float
+    step: float
+    loss: float
+
+
+class TrainingStep:
+    """A model on one batch: forward, loss, backward and AdamW, under autocast for anything but float32.
+
+    Args:
+        model: The model to train; it is moved to the device and set to training mode.
+        loss: Computes the scalar loss of the batch.
+        device: `"cpu"` or `"cuda"`.
+        precision: A key of `DTYPES`.
+    """
+
+    def __init__(self, model: torch.nn.Module, loss: Callable[[], torch.Tensor], device: str, precision: str):
+        self.model = model.to(device).train()
+        self.loss = loss
+        self.device = device
+        self.precision = precision
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of the forward pass."""
+        dtype = DTYPES[self.precision]
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def run(self) -> Times:
+        """Takes one training step."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        with self.autocast():
+            loss = self.loss()
+        loss.backward()
+        synchronize(self.device)
+        backward_end = time.perf_counter()
+        self.optimizer.step()
+        synchronize(self.device)
+        return Times(backward_end - start, time.perf_counter() - start, loss.item())
+
+    def float32_loss(self) -> float:
+        """The loss of the present weights in float32."""
+        with torch.no_grad():
+            return self.loss().item()
+
+    def flops(self) -> int:
+        """Floating-point operations of one forward and backward pass, those of matrix products and convolutions."""
+        self.optimizer.zero_grad()
+        aten = torch.ops.aten
+        attention = {
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        }
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            with self.autocast():
+                loss = self.loss()
+            loss.backward()
+        return counter.get_total_flops()
+
+    def peak_memory(self) -> int:
+        """Most bytes held so far: resident in this process on the CPU, allocated on the device otherwise."""
+        if self.device != "cpu":
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# PyTorch counts its attention kernels for CUDA; this gives the one for the CPU the same formula.
+def _attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+def _attention_backward_flops(grad_shape, query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad_shape, query_shape, key_shape, value_shape)
+
+
+class Worker:
+    """A contender in a child process.
+
+    Args:
+        build: Makes the contender there; a function at the top of a module.
+        *args: Its arguments.
+
+    Raises:
+        ImportError: if `build` raised it, for want of a peer's package.
+        RuntimeError: if the child ended for another reason, which it printed.
+    """
+
+    def __init__(self, build: Callable[..., TrainingStep], *args: Any):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, child_pipe = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child_pipe, torch.get_num_threads(), build, args))
+        self.process.start()
+        child_pipe.close()
+        if (missing := self._receive()) is not None:
+            self.process.join()
+            raise ImportError(missing)
+
+    def ask(self, method: Callable[[TrainingStep], Any]) -> Any:
+        """Calls a method of `TrainingStep` in the child and returns what it returned."""
+        self.pipe.send(method)
+        return self._receive()
+
+    def close(self) -> None:
+        """Ends the child."""
+        self.pipe.send(None)
+        self.process.join()
+
+    def _receive(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"A contender ended with exit code {self.process.exitcode}; see above.") from None
+
+
+def _serve(pipe: Any, num_threads: int, build: Callable[..., TrainingStep], args: tuple) -> None:
+    torch.set_num_threads(num_threads)
+    try:
+        contender = build(*args)
+    except ImportError as error:
+        pipe.send(str(error))
+        return
+    pipe.send(None)
+    while (method := pipe.recv()) is not None:
+        pipe.send(method(contender))
+
+
+def interleave(workers: dict[str, Worker], repeats: int) -> dict[str, list[Times]]:
+    """Lets every contender take a step in turn, `repeats` times, after one round that does not count."""
+    rounds = [{name: worker.ask(TrainingStep.run) for name, worker in workers.items()} for _ in range(repeats + 1)]
+    return {name: [times[name] for times in rounds[1:]] for name in workers}
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device's queue."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def matmul_peak(device: str, precision: str, repeats: int = 5) -> float:
+    """The most floating-point operations a second that a square matrix product reaches here, over several sizes."""
+    best = 0.0
+    for size in MATMUL_SIZES:
+        left = torch.randn(size, size, device=device, dtype=DTYPES[precision])
+        right = torch.randn(size, size, device=device, dtype=DTYPES[precision])
+        out = left @ right
+        for _ in range(repeats):
+            synchronize(device)
+            start = time.perf_counter()
+            torch.mm(left, right, out=out)
+            synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the range around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """The spread of some numbers."""
+        values = list(values)
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns, the first one to the left and the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the numbers depend on: the versions, the device, the threads and how busy the machine was before."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device != "cpu" else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Writes a report, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What the command line runs: whole jobs, put together from the public parts of the package."""

@@ -1,0 +1,259 @@
+"""Random variations of a batch of training pictures: where things lie, their colours, and the hand that drew them.
+
+- One picture at a time only a random crop, resized by PIL as in BLIP; all else is done to the whole batch in torch.
+- Pixels are premultiplied with their opacity until the end, so that moving, bending and recolouring a drawing never mix
+  in what its transparent parts hide. Then it is laid on white or on a random colour.
+- Three variations bridge styles of drawing: `unline` takes thin dark lines away, `ink` draws them along edges, `shade`
+  puts a soft light over flat colours.
+- Everything follows from `seed` alone. The global random state is neither read nor changed, so a training that is
+  resumed sees the pictures that an uninterrupted one would have seen.
+
+Shapes: B pictures, S the side of the result in pixels. Channels are red, green, blue, opacity.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+# To luma and two chroma axes: YIQ (NTSC), whose chroma plane is where hue is an angle and saturation a length.
+YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+LUMA = YIQ[0]
+FIELD_SIDE = 4  # random fields (wobble, shade) have this many control points a side
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random variations of pictures; the defaults are BLIP's crop and flip (arXiv 2201.12086, section 4) and no more.
+
+    Every strength is drawn anew for each picture, evenly from the range given.
+
+    Args:
+        crop_scale: smallest and largest share of the picture's area that the crop keeps.
+        crop_ratio: smallest and largest ratio of the crop's width to its height, before it is resized to a square.
+        flip: probability of mirroring left and right.
+        rotation: largest turn either way, in degrees.
+        zoom: smallest and largest factor of size; below 1, background shows at the edges.
+        stretch: largest factor, either way, between the changes of width and height; 1 for none.
+        shear: largest slant either way: horizontal shift over height.
+        shift: largest shift either way, as a share of the side.
+        wobble: typical displacement of a smooth random distortion, as a share of the side.
+        background: probability that transparency shows a random colour, not white.
+        hue: largest turn of the hue either way, in full turns (0.5 reaches every hue).
+        saturation: the colourfulness is multiplied by a factor from `1 - saturation` to `1 + saturation`.
+        brightness: the same for the brightness.
+        contrast: the same for the contrast around middle grey.
+        grey: probability of taking all colour away.
+        shade: largest darkening or lightening by a smooth random light; 0 for none.
+        unline: probability of taking thin dark lines away.
+        ink: probability of darkening along edges of colour or opacity.
+        blur: probability of blurring.
+        noise: largest standard deviation of the noise on a picture, of the range [0, 1].
+        erase: probability of replacing a rectangle, up to half of the side long, by one colour.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    rotation: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    stretch: float = 1.0
+    shear: float = 0.0
+    shift: float = 0.0
+    wobble: float = 0.0
+    background: float = 0.0
+    hue: float = 0.0
+    saturation: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    grey: float = 0.0
+    shade: float = 0.0
+    unline: float = 0.0
+    ink: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    erase: float = 0.0
+
+    @classmethod
+    def photo(cls) -> "Augmentation":
+        """For photographs: BLIP's crop and flip, and moderate changes of colour."""
+        return cls(hue=0.03, saturation=0.4, brightness=0.3, contrast=0.3, grey=0.05)
+
+    @classmethod
+    def drawing(cls) -> "Augmentation":
+        """For drawings on a transparent or white ground that are to be recognised when another hand drew them."""
+        return cls(
+            crop_scale=(0.7, 1.0),
+            flip=0.5,
+            rotation=20.0,
+            zoom=(0.7, 1.2),
+            stretch=1.25,
+            shear=0.2,
+            shift=0.08,
+            wobble=0.03,
+            background=0.3,
+            hue=0.06,
+            saturation=0.5,
+            brightness=0.3,
+            contrast=0.4,
+            grey=0.1,
+            shade=0.3,
+            unline=0.3,
+            ink=0.2,
+            blur=0.3,
+            noise=0.05,
+            erase=0.2,
+        )
+
+    def __call__(self, images: Sequence[Image.Image], size: int, seed: Sequence[int]) -> torch.Tensor:
+        """Varies and resizes the pictures of a batch.
+
+        Args:
+            images: PIL images of any sizes, each in mode RGB or RGBA.
+            size: S, the side of the result in pixels.
+            seed: what the variations follow from: one or several numbers >= 0, such as those of the samples.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, 3, S, S)` in [0, 1].
+
+        Raises:
+            ValueError: a picture is in another mode; or there are no pictures.
+        """
+        if not images:
+            raise ValueError("there are no pictures to augment")
+        state = np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]
+        draw = _Draw(len(images), torch.Generator().manual_seed(int(state)))
+        pixels = self._warp(self._crops(images, size, draw), draw)
+        pixels = self._redraw(pixels, draw)
+        pixels = self._recolour(pixels, draw)
+        return self._finish(self._lay_on_background(pixels, draw), draw)
+
+    def _crops(self, images: Sequence[Image.Image], size: int, draw: "_Draw") -> torch.Tensor:
+        """A random crop of each picture, resized: premultiplied `(B, 4, S, S)`."""
+        scale = draw.uniform(*self.crop_scale).tolist()
+        ratio = draw.uniform(*map(math.log, self.crop_ratio)).exp().tolist()
+        left, top = draw.uniform(0, 1).tolist(), draw.uniform(0, 1).tolist()
+        crops = []
+        for i, image in enumerate(images):
+            if image.mode not in ("RGB", "RGBA"):
+                raise ValueError(f"picture {i} of the batch is in mode {image.mode}: convert it to RGB or RGBA first")
+            width = min(1.0, math.sqrt(scale[i] * ratio[i] * image.height / image.width))
+            height = min(1.0, math.sqrt(scale[i] / ratio[i] * image.width / image.height))
+            width, height = width * image.width, height * image.height
+            x, y = left[i] * (image.width - width), top[i] * (image.height - height)
+            premultiplied = image if image.mode == "RGB" else image.convert("RGBa")
+            crop = premultiplied.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + width, y + height))
+            crops.append(np.asarray(crop.convert("RGBA") if image.mode == "RGB" else crop))
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float().div_(255)
+
+    def _warp(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
+        """Mirrors, turns, scales, slants, shifts and bends; what comes from outside the picture is transparent."""
+        angle = draw.uniform(-self.rotation, self.rotation) * (math.pi / 180)
+        zoom = draw.uniform(*map(math.log, self.zoom)).exp()
+        stretch = draw.uniform(-math.log(self.stretch), math.log(self.stretch)).div(2).exp()
+        shear = draw.uniform(-self.shear, self.shear)
+        x, y = draw.uniform(-2 * self.shift, 2 * self.shift), draw.uniform(-2 * self.shift, 2 * self.shift)
+        mirror = 1 - 2 * draw.chance(self.flip).float()
+        wide, high = mirror / (zoom * stretch), stretch / zoom
+        cos, sin = angle.cos(), angle.sin()
+        rows = (wide * cos, wide * (shear * cos - sin), x, high * sin, high * (shear * sin + cos), y)
+        grid = F.affine_grid(torch.stack(rows, dim=-1).view(-1, 2, 3), pixels.shape, align_corners=False)
+        if self.wobble:
+            grid = grid + 2 * self.wobble * draw.field(2, pixels.shape[-1]).permute(0, 2, 3, 1)
+        return F.grid_sample(pixels, grid, align_corners=False)
+
+    def _redraw(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
+        """Takes lines away, draws them, and puts light and shade on."""
+        chosen = draw.chosen(self.unline)
+        if len(chosen):
+            lighter = F.max_pool2d(pixels[chosen], 3, stride=1, padding=1)
+            pixels[chosen] = -F.max_pool2d(-lighter, 3, stride=1, padding=1)
+        chosen = draw.chosen(self.ink)
+        if len(chosen):
+            part = pixels[chosen]
+            edges = F.max_pool2d(part, 3, stride=1, padding=1) + F.max_pool2d(-part, 3, stride=1, padding=1)
+            ink = (edges.amax(dim=1, keepdim=True) * draw.uniform(0.5, 1.5)[chosen].view(-1, 1, 1, 1)).clamp(0, 1)
+            pixels[chosen] = torch.cat([part[:, :3] * (1 - ink), torch.maximum(part[:, 3:], ink)], dim=1)
+        if self.shade:
+            light = draw.field(1, pixels.shape[-1]) * draw.uniform(0, self.shade).view(-1, 1, 1, 1)
+            colour, opacity = pixels[:, :3], pixels[:, 3:]
+            lit = torch.where(light > 0, colour + (opacity - colour) * light, colour * (1 + light))
+            pixels = torch.cat([lit, opacity], dim=1)
+        return pixels
+
+    def _recolour(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
+        """One linear map of the colours of each picture: hue, saturation, brightness, contrast, grey."""
+        if not (self.hue or self.saturation or self.brightness or self.contrast or self.grey):
+            return pixels
+        angle = draw.uniform(-self.hue, self.hue) * (2 * math.pi)
+        chroma = draw.uniform(1 - self.saturation, 1 + self.saturation) * (~draw.chance(self.grey)).float()
+        bright = draw.uniform(1 - self.brightness, 1 + self.brightness)
+        contrast = draw.uniform(1 - self.contrast, 1 + self.contrast)
+        cos, sin, zero = chroma * angle.cos(), chroma * angle.sin(), torch.zeros_like(angle)
+        rows = (torch.ones_like(angle), zero, zero, zero, cos, -sin, zero, sin, cos)
+        yiq = torch.tensor(YIQ)
+        matrix = yiq.inverse() @ torch.stack(rows, dim=-1).view(-1, 3, 3) @ yiq
+        matrix = matrix * (bright * contrast).view(-1, 1, 1)
+        offset = (0.5 - 0.5 * contrast).view(-1, 1, 1).expand(-1, 3, 1)  # of opaque pixels; others have less of it
+        colour = torch.cat([matrix, offset], dim=2) @ pixels.flatten(2)
+        opacity = pixels[:, 3:]
+        return torch.cat([colour.view_as(pixels[:, :3]).clamp_(min=0).minimum(opacity), opacity], dim=1)
+
+    def _lay_on_background(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
+        """`(B, 3, S, S)` without transparency."""
+        colours = torch.where(draw.chance(self.background)[:, None], draw.colours(), 1.0)
+        return pixels[:, :3] + (1 - pixels[:, 3:]) * colours[:, :, None, None]
+
+    def _finish(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
+        """Blurs, erases and adds noise."""
+        size = pixels.shape[-1]
+        chosen = draw.chosen(self.blur)
+        if len(chosen):
+            sharp = pixels[chosen]
+            soft = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+            pixels[chosen] = sharp.lerp(soft, draw.uniform(0, 1)[chosen].view(-1, 1, 1, 1))
+        if self.erase:
+            middle, half = draw.uniform(0, 1, 2) * size, draw.uniform(0.05, 0.25, 2) * size
+            inside = (torch.arange(size) + 0.5 - middle[..., None]).abs() < half[..., None]  # (B, 2, S)
+            box = inside[:, 0, :, None] & inside[:, 1, None, :] & draw.chance(self.erase)[:, None, None]
+            pixels = torch.where(box[:, None], draw.colours()[:, :, None, None], pixels)
+        if self.noise:
+            deviation = draw.uniform(0, self.noise).view(-1, 1, 1, 1)
+            pixels = pixels + torch.randn(pixels.shape, generator=draw.generator) * deviation
+        return pixels.clamp(0, 1)
+
+
+class _Draw:
+    """Random numbers for `count` pictures, all from one generator."""
+
+    def __init__(self, count: int, generator: torch.Generator) -> None:
+        self.count = count
+        self.generator = generator
+
+    def uniform(self, low: float, high: float, *shape: int) -> torch.Tensor:
+        """`(B, *shape)`, evenly from `low` to `high`."""
+        return torch.rand(self.count, *shape, generator=self.generator) * (high - low) + low
+
+    def chance(self, probability: float) -> torch.Tensor:
+        """Yes or no for each picture, `(B,)`."""
+        return torch.rand(self.count, generator=self.generator) < probability
+
+    def chosen(self, probability: float) -> torch.Tensor:
+        """Indices of the pictures for which `chance` says yes."""
+        return self.chance(probability).nonzero().flatten()
+
+    def colours(self) -> torch.Tensor:
+        """A colour for each picture, `(B, 3)`."""
+        return torch.rand(self.count, 3, generator=self.generator)
+
+    def field(self, channels: int, size: int) -> torch.Tensor:
+        """A smooth random field for each picture, `(B, channels, S, S)`, of normally distributed control points."""
+        points = torch.randn(self.count, channels, FIELD_SIDE, FIELD_SIDE, generator=self.generator)
+        return F.interpolate(points, size=(size, size), mode="bicubic", align_corners=True)
+
+
+__all__ = ["Augmentation"]

@@ -1,0 +1,88 @@
+"""Collators: examples in, a batch of tensors out."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+from .augment import Augmentation
+from .images import load_image
+from .pairs import Pair
+
+
+def pair_id(value: Any) -> int:
+    """A 63-bit integer that stands for an id; the same on every rank and in every run."""
+    if isinstance(value, int | np.integer):
+        return int(value)
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
+
+
+class ContrastiveCollator:
+    """Turns [`Pair`]s into the inputs of a contrastive model.
+
+    Args:
+        processor: The model's processor.
+        augmentation: Random changes of the pictures, seeded by each example; None for evaluation.
+        text_features: Pooled outputs of a locked text tower by caption, each of shape `(hidden,)`. A batch whose
+            captions are all there carries `text_features` instead of `input_ids`.
+        vision_features (`torch.FloatTensor` of shape `(rows, hidden)`): Pooled outputs of a locked image tower by row,
+            which replace `pixel_values`. Refused together with an augmentation, which would change them.
+
+    Returns:
+        On call: `pixel_values` (or `vision_features`), `input_ids` and `attention_mask` (or `text_features`), and
+        `pair_ids` of shape `(batch,)`.
+
+    Raises:
+        ValueError: for cached image features together with an augmentation.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        augmentation: Augmentation | None = None,
+        text_features: Mapping[str, torch.Tensor] | None = None,
+        vision_features: torch.Tensor | None = None,
+    ):
+        if augmentation is not None and vision_features is not None:
+            raise ValueError("Cached image features cannot be augmented: leave out one of the two.")
+        self.processor = processor
+        self.augmentation = augmentation
+        self.text_features = text_features or {}
+        self.vision_features = vision_features
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+        batch = self.images(pairs) | self.texts([pair["caption"] for pair in pairs])
+        batch["pair_ids"] = torch.tensor([pair_id(pair["id"]) for pair in pairs])
+        return batch
+
+    def texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        """Tokens, or the cached features of all captions."""
+        if all(caption in self.text_features for caption in captions):
+            return {"text_features": torch.stack([self.text_features[caption] for caption in captions])}
+        tokens = self.processor(text=captions)
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def images(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+        """Pixels (augmented where asked), or the cached features of all rows."""
+        if self.vision_features is not None:
+            return {"vision_features": self.vision_features[[pair["index"] for pair in pairs]]}
+        images = [load_image(pair["image"], where=f"row {pair['index']}") for pair in pairs]
+        if self.augmentation is None:
+            return {"pixel_values": self.processor(images=images)["pixel_values"]}
+        return {"pixel_values": self.augment(self.augmentation, images, [pair["seed"] for pair in pairs])}
+
+    def augment(self, augmentation: Augmentation, images: list[Image.Image], seeds: list[int]) -> torch.Tensor:
+        """Augmented, normalised pixels of shape `(batch, 3, size, size)`; the augmentation sees the transparency."""
+        image_processor = self.processor.image_processor
+        images = [image if image.mode == "RGBA" else image_processor.process_image(image) for image in images]
+        pixels = augmentation(images, image_processor.size["height"], seeds)
+        mean = torch.tensor(image_processor.image_mean).view(1, -1, 1, 1)
+        std = torch.tensor(image_processor.image_std).view(1, -1, 1, 1)
+        return (pixels - mean) / std
+
+
+__all__ = ["ContrastiveCollator", "pair_id"]

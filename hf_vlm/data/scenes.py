@@ -1,0 +1,294 @@
+"""Emoji scenes: a seeded, unlimited stream of pictures about which everything is known.
+
+- Each scene is one to four emoji drawings without overlap on a plain named colour, with boxes, captions, questions and
+  hard-negative captions (`scene_text.py`). What is said of it is true by construction.
+- Scene number i of a stream depends on the split, the seed and i alone: any process can make any scene, so ranks and
+  workers share a stream without talking, and a test set is a range of numbers.
+- The splits are those of `emoji.py`. Held-out emoji and the held-out style never enter a training scene, neither as a
+  picture nor as a name in a question or a negative caption.
+- In a third of the scenes that have room for it one emoji appears several times. With up to four objects it is then
+  equally often two, three or four times, so a number tells nothing about whether a caption is true.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from .emoji import EMOJI_SPLITS, load_emoji
+from .scene_text import MOST_OBJECTS, SceneText, conflict, is_nameable, plural
+
+BACKGROUNDS = {
+    "red": (214, 40, 40),
+    "orange": (255, 140, 0),
+    "yellow": (255, 225, 50),
+    "green": (40, 150, 60),
+    "turquoise": (70, 215, 205),
+    "blue": (40, 80, 220),
+    "purple": (125, 45, 170),
+    "pink": (255, 150, 200),
+    "brown": (115, 70, 35),
+    "grey": (128, 128, 128),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
+
+SIDES = {1: (0.35, 0.70), 2: (0.30, 0.45), 3: (0.26, 0.40), 4: (0.24, 0.36)}  # longer side of a drawing / the picture's
+REPEAT_FRACTION = 1 / 3
+FAINT = 16  # alpha of 255: fainter edge pixels are left away, so that boxes are tight around what is seen
+CONTRAST = 80  # of 255, in some colour channel
+CONTRAST_FRACTION = 0.4  # share of a drawing's pixels that must stand out from the background
+
+SCENE_FEATURES = datasets.Features(
+    {
+        "index": datasets.Value("int64"),
+        "image": datasets.Image(),
+        "background": datasets.Value("string"),
+        "objects": datasets.List(
+            {
+                "name": datasets.Value("string"),
+                "emoji": datasets.Value("string"),
+                "emoji_id": datasets.Value("int64"),
+                "style": datasets.Value("string"),
+                "box": datasets.List(datasets.Value("int64"), length=4),
+            }
+        ),
+        "captions": datasets.List(datasets.Value("string")),
+        "questions": datasets.List({key: datasets.Value("string") for key in ("question", "answer", "kind")}),
+        "hard_negatives": datasets.List({key: datasets.Value("string") for key in ("caption", "negative", "kind")}),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One drawing, cut to its ink: `picture` has premultiplied colours, `backgrounds` are those it stands out from."""
+
+    name: str
+    emoji: str
+    emoji_id: int
+    style: str
+    picture: Image.Image
+    backgrounds: frozenset[str]
+
+
+class SceneStream:
+    """Scenes 0, 1, 2, ... of a split and a seed.
+
+    Args:
+        split: a split of `EMOJI_SPLITS`; its drawings and its names are all that scenes show and say.
+        seed: another seed gives other scenes.
+        size: pixels a side, 48 to 1024.
+        objects: fewest and most objects in a scene, within 1 to 4.
+        cache_dir: cache of `load_emoji`.
+
+    Raises:
+        ValueError: an argument out of range.
+        ModuleNotFoundError: a package of the extra `data` is not installed (when the first scene is made).
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        size: int = 64,
+        objects: tuple[int, int] = (1, MOST_OBJECTS),
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        if split not in EMOJI_SPLITS:
+            raise ValueError(f"split of the scenes must be one of {', '.join(EMOJI_SPLITS)}, got {split!r}")
+        if not 48 <= size <= 1024:
+            raise ValueError(f"size of the scenes must be 48 to 1024 pixels, got {size}")
+        if not 1 <= objects[0] <= objects[1] <= MOST_OBJECTS:
+            raise ValueError(f"objects in a scene must be (fewest, most) within 1 to {MOST_OBJECTS}, got {objects}")
+        self.split, self.seed, self.size, self.objects = split, seed, size, tuple(objects)
+        self.cache_dir = cache_dir
+
+    def __getstate__(self) -> dict:
+        """Without the decoded drawings: a worker process loads its own from the cache."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("drawings", "names", "by_emoji")}
+
+    @cached_property
+    def drawings(self) -> list[Drawing]:
+        """The drawings of the split whose names scenes can use."""
+        rows = load_emoji(max(96, self.size // 2), self.cache_dir)[self.split]
+        kept = [index for index, name in enumerate(rows["name"]) if is_nameable(name)]
+        return [_cut_out(row) for row in rows.select(kept)]
+
+    @cached_property
+    def by_emoji(self) -> dict[int, list[Drawing]]:
+        """All drawings of each emoji."""
+        groups: dict[int, list[Drawing]] = {}
+        for drawing in self.drawings:
+            groups.setdefault(drawing.emoji_id, []).append(drawing)
+        return groups
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names that the split's scenes use, for objects and for what is not there."""
+        return sorted({drawing.name for drawing in self.drawings})
+
+    def scene(self, index: int) -> dict:
+        """Make one scene.
+
+        Args:
+            index: its number, from 0.
+
+        Returns:
+            dict with `index`, `image` (RGB, `size` x `size`), `background` (a name of `BACKGROUNDS`), `objects` (dicts
+            with `name`, `emoji`, `emoji_id`, `style` and `box`, [x0, y0, x1, y1] in pixels, x1 and y1 exclusive),
+            `captions`, `questions` and `hard_negatives` as `SceneText` makes them.
+        """
+        rng = random.Random(f"{self.split} {self.seed} {index}")
+        background = rng.choice(list(BACKGROUNDS))
+        drawings = self._choose(background, rng)
+        sides = [rng.uniform(*SIDES[len(drawings)]) * self.size for _ in drawings]
+        canvas = np.empty((self.size, self.size, 3), dtype=np.uint8)
+        canvas[:] = BACKGROUNDS[background]
+        objects = []
+        for drawing, slot in zip(drawings, _layout(drawings, sides, self.size, rng), strict=True):
+            described = {key: getattr(drawing, key) for key in ("name", "emoji", "emoji_id", "style")}
+            objects.append(described | {"box": _paste(canvas, drawing.picture, slot)})
+        text = SceneText(objects, background, self.size, self.names, list(BACKGROUNDS), rng)
+        return {
+            "index": index,
+            "image": Image.fromarray(canvas),
+            "background": background,
+            "objects": objects,
+            "captions": text.captions(),
+            "questions": text.questions(),
+            "hard_negatives": text.hard_negatives(),
+        }
+
+    def to_iterable_dataset(self, num_shards: int = 64, num_scenes: int | None = None) -> datasets.IterableDataset:
+        """The stream as a streaming data set, which ranks and data loader workers divide between them by shards.
+
+        Args:
+            num_shards: shard k holds the scenes k, k + num_shards, ...; take a multiple of ranks x workers.
+            num_scenes: length; None never ends, and then each reader stays in its first shard.
+
+        Returns:
+            Rows as `scene` makes them, and a `state_dict` that resumes without drawing the scenes it skips.
+        """
+        shards = datasets.IterableDataset.from_generator(
+            _indices, gen_kwargs={"shards": list(range(num_shards)), "step": num_shards, "num_scenes": num_scenes}
+        )
+        return shards.map(self._scene_of_row)
+
+    def _scene_of_row(self, row: dict) -> dict:
+        return self.scene(row["index"])
+
+    def _choose(self, background: str, rng: random.Random) -> list[Drawing]:
+        """Drawings that stand out from the background, of one emoji or of names that exclude each other."""
+        fewest, most = self.objects
+        first = self._one(background, rng)
+        if most > 1 and plural(first.name) and rng.random() < REPEAT_FRACTION:
+            repeats = rng.randint(2, most)
+            visible = [other for other in self.by_emoji[first.emoji_id] if background in other.backgrounds]
+            chosen = [rng.choice(visible) for _ in range(repeats)]
+        else:
+            chosen = [first]
+        wanted = rng.randint(max(fewest, len(chosen)), most)
+        while len(chosen) < wanted:
+            drawing = self._one(background, rng)
+            if not any(conflict(drawing.name, other.name) for other in chosen):
+                chosen.append(drawing)
+        rng.shuffle(chosen)
+        return chosen
+
+    def _one(self, background: str, rng: random.Random) -> Drawing:
+        while True:
+            drawing = rng.choice(self.drawings)
+            if background in drawing.backgrounds:
+                return drawing
+
+
+def load_scenes(
+    split: str,
+    n: int,
+    seed: int = 1,
+    size: int = 64,
+    objects: tuple[int, int] = (1, MOST_OBJECTS),
+    cache_dir: str | Path | None = None,
+) -> datasets.Dataset:
+    """A fixed test set: scenes 0 to n - 1 of a stream whose seed is not the default one of training.
+
+    Args:
+        split, seed, size, objects, cache_dir: as of `SceneStream`.
+        n: number of scenes.
+
+    Returns:
+        Data set in memory with the columns that `SceneStream.scene` makes (images as PNG).
+    """
+    stream = SceneStream(split, seed, size, objects, cache_dir)
+    return datasets.Dataset.from_list([stream.scene(index) for index in range(n)], features=SCENE_FEATURES)
+
+
+def _indices(shards: list[int], step: int, num_scenes: int | None) -> Iterator[dict]:
+    for shard in shards:
+        for index in itertools.count(shard, step) if num_scenes is None else range(shard, num_scenes, step):
+            yield {"index": index}
+
+
+def _cut_out(row: dict) -> Drawing:
+    picture = row["image"].convert("RGBA")
+    picture = picture.crop(picture.getchannel("A").point(lambda alpha: 255 * (alpha >= FAINT)).getbbox())
+    pixels = np.asarray(picture.resize((24, 24), Image.Resampling.BILINEAR)).astype(int)
+    ink = pixels[pixels[..., 3] > 127][:, :3]
+    visible = frozenset(
+        name
+        for name, colour in BACKGROUNDS.items()
+        if (np.abs(ink - colour).max(axis=1) >= CONTRAST).mean() >= CONTRAST_FRACTION
+    )
+    return Drawing(row["name"], row["emoji"], row["emoji_id"], row["style"], picture.convert("RGBa"), visible)
+
+
+def _layout(
+    drawings: list[Drawing], sides: list[float], size: int, rng: random.Random
+) -> list[tuple[int, int, int, int]]:
+    """Slots (x0, y0, x1, y1) at random, apart by a gap; all smaller if they do not fit after some tries."""
+    gap = max(1, size // 32)
+    while True:
+        slots: list[tuple[int, int, int, int]] = []
+        for drawing, side in zip(drawings, sides, strict=True):
+            scale = side / max(drawing.picture.size)
+            width, height = (max(4, round(length * scale)) for length in drawing.picture.size)
+            for _ in range(30):
+                x, y = rng.randint(0, size - width), rng.randint(0, size - height)
+                slot = (x, y, x + width, y + height)
+                if all(_apart(slot, other, gap) for other in slots):
+                    slots.append(slot)
+                    break
+            else:
+                break
+        if len(slots) == len(drawings):
+            return slots
+        sides = [0.95 * side for side in sides]
+
+
+def _apart(slot: tuple[int, ...], other: tuple[int, ...], gap: int) -> bool:
+    aside = slot[2] + gap <= other[0] or other[2] + gap <= slot[0]
+    return aside or slot[3] + gap <= other[1] or other[3] + gap <= slot[1]
+
+
+def _paste(canvas: np.ndarray, picture: Image.Image, slot: tuple[int, int, int, int]) -> list[int]:
+    """Draw the picture into its slot of the canvas `(size, size, 3)`; gives the box of the pixels that it changed."""
+    x0, y0, x1, y1 = slot
+    pixels = np.asarray(picture.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)).astype(np.uint16)
+    alpha = pixels[..., 3:]
+    under = canvas[y0:y1, x0:x1]
+    drawn = pixels[..., :3] + (under * (255 - alpha) + 127) // 255
+    drawn = np.where(alpha >= FAINT, np.minimum(drawn, 255), under).astype(np.uint8)
+    changed = (drawn != under).any(axis=2)
+    canvas[y0:y1, x0:x1] = drawn
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    return [int(x0 + columns[0]), int(y0 + rows[0]), int(x0 + columns[-1] + 1), int(y0 + rows[-1] + 1)]
+
+
+__all__ = ["BACKGROUNDS", "SCENE_FEATURES", "SceneStream", "load_scenes"]

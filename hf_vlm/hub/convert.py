@@ -1,0 +1,189 @@
+"""Checkpoints of other layouts to ours and back: `from_transformers`, `to_transformers`, `from_original`.
+
+- Exact or refused: what the other side has no equivalent of is named in a one-line error, before anything is written.
+- A checkpoint that lacks a weight or has one too many is refused as well; transformers itself would only log it.
+- A family is a module that holds its tables and the two classes; the tables below say which model type and which
+  processor belongs to which. The layout of an original is recognised by the names of its tensors.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from ..models.configuration_clip import VlmClipConfig
+from ..models.modeling_clip import VlmClipModel
+from . import convert_clip, convert_open_clip
+from .state_dict import load_complete, read_state_dict
+
+NATIVE = {"clip": convert_clip}
+OWN = {"vlm_clip": convert_clip}
+NATIVE_PROCESSORS = {"CLIPProcessor": convert_clip}
+OWN_PROCESSORS = {"VlmClipProcessor": convert_clip}
+
+
+def _family(table: dict[str, ModuleType], name: str, source: object) -> ModuleType:
+    if name not in table:
+        where = source if isinstance(source, str | Path) else "This object"
+        raise ValueError(f"{where} is of architecture {name}, which cannot be converted here; {', '.join(table)} can.")
+    return table[name]
+
+
+def _model_type(model_or_path: str | Path | PreTrainedModel) -> str:
+    if isinstance(model_or_path, PreTrainedModel):
+        return model_or_path.config.model_type
+    return AutoConfig.from_pretrained(model_or_path).model_type
+
+
+def _processor(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
+    if isinstance(path_or_processor, ProcessorMixin):
+        return path_or_processor
+    return AutoProcessor.from_pretrained(path_or_processor)
+
+
+def from_transformers(model_or_path: str | Path | PreTrainedModel) -> VlmClipModel:
+    """Our model of one of transformers' own, with the same outputs.
+
+    Args:
+        model_or_path: A `CLIPModel`, or the folder or Hub id of one.
+
+    Returns:
+        [`VlmClipModel`] in eval mode, with copies of the weights in their dtype.
+
+    Raises:
+        ValueError: if it is of another architecture, or its weights are not exactly those of its class.
+    """
+    family = _family(NATIVE, _model_type(model_or_path), model_or_path)
+    if isinstance(model_or_path, str | Path):
+        model_or_path = load_complete(family.NATIVE_MODEL, model_or_path)
+    return family.from_transformers(model_or_path)
+
+
+def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedModel:
+    """The model of transformers that computes the same as ours, so that everything which knows it can serve it.
+
+    Args:
+        model_or_path: A [`VlmClipModel`], or the folder or Hub id of one.
+
+    Returns:
+        `CLIPModel` in eval mode, with copies of the weights in their dtype.
+
+    Raises:
+        ValueError: if it is of another architecture, or an option (named) has no equivalent there: another text
+            encoder, mean pooling, the sigmoid loss, another layout of the image tower.
+    """
+    family = _family(OWN, _model_type(model_or_path), model_or_path)
+    if isinstance(model_or_path, str | Path):
+        model_or_path = load_complete(family.OWN_MODEL, model_or_path)
+    return family.to_transformers(model_or_path)
+
+
+def processor_from_transformers(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
+    """Our processor of one of transformers' own, with the same pixels (of RGB pictures) and tokens.
+
+    Args:
+        path_or_processor: A `CLIPProcessor`, or the folder or Hub id of one.
+
+    Returns:
+        [`VlmClipProcessor`], which holds the same tokenizer object.
+
+    Raises:
+        ValueError: if it is another processor, or sizes its images in a way that ours does not.
+    """
+    processor = _processor(path_or_processor)
+    family = _family(NATIVE_PROCESSORS, type(processor).__name__, path_or_processor)
+    return family.processor_from_transformers(processor)
+
+
+def processor_to_transformers(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
+    """The inverse of [`processor_from_transformers`].
+
+    Args:
+        path_or_processor: A [`VlmClipProcessor`], or the folder or Hub id of one.
+
+    Returns:
+        `CLIPProcessor`, which holds the same tokenizer object.
+
+    Raises:
+        ValueError: if it is another processor, or pads its images.
+    """
+    processor = _processor(path_or_processor)
+    family = _family(OWN_PROCESSORS, type(processor).__name__, path_or_processor)
+    return family.processor_to_transformers(processor)
+
+
+def from_original(
+    state_dict_or_path: Mapping[str, torch.Tensor] | str | Path,
+    config: VlmClipConfig | None = None,
+    hidden_act: str | None = None,
+) -> VlmClipModel:
+    """Our model of weights in the layout of the code they were published with: open_clip's, which is OpenAI's too.
+
+    Args:
+        state_dict_or_path: The tensors by name, or a `.safetensors`, `.pt`, `.pth` or `.bin` file of them (also a
+            training checkpoint of open_clip). A pickle is read as plain tensors only.
+        config: The config; without it, the sizes are read from the tensors, and heads are as wide as in open_clip (64,
+            but in ViT-H, ViT-g and ViT-bigG).
+        hidden_act: The activation, where no config says it: `"quick_gelu"` for OpenAI's weights, `"gelu"` for most
+            others.
+
+    Returns:
+        [`VlmClipModel`] in eval mode and float32.
+
+    Raises:
+        ValueError: if the layout is another one, neither or both of `config` and `hidden_act` are given, or tensors are
+            missing, unexpected or of another shape (the first few are named).
+    """
+    if isinstance(state_dict_or_path, str | Path):
+        state_dict_or_path = read_state_dict(state_dict_or_path)
+    # Data parallelism leaves a prefix on every name.
+    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict_or_path.items()}
+    if convert_open_clip.is_open_clip(state_dict):
+        return convert_open_clip.from_original(state_dict, config, hidden_act)
+    names = ", ".join(list(state_dict)[:3])
+    raise ValueError(f"Not a known layout: its tensors are {names}, ...; open_clip's vision transformers are known.")
+
+
+def convert_folder(src: str | Path, dst: str | Path, to: Literal["native", "hf_vlm"]) -> None:
+    """Converts the model and the processor of a checkpoint and saves both; if either is refused, nothing is written.
+
+    Args:
+        src: Folder or Hub id of the checkpoint.
+        dst: Folder to write; it must be new or empty.
+        to: `"native"` for transformers' own classes, `"hf_vlm"` for ours.
+
+    Raises:
+        ValueError: if `dst` is in use, or the checkpoint cannot be converted.
+        OSError: if `src` is no checkpoint with a processor.
+    """
+    dst = Path(dst)
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ValueError(f"{dst} exists and is not an empty folder: choose another one.")
+    if to == "native":
+        model, processor = to_transformers(src), processor_to_transformers(src)
+    elif to == "hf_vlm":
+        model, processor = from_transformers(src), processor_from_transformers(src)
+    else:
+        raise ValueError(f"There is no target {to!r}; choose native or hf_vlm.")
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=dst.parent, prefix=f".{dst.name}-") as folder:
+        unfinished = Path(folder) / dst.name
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        if dst.exists():
+            dst.rmdir()
+        unfinished.rename(dst)
+
+
+__all__ = [
+    "convert_folder",
+    "from_original",
+    "from_transformers",
+    "processor_from_transformers",
+    "processor_to_transformers",
+    "to_transformers",
+]

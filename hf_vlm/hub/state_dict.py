@@ -1,0 +1,152 @@
+"""State dicts as values: names translated by a table, projections fused and split, keys checked, files read.
+
+A table is a tuple of pairs (one name, the other name). A `*` stands for any part of a name, the same on both sides.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+Names = tuple[tuple[str, str], ...]
+StateDict = dict[str, torch.Tensor]
+NUM_SHOWN = 3
+
+
+def prefixed(prefix: str, other_prefix: str, names: Names) -> Names:
+    """A table with a prefix before every name of either side."""
+    return tuple((prefix + one, other_prefix + other) for one, other in names)
+
+
+def flipped(names: Names) -> Names:
+    """The table in the other direction."""
+    return tuple((other, one) for one, other in names)
+
+
+def rename(state_dict: Mapping[str, torch.Tensor], names: Names) -> StateDict:
+    """The state dict with every name translated from left to right; a name that no row fits stays as it is."""
+    rows = [(re.compile(re.escape(one).replace(r"\*", "(.+)")), other.replace("*", "{}")) for one, other in names]
+    renamed = {}
+    for name, tensor in state_dict.items():
+        matches = ((pattern.fullmatch(name), template) for pattern, template in rows)
+        renamed[next((template.format(*match.groups()) for match, template in matches if match), name)] = tensor
+    return renamed
+
+
+def fuse(state_dict: Mapping[str, torch.Tensor], parts: tuple[str, ...], fused: str) -> StateDict:
+    """Concatenates `x.q.weight`, `x.k.weight`, `x.v.weight` to `x.qkv.weight`, for `parts=("q", "k", "v")`.
+
+    A name of which another part is missing stays as it is.
+    """
+    result = dict(state_dict)
+    for name in state_dict:
+        together = [name.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+        if together[0] != together[-1] and all(part in state_dict for part in together):
+            result[name.replace(f".{parts[0]}.", f".{fused}.")] = torch.cat([result.pop(part) for part in together])
+    return result
+
+
+def split(state_dict: Mapping[str, torch.Tensor], parts: tuple[str, ...], fused: str) -> StateDict:
+    """The inverse of [`fuse`]."""
+    result = {}
+    for name, tensor in state_dict.items():
+        if f".{fused}." in name:
+            chunks = zip(parts, tensor.chunk(len(parts)), strict=True)
+            result.update({name.replace(f".{fused}.", f".{part}."): chunk for part, chunk in chunks})
+        else:
+            result[name] = tensor
+    return result
+
+
+def check_keys(
+    source: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (), mismatched: Sequence[str] = ()
+) -> None:
+    """Refuses weights that do not fit.
+
+    Raises:
+        ValueError: one line that names the first few of each kind, if there are any.
+    """
+    problems = []
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
+        if names:
+            more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
+            problems.append(f"{kind}: {', '.join(sorted(names)[:NUM_SHOWN])}{more}")
+    if problems:
+        raise ValueError(f"The weights of {source} do not fit; {'; '.join(problems)}.")
+
+
+def check_state_dict(source: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """[`check_keys`] of the names and shapes of two state dicts.
+
+    Raises:
+        ValueError: unless both have the same names and shapes.
+    """
+    mismatched = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    check_keys(source, list(expected.keys() - found.keys()), list(found.keys() - expected.keys()), mismatched)
+
+
+def load_complete(model_class: type[PreTrainedModel], path: str | Path) -> PreTrainedModel:
+    """`from_pretrained` that refuses a checkpoint which does not hold exactly this model.
+
+    Raises:
+        ValueError: if weights are missing, unexpected or of another shape.
+    """
+    model, info = model_class.from_pretrained(path, output_loading_info=True)
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
+    check_keys(str(path), list(info["missing_keys"]), list(info["unexpected_keys"]), mismatched)
+    return model
+
+
+def with_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """The model in eval mode with copies of the given weights, in their own dtypes."""
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in state_dict.items()}
+    model.load_state_dict(copies, assign=True)
+    return model.eval()
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """Reads the tensors of a `.safetensors`, `.pt`, `.pth` or `.bin` file on the CPU; code in a pickle is never run.
+
+    Of a training checkpoint, which holds its weights under "state_dict", only these are returned.
+
+    Raises:
+        ValueError: if the file is of another kind, damaged, or holds more than plain tensors.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+        raise ValueError(f"{path} is no weights file: pass a .safetensors, .pt, .pth or .bin file.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as plain tensors (damaged, a TorchScript archive, or code inside): save its state "
+            "dict as safetensors with the code that it came from."
+        ) from error
+    return loaded.get("state_dict", loaded)
+
+
+__all__ = [
+    "Names",
+    "StateDict",
+    "check_keys",
+    "check_state_dict",
+    "flipped",
+    "fuse",
+    "load_complete",
+    "prefixed",
+    "read_state_dict",
+    "rename",
+    "split",
+    "with_weights",
+]

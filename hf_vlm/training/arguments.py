@@ -1,0 +1,48 @@
+"""Training arguments of every recipe: transformers' own, with the defaults that these models need."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from .precision import choose_bf16
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class VlmTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with `bf16="auto"` and columns left to the collator."""
+
+    bf16: bool | str = field(
+        default="auto", metadata={"help": "true, false, or auto: a one-second probe of this machine decides."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Images need every column: leave it false."})
+    logging_steps: float = field(default=20, metadata={"help": "Log every so many steps (a fraction below 1)."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "For example trackio."})
+
+    def __post_init__(self):
+        choice = str(self.bf16).lower()
+        if choice not in ("auto", "true", "false"):
+            raise ValueError(f"bf16 must be true, false or auto, not {self.bf16!r}.")
+        self.bf16 = choice == "true"
+        if choice == "auto":
+            self.bf16, reason = choose_bf16()
+            logger.warning(reason)
+        # Without it transformers refuses bf16 on a machine that has no accelerator.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+@dataclass
+class ContrastiveTrainingArguments(VlmTrainingArguments):
+    """Arguments of [`ContrastiveTrainer`]."""
+
+    grad_cache_chunk: int | None = field(
+        default=None,
+        metadata={"help": "Embed the batch this many rows at a time (GradCache): memory of a chunk, gradients of all."},
+    )
+
+
+__all__ = ["ContrastiveTrainingArguments", "VlmTrainingArguments"]

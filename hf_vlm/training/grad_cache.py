@@ -1,0 +1,104 @@
+"""GradCache: exact gradients of a large contrastive batch in the memory of a small one (arXiv 2101.06983).
+
+1. Embed the batch chunk by chunk without gradients, remembering each chunk's random state.
+2. Compute the loss of all embeddings at once; its gradients by embedding are the cache.
+3. Embed each chunk again, with the same random state and with gradients, and back-propagate its part of the cache.
+
+Unlike gradient accumulation, every pair of the batch is compared with every other.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..models.modeling_clip import VlmClipModel
+
+Batch = dict[str, torch.Tensor]
+
+
+class RandomState:
+    """The random state at its making, to be replayed: dropout must draw the same masks twice."""
+
+    def __init__(self, device: torch.device):
+        self.devices = [device] if device.type == "cuda" else []
+        self.cpu = torch.get_rng_state()
+        self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """Runs its body from the remembered state, then restores the state from before."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu)
+            for device, state in zip(self.devices, self.cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+def split_batch(batch: Batch, chunk_size: int) -> list[Batch]:
+    """Cuts every tensor of the batch into rows of `chunk_size`; the cuts are views, not copies."""
+    size = len(next(iter(batch.values())))
+    starts = range(0, size, chunk_size)
+    return [{name: tensor[i : i + chunk_size] for name, tensor in batch.items()} for i in starts]
+
+
+def grad_cache_backward(
+    model: nn.Module,
+    batch: Batch,
+    chunk_size: int,
+    backward: Callable[[torch.Tensor], None],
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> torch.Tensor:
+    """Adds the gradients of the whole batch's contrastive loss to the model's parameters.
+
+    Args:
+        model: A [`VlmClipModel`], or one wrapped in `DistributedDataParallel`.
+        batch: Its inputs; `pair_ids` are used by the loss only.
+        chunk_size: Rows that are embedded at a time; memory grows with it, results do not depend on it.
+        backward: What runs the backward pass of a scalar (an accelerator's, or `torch.Tensor.backward`).
+        autocast: Makes the context in which embeddings are computed.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the loss.
+    """
+    wrapped = isinstance(model, DistributedDataParallel)
+    core = cast(VlmClipModel, model.module if wrapped else model)
+    pair_ids = batch.get("pair_ids")
+    chunks = split_batch({name: tensor for name, tensor in batch.items() if name != "pair_ids"}, chunk_size)
+
+    states, embeddings = [], []
+    for chunk in chunks:
+        states.append(RandomState(next(iter(chunk.values())).device))
+        with torch.no_grad(), autocast():
+            outputs = core(**chunk)
+        embeddings.append((outputs.image_embeds, outputs.text_embeds))
+    image_embeds = torch.cat([image for image, _ in embeddings]).requires_grad_()
+    text_embeds = torch.cat([text for _, text in embeddings]).requires_grad_()
+
+    # The factor and bias are detached copies here: their gradients go back through the last chunk, so that a
+    # distributed wrapper sees every parameter in the one backward pass that it synchronises.
+    head = core.similarity
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    loss = head.loss(image_embeds, text_embeds, pair_ids)
+    cache = torch.autograd.grad(loss, [image_embeds, text_embeds, *parameters])
+    image_grads, text_grads = cache[0].split(chunk_size), cache[1].split(chunk_size)
+
+    for i, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
+        is_last = i == len(chunks) - 1
+        no_sync = model.no_sync() if wrapped and not is_last else contextlib.nullcontext()
+        with no_sync:
+            with state.replay(), autocast():
+                outputs = model(**chunk)
+            surrogate = (outputs.image_embeds * image_grads[i]).sum() + (outputs.text_embeds * text_grads[i]).sum()
+            if is_last:
+                surrogate = surrogate + sum(
+                    (parameter * grad).sum() for parameter, grad in zip(parameters, cache[2:], strict=True)
+                )
+            backward(surrogate)
+    return loss.detach()
+
+
+__all__ = ["grad_cache_backward"]
