@@ -5,13 +5,14 @@
 
 Every contender has the same weights (converted exactly; the losses are compared before anything is timed), the same
 images and captions, autocast for bf16, and the same fused AdamW. Each is used as its users use it: transformers with
-SDPA and captions padded to the longest of the batch, open_clip with captions padded to 77 and its own loss. Contenders
-take turns, one step each a round. Close other programs: the printed ranges tell how calm the machine was. At the default
-size a run takes five minutes on two cores and about 10 GB of memory.
+captions padded to the longest of the batch, with SDPA and with attention written out; open_clip with captions padded
+to 77 and its own loss. Contenders take turns, one step each a round. Close other programs: the printed ranges tell how
+calm the machine was. At the default size a run takes about five minutes on two cores, and 4 GB of memory a contender.
 """
 
 import argparse
-import importlib.metadata
+import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -35,10 +36,10 @@ from peers import DISCLOSURE, import_open_clip, needs_stubs
 from safetensors.torch import load_file, save_file
 
 OPEN_CLIP_LENGTH = 77
-GOALS = {"transformers": 1.1, "open_clip": 1.5}
-PACKAGES = {"hf_vlm": "hf-vlm", "transformers": "transformers", "open_clip": "open_clip_torch"}
+GOALS = {"transformers": 1.1, "transformers_eager": 1.1, "open_clip": 1.5}
+PACKAGES = ("hf-vlm", "transformers", "open_clip_torch")
 LOSS_TOLERANCE = 1e-4
-HEADER = "precision contender forward+backward step ratio goal TFLOP of_peak of_peak_step memory".split()
+HEADER = "precision contender forward+backward step ratio goal GFLOP of_peak of_peak_step memory".split()
 
 # Heads are 64 wide, as open_clip has them. "base" is ViT-B/32.
 SIZES: dict[str, dict[str, Any]] = {
@@ -77,6 +78,7 @@ def make_config(size: str, hidden_act: str):
             "pad_token_id": vocab_size - 1,
         },
         projection_dim=SIZES[size]["projection"],
+        logit_scale_init_value=math.log(100),  # as in a trained model, where the loss tells small differences
     )
 
 
@@ -132,14 +134,21 @@ def build_hf_vlm(folder: Path, size: str, hidden_act: str, device: str, precisio
     return TrainingStep(model, lambda: model(**batch, return_loss=True).loss, device, precision)
 
 
-def build_transformers(folder: Path, size: str, hidden_act: str, device: str, precision: str) -> TrainingStep:
-    """transformers' CLIPModel."""
+def build_transformers(
+    folder: Path, size: str, hidden_act: str, device: str, precision: str, attention: str = "sdpa"
+) -> TrainingStep:
+    """transformers' CLIPModel with its default attention."""
     from transformers import CLIPModel
 
-    model = CLIPModel.from_pretrained(folder / "transformers", attn_implementation="sdpa")
+    model = CLIPModel.from_pretrained(folder / "transformers", attn_implementation=attention)
     batch = load_batch(folder, device)
     del batch["padded_ids"]
     return TrainingStep(model, lambda: model(**batch, return_loss=True).loss, device, precision)
+
+
+def build_transformers_eager(*options: Any) -> TrainingStep:
+    """transformers' CLIPModel with attention written out, which is faster than SDPA on some machines."""
+    return build_transformers(*options, attention="eager")
 
 
 def build_open_clip(folder: Path, size: str, hidden_act: str, device: str, precision: str) -> TrainingStep:
@@ -163,6 +172,7 @@ def build_open_clip(folder: Path, size: str, hidden_act: str, device: str, preci
 BUILDERS: dict[str, Callable[..., TrainingStep]] = {
     "hf_vlm": build_hf_vlm,
     "transformers": build_transformers,
+    "transformers_eager": build_transformers_eager,
     "open_clip": build_open_clip,
 }
 
@@ -179,15 +189,17 @@ def check_losses(losses: dict[str, float]) -> None:
 
 def measure(folder: Path, args: argparse.Namespace, precision: str, missing: dict[str, str]) -> list[dict[str, Any]]:
     """One precision: starts the contenders, compares their losses, times them in turns, counts their work."""
-    workers: dict[str, Worker] = {}
-    for name, build in BUILDERS.items():
+    options = (folder, args.size, args.hidden_act, args.device, precision)
+    workers = {name: Worker(BUILDERS[name], *options) for name in ("hf_vlm", *args.peers) if name not in missing}
+    for name in list(workers):
         try:
-            workers[name] = Worker(build, folder, args.size, args.hidden_act, args.device, precision)
+            workers[name].wait()
         except ImportError as error:
             missing[name] = str(error)
+            del workers[name]
     check_losses({name: worker.ask(TrainingStep.float32_loss) for name, worker in workers.items()})
     peak = matmul_peak(args.device, precision)
-    times = interleave(workers, args.repeats)
+    times = interleave(workers, args.repeats, precision)
     peak = max(peak, matmul_peak(args.device, precision))
     results = []
     for name, worker in workers.items():
@@ -222,7 +234,7 @@ def row(result: dict[str, Any]) -> list[str]:
         str(step),
         "" if goal is None else str(ratio),
         "" if goal is None else f"{goal:.2f} {'reached' if ratio.median >= goal else 'missed'}",
-        f"{flops / 1e12:.3f}",
+        f"{flops / 1e9:.1f}",
         f"{flops / forward_backward.median / peak:.0%}",
         f"{flops / step.median / peak:.0%}",
         f"{result['peak_memory_bytes'] / 2**30:.2f} GiB",
@@ -247,9 +259,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="base", help="sizes of the towers (default: base)")
     parser.add_argument("--batch", type=int, help="pairs a step (default: 16 for base, 32 for small)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count, at least 5 to mean much (default: 7)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds that count, 5 or more to mean much (default: 7)")
+    parser.add_argument("--peers", nargs="*", choices=list(GOALS), default=list(GOALS), help="default: all")
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
-    parser.add_argument("--hidden-act", choices=["quick_gelu", "gelu"], default="quick_gelu", help="default: quick_gelu")
+    parser.add_argument("--hidden-act", choices=["quick_gelu", "gelu"], default="quick_gelu", help="activation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: PyTorch's choice)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
@@ -259,21 +272,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Runs the comparison."""
     args = parse(arguments)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # those of loading weights, here and in the children
     if args.threads:
         torch.set_num_threads(args.threads)
     args.batch = args.batch or SIZES[args.size]["batch"]
     missing: dict[str, str] = {}
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    report: dict[str, Any] = {"settings": settings, "environment": environment(args.device)}
-    print(*(f"{name}={value}" for part in report.values() for name, value in part.items()))
+    report: dict[str, Any] = {"settings": settings, "environment": environment(args.device, PACKAGES)}
+    for part in report.values():
+        print(*(f"{name}={value}" for name, value in part.items()))
     if needs_stubs():
         print(DISCLOSURE)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), args.size, args.batch, args.hidden_act)
         results = [result for each in args.precision for result in measure(Path(folder), args, each, missing)]
     print_report(results, missing)
-    measured = {result["contender"] for result in results}
-    report["versions"] = {name: importlib.metadata.version(PACKAGES[name]) for name in sorted(measured)}
     if args.output:
         write_json(args.output, report | {"results": results, "missing": missing})
 

@@ -5,6 +5,7 @@
 - Ratios are taken within a round and then the median over the rounds; the spread beside a median is the whole range.
 """
 
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from tqdm import tqdm
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MATMUL_SIZES = (512, 1024, 2048, 3072)
@@ -108,29 +110,34 @@ def _attention_backward_flops(grad_shape, query_shape, key_shape, value_shape, *
 
 
 class Worker:
-    """A contender in a child process.
+    """A contender in a child process, which begins to build it at once.
 
     Args:
         build: Makes the contender there; a function at the top of a module.
         *args: Its arguments.
-
-    Raises:
-        ImportError: if `build` raised it, for want of a peer's package.
-        RuntimeError: if the child ended for another reason, which it printed.
     """
 
     def __init__(self, build: Callable[..., TrainingStep], *args: Any):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["transformers.modeling_utils"])  # imported once for all, which saves seconds
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=_serve, args=(child_pipe, torch.get_num_threads(), build, args))
         self.process.start()
         child_pipe.close()
+
+    def wait(self) -> None:
+        """Waits until the contender is built.
+
+        Raises:
+            ImportError: if a package that it needs is missing there.
+            RuntimeError: if the child ended for another reason, which it printed.
+        """
         if (missing := self._receive()) is not None:
             self.process.join()
             raise ImportError(missing)
 
     def ask(self, method: Callable[[TrainingStep], Any]) -> Any:
-        """Calls a method of `TrainingStep` in the child and returns what it returned."""
+        """Calls a method of `TrainingStep` in the child, once it is built, and returns what it returned."""
         self.pipe.send(method)
         return self._receive()
 
@@ -159,9 +166,12 @@ def _serve(pipe: Any, num_threads: int, build: Callable[..., TrainingStep], args
         pipe.send(method(contender))
 
 
-def interleave(workers: dict[str, Worker], repeats: int) -> dict[str, list[Times]]:
+def interleave(workers: dict[str, Worker], repeats: int, title: str) -> dict[str, list[Times]]:
     """Lets every contender take a step in turn, `repeats` times, after one round that does not count."""
-    rounds = [{name: worker.ask(TrainingStep.run) for name, worker in workers.items()} for _ in range(repeats + 1)]
+    rounds = [
+        {name: worker.ask(TrainingStep.run) for name, worker in workers.items()}
+        for _ in tqdm(range(repeats + 1), desc=title, unit="round")
+    ]
     return {name: [times[name] for times in rounds[1:]] for name in workers}
 
 
@@ -210,20 +220,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
         for line in lines
     )
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, packages: Iterable[str]) -> dict[str, Any]:
     """What the numbers depend on: the versions, the device, the threads and how busy the machine was before."""
     return {
-        "torch": torch.__version__,
+        **{name: version(name) for name in ("torch", *packages)},
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if device != "cpu" else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
     }
+
+
+def version(package: str) -> str:
+    """The installed version of a package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The one table: which config, model and processor goes with which Auto class."""
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -22,7 +24,7 @@ from .models import (
     VlmTowerModel,
 )
 
-MODELS: dict[type[PreTrainedConfig], dict[type, type[PreTrainedModel]]] = {
+MODELS: dict[type[PreTrainedConfig], dict[Any, type[PreTrainedModel]]] = {
     VlmTowerConfig: {AutoModel: VlmTowerModel},
     VlmTextTowerConfig: {AutoModel: VlmTextTowerModel},
     VlmClipConfig: {AutoModel: VlmClipModel, AutoModelForZeroShotImageClassification: VlmClipModel},

@@ -38,7 +38,12 @@ from hf_vlm.data import (
 from hf_vlm.evaluation import retrieval_metrics
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, cache_text_features, last_checkpoint
 
-AUGMENTATIONS = {"photo": Augmentation.photo(), "drawing": Augmentation.drawing(), "none": None}
+AUGMENTATIONS = {
+    "crop": Augmentation(crop_scale=(0.9, 1.0), flip=0.0),  # CLIP's only one
+    "photo": Augmentation.photo(),
+    "drawing": Augmentation.drawing(),
+    "none": None,
+}
 
 
 @dataclass
@@ -68,7 +73,7 @@ class DataArguments:
     eval_sources: list[dict] | None = field(default=None, metadata={"help": "The same for evaluation while training."})
     mix: str = field(default="size", metadata={"help": "Mix sources by their size or its square root (sqrt)."})
     on_error: str = field(default="raise", metadata={"help": "raise or skip broken images."})
-    augmentation: str = field(default="photo", metadata={"help": "photo, drawing or none."})
+    augmentation: str = field(default="photo", metadata={"help": "crop, photo, drawing or none."})
     num_scenes: int = field(default=1000, metadata={"help": "Scenes of each test set for hard negatives."})
 
 

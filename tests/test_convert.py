@@ -127,6 +127,11 @@ def test_conversion_copies_the_weights_in_their_dtype() -> None:
     assert len(storages) == sum(len(list(model.parameters())) for model in (native, ours, back))
 
 
+def test_conversion_stays_on_the_device() -> None:
+    native = to_transformers(tiny.clip_model().to("meta"))
+    assert {tensor.device.type for tensor in [*native.parameters(), *native.buffers()]} == {"meta"}
+
+
 def test_native_towers_are_taken_over() -> None:
     native = native_clip()
     ours = VlmClipModel.from_parts(vision=native.vision_model, text=native.text_model, projection_dim=16)
@@ -228,6 +233,23 @@ def test_processors_give_the_same_pixels(native: CLIPImageProcessorPil) -> None:
             expected = native(image, return_tensors="np")["pixel_values"]
             assert greatest_step(ours.image_processor(image, return_tensors="np")["pixel_values"], expected) < 1e-2
             assert greatest_step(back.image_processor(image, return_tensors="np")["pixel_values"], expected) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"resize_mode": "squash"},
+        {"do_resize": False},
+        {"do_normalize": False, "resample": 2},
+        {"do_rescale": False},
+    ],
+)
+def test_our_processor_as_native(options: dict) -> None:
+    ours = tiny.clip_processor(**options)
+    native, image = processor_to_transformers(ours), tiny.image(50, 37)
+    expected = ours.image_processor(image, return_tensors="np")["pixel_values"]
+    assert greatest_step(native.image_processor(image, return_tensors="np")["pixel_values"], expected) < 1e-2
 
 
 def test_processors_give_the_same_tokens(tmp_path: Path) -> None:
@@ -377,14 +399,20 @@ class Visual(nn.Module):
 
 
 class OpenClip(nn.Module):
-    def __init__(self, vision: dict | None = None, text: dict | None = None, hidden_act: str = "quick_gelu"):
+    def __init__(
+        self,
+        vision: dict | None = None,
+        text: dict | None = None,
+        hidden_act: str = "quick_gelu",
+        context_length: int = tiny.MAX_LENGTH,
+    ):
         super().__init__()
         vision = {"width": 64, "heads": 1, "layers": 2, "patch_size": 8, **(vision or {})}
         text = {"width": 128, "heads": 2, "layers": 1, **(text or {})}
         self.visual = Visual(**vision, hidden_act=hidden_act)
         self.transformer = Blocks(**text, hidden_act=hidden_act)
         self.token_embedding = nn.Embedding(len(tiny.VOCABULARY), text["width"])
-        self.positional_embedding = nn.Parameter(torch.empty(tiny.MAX_LENGTH, text["width"]))
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, text["width"]))
         self.ln_final = nn.LayerNorm(text["width"])
         self.text_projection = nn.Parameter(torch.empty(text["width"], 16))
         self.logit_scale = nn.Parameter(torch.empty(()))
@@ -418,6 +446,7 @@ def assert_equals_open_clip(ours: VlmClipModel, theirs: OpenClip) -> None:
     [
         {},
         {"vision": {"width": 128, "heads": 2, "patch_size": 4, "layers": 1}, "text": {"width": 64, "heads": 1}},
+        {"context_length": tiny.MAX_LENGTH + 3},
         {"vision": {"layers": 3, "patch_size": 16}, "text": {"width": 64, "heads": 1, "layers": 4}},
     ],
 )

@@ -141,17 +141,12 @@ def test_glyphs_that_the_font_lacks() -> None:
     assert not drawings.exists("🦎", "noto")  # its drawing uses a mode that resvg lacks
 
 
-def test_drawings_that_are_not_square_stay_undistorted() -> None:
+def test_a_drawing_that_is_not_square_stays_undistorted() -> None:
     drawings = Drawings()
-    shapes = {
-        point: path
-        for point, path in drawings.files["twemoji"].items()
-        if 'viewBox="0 0 36 36"' not in path.read_text()
-    }
-    assert shapes  # the package still has such drawings
-    for points in shapes:
-        character = "".join(map(chr, points))
-        assert drawings.draw(character, "twemoji", 40).size == (40, 40)
+    assert 'viewBox="0 0 36 25.22"' in drawings.files["twemoji"][code_points("🍉")].read_text()
+    left, top, right, bottom = drawings.draw("🍉", "twemoji", 96).getbbox()
+    assert (right - left) / (bottom - top) == pytest.approx(36 / 25.22, rel=0.02)
+    assert top == pytest.approx(96 - bottom, abs=1)
 
 
 def test_cached_pictures_are_not_drawn_again(

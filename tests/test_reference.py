@@ -3,7 +3,8 @@
 Outputs and gradients are equal to 1e-5, relative and absolute, in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -267,6 +268,19 @@ def test_losses_are_their_closed_forms(batch: int, pair_ids: list[int] | None) -
     assert sigmoid == pytest.approx(sigmoid_closed_form(logits - 1.5, ids), rel=1e-5)
 
 
+@contextmanager
+def saved_sizes() -> Iterator[list[int]]:
+    """The sizes of the tensors that are kept for the backward pass."""
+    sizes: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
+
+
 @pytest.mark.parametrize("pair_ids", PAIR_IDS.values(), ids=PAIR_IDS.keys())
 @pytest.mark.parametrize("loss", [losses.contrastive_loss, losses.sigmoid_loss])
 def test_blocks_of_rows_change_nothing(
@@ -280,7 +294,10 @@ def test_blocks_of_rows_change_nothing(
     results = []
     for rows_per_block in (512, 3):
         monkeypatch.setattr(losses, "ROWS_PER_BLOCK", rows_per_block)
-        value = loss(images, texts, *learned, tensor_ids)
+        with saved_sizes() as sizes:
+            value = loss(images, texts, *learned, tensor_ids)
+        # In blocks, no matrix of all rows by all columns is kept.
+        assert (max(sizes) >= 8 * 8) == (rows_per_block == 512)
         results.append([value.detach(), *torch.autograd.grad(value, [images, texts, *learned])])
     for whole, in_blocks in zip(*results, strict=True):
         torch.testing.assert_close(in_blocks, whole, rtol=1e-5, atol=1e-6)

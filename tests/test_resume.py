@@ -1,6 +1,6 @@
 """A run that is killed and resumed ends bit by bit where an uninterrupted one ends.
 
-Dropout, augmentation, gradient accumulation, worker processes, evaluation, a partial last batch and several epochs are on.
+With dropout, augmentation, gradient accumulation, worker processes, evaluation, a partial last batch, several epochs.
 """
 
 import json
@@ -18,20 +18,22 @@ from safetensors.torch import load_file
 from hf_vlm.training import last_checkpoint
 
 TESTS = Path(__file__).parent
-DEATHS = ["between micro-batches", "after an epoch's checkpoint", "half of the optimizer saved", "half of the state saved"]
+DEATHS = [
+    "between micro-batches",
+    "after an epoch's checkpoint",
+    "half of the optimizer saved",
+    "half of the state saved",
+    "in the fourth pass of a stream",
+]
 CURVE = ("step", "epoch", "loss", "grad_norm", "learning_rate", "temperature", "eval_loss")
-
-
-def environment() -> dict[str, str]:
-    """The environment of a program in tests/scripts: one thread, and tests/ to import from."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "scripts")])}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(TESTS / "scripts" / "resume_runs.py"), str(folder)]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "scripts.resume_runs", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -55,9 +57,10 @@ def curve(checkpoint: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("name", DEATHS)
 def test_killed_and_resumed_equals_uninterrupted(runs: Path, name: str) -> None:
     codes = json.loads((runs / "codes.json").read_text())
-    assert codes["whole"] == [0]
+    uninterrupted = "whole stream" if "stream" in name else "whole"
+    assert codes[uninterrupted] == [0]
     assert codes[name] == [-9, 0]
-    whole, resumed = runs / "whole" / "checkpoint-12", runs / name / "checkpoint-12"
+    whole, resumed = runs / uninterrupted / "checkpoint-12", runs / name / "checkpoint-12"
     assert curve(resumed) == curve(whole)
     assert equal(load_file(resumed / "model.safetensors"), load_file(whole / "model.safetensors"))
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -71,7 +74,9 @@ def test_runs_are_not_trivially_equal(runs: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[-1]["epoch"] == 3
     assert len({line["loss"] for line in lines}) == 12
-    states = [torch.load(runs / "whole" / f"checkpoint-{step}" / "rng_state.pth", weights_only=False) for step in (9, 12)]
+    states = [
+        torch.load(runs / "whole" / f"checkpoint-{step}" / "rng_state.pth", weights_only=False) for step in (9, 12)
+    ]
     assert not torch.equal(states[0]["cpu"], states[1]["cpu"])
 
 

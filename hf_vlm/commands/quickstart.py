@@ -94,7 +94,7 @@ def search(model: PreTrainedModel, processor: ProcessorMixin, splits: DatasetDic
     texts = embed_texts(model, processor, TEXT_QUERIES, progress=False)
     results = [Result(query, hits(embed)) for query, embed in zip(TEXT_QUERIES, texts, strict=True)]
     for emoji in IMAGE_QUERIES:
-        row = next(row for row in splits["train"] if row["emoji"] == emoji)
+        row = next(row for name in ("train", "unseen_emoji") for row in splits[name] if row["emoji"] == emoji)
         query = embed_images(model, processor, [row["image"]], progress=False)[0]
         results.append(Result(f"pictures like this {row['style']} drawing", hits(query), row["image"]))
     return results

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 # To luma and two chroma axes: YIQ (NTSC), whose chroma plane is where hue is an angle and saturation a length.
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 LUMA = YIQ[0]
-FIELD_SIDE = 4  # random fields (wobble, shade) have this many control points a side
+FIELD_WAVES = 4  # random fields (wobble, shade) consist of this many cosines a side, the first of them constant
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,10 @@ class Augmentation:
         """Takes lines away, draws them, and puts light and shade on."""
         chosen = draw.chosen(self.unline)
         if len(chosen):
-            lighter = F.max_pool2d(pixels[chosen], 3, stride=1, padding=1)
-            pixels[chosen] = -F.max_pool2d(-lighter, 3, stride=1, padding=1)
+            colour, opacity = pixels[chosen].split([3, 1], dim=1)
+            on_white = F.max_pool2d(colour + 1 - opacity, 3, stride=1, padding=1)
+            closed = -F.max_pool2d(-on_white, 3, stride=1, padding=1) - (1 - opacity)
+            pixels[chosen] = torch.cat([closed.clamp_(min=0).minimum(opacity), opacity], dim=1)
         chosen = draw.chosen(self.ink)
         if len(chosen):
             part = pixels[chosen]
@@ -179,7 +181,7 @@ class Augmentation:
             ink = (edges.amax(dim=1, keepdim=True) * draw.uniform(0.5, 1.5)[chosen].view(-1, 1, 1, 1)).clamp(0, 1)
             pixels[chosen] = torch.cat([part[:, :3] * (1 - ink), torch.maximum(part[:, 3:], ink)], dim=1)
         if self.shade:
-            light = draw.field(1, pixels.shape[-1]) * draw.uniform(0, self.shade).view(-1, 1, 1, 1)
+            light = draw.field(1, pixels.shape[-1]).clamp_(-1, 1) * draw.uniform(0, self.shade).view(-1, 1, 1, 1)
             colour, opacity = pixels[:, :3], pixels[:, 3:]
             lit = torch.where(light > 0, colour + (opacity - colour) * light, colour * (1 + light))
             pixels = torch.cat([lit, opacity], dim=1)
@@ -214,17 +216,18 @@ class Augmentation:
         chosen = draw.chosen(self.blur)
         if len(chosen):
             sharp = pixels[chosen]
-            soft = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+            soft = F.avg_pool2d(sharp, 3, stride=1, padding=1, count_include_pad=False)
             pixels[chosen] = sharp.lerp(soft, draw.uniform(0, 1)[chosen].view(-1, 1, 1, 1))
         if self.erase:
             middle, half = draw.uniform(0, 1, 2) * size, draw.uniform(0.05, 0.25, 2) * size
             inside = (torch.arange(size) + 0.5 - middle[..., None]).abs() < half[..., None]  # (B, 2, S)
-            box = inside[:, 0, :, None] & inside[:, 1, None, :] & draw.chance(self.erase)[:, None, None]
-            pixels = torch.where(box[:, None], draw.colours()[:, :, None, None], pixels)
+            chosen, colours = draw.chosen(self.erase), draw.colours()[:, :, None, None]
+            box = inside[chosen, None, 0, :, None] & inside[chosen, None, 1, None, :]
+            pixels[chosen] = torch.where(box, colours[chosen], pixels[chosen])
         if self.noise:
             deviation = draw.uniform(0, self.noise).view(-1, 1, 1, 1)
-            pixels = pixels + torch.randn(pixels.shape, generator=draw.generator) * deviation
-        return pixels.clamp(0, 1)
+            pixels.addcmul_(torch.randn(pixels.shape, generator=draw.generator), deviation)
+        return pixels.clamp_(0, 1)
 
 
 class _Draw:
@@ -251,9 +254,11 @@ class _Draw:
         return torch.rand(self.count, 3, generator=self.generator)
 
     def field(self, channels: int, size: int) -> torch.Tensor:
-        """A smooth random field for each picture, `(B, channels, S, S)`, of normally distributed control points."""
-        points = torch.randn(self.count, channels, FIELD_SIDE, FIELD_SIDE, generator=self.generator)
-        return F.interpolate(points, size=(size, size), mode="bicubic", align_corners=True)
+        """A smooth random field for each picture, `(B, channels, S, S)`, of mean 0 and variance 1."""
+        place = (torch.arange(size) + 0.5) / size
+        waves = torch.cos(math.pi * torch.arange(FIELD_WAVES)[:, None] * place)
+        heights = torch.randn(self.count, channels, FIELD_WAVES, FIELD_WAVES, generator=self.generator)
+        return waves.T @ (heights / waves.square().mean(dim=1).sum()) @ waves
 
 
 __all__ = ["Augmentation"]

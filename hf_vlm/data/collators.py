@@ -16,7 +16,7 @@ from .pairs import Pair
 
 def pair_id(value: Any) -> int:
     """A 63-bit integer that stands for an id; the same on every rank and in every run."""
-    if isinstance(value, int | np.integer):
+    if isinstance(value, int | np.integer) and -(2**63) <= value < 2**63:
         return int(value)
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
 

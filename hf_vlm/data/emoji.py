@@ -2,8 +2,8 @@
 
 - Real drawings by different hands, from pip packages (extra `data`): nothing is downloaded, nothing is synthetic.
 - Which emoji: fully qualified ones (keycaps too), without skin tones and without flags of countries and regions, that
-  all three vendors draw. Of emoji that a vendor draws alike (`man walking` and `person walking`, most families) the one
-  with the shortest code sequence stays: nobody could tell the others apart.
+  all three vendors draw, less two dozen whose Noto glyph resvg draws wrong. Of emoji that a vendor draws alike (`man
+  walking` and `person walking`, most families) the one with the shortest code sequence stays: nobody tells them apart.
 - Two things are never trained on: 15 % of the emoji, chosen by a hash of their code points, and the style `noto`. The
   hash knows no families: `man astronaut` may be seen and `woman astronaut` held out.
 - Drawn once per size, then read from the cache (`~/.cache/hf_vlm/emoji`; the environment variable `HF_VLM_CACHE`
@@ -47,7 +47,7 @@ LICENCES = {
     "twemoji": {
         "licence": "CC-BY-4.0",
         "credit": "Twemoji, copyright Twitter, Inc and other contributors",
-        "source": "https://github.com/twitter/twemoji",
+        "source": "https://github.com/jdecked/twemoji",
     },
     "noto": {
         "licence": "OFL-1.1",

@@ -38,6 +38,8 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+
 Image.preinit()  # the common formats first: they are tried in this order
 Image.init()
 # Decoding EPS would start Ghostscript on a program that came with the data.
@@ -121,7 +123,12 @@ def _decode(image: Image.Image, where: str) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except _DAMAGED:
         orientation = None  # the pixels are sound: unreadable metadata beside them is no reason to lose the image
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+    if orientation not in _TRANSPOSE:
+        return image
+    upright = image.transpose(_TRANSPOSE[orientation])
+    for key in _METADATA:
+        upright.info.pop(key, None)  # or the next to load this image would turn it again
+    return upright
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,16 +1,18 @@
 """Image-caption pairs whose random choices depend only on seed, epoch and row.
 
-A resumed run therefore sees the same captions and the same augmentations as an uninterrupted one, whatever the number
-of workers or ranks.
+A resumed run therefore sees the same captions and the same augmentations as an uninterrupted one.
 """
 
+import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypedDict
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .mixing import Weights, mix, split_stream
 from .rows import OnError
@@ -35,21 +37,28 @@ class Pair(TypedDict):
     seed: int
 
 
-def make_pair(row: dict[str, Any], index: int, seed: int, epoch: int, shuffle_captions: bool) -> Pair:
+def make_pair(row: dict[str, Any], index: int, seed: tuple[int, ...], epoch: int, shuffle_captions: bool) -> Pair:
     """Chooses a caption of a row.
+
+    Args:
+        row: `image`, `caption` (a string or a list of strings) and optionally `id`.
+        index: The row's number.
+        seed: Decides, together with epoch and index, the caption and the pair's seed.
+        epoch: The number of the pass.
+        shuffle_captions: Whether to choose a caption at random; otherwise the first is taken.
 
     Raises:
         ValueError: if the row has no caption or an empty one.
     """
-    rng = np.random.default_rng((seed, epoch, index))
+    rng = np.random.default_rng((*seed, epoch, index))
     captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
-    if not captions or not all(caption.strip() for caption in captions):
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise ValueError(f"Row {index} has an empty caption: {row['caption']!r}. Remove it or give it a text.")
     choice = int(rng.integers(len(captions))) if shuffle_captions else 0
     return {
         "image": row["image"],
         "caption": captions[choice],
-        "id": row.get("id", captions[0]),
+        "id": captions[0] if row.get("id") is None else row["id"],
         "index": index,
         "seed": int(rng.integers(2**63)),
     }
@@ -68,18 +77,18 @@ class PairDataset(Dataset):
     def __init__(self, rows: Rows, seed: int = 0, shuffle_captions: bool = True):
         self.rows = rows
         self.seed = seed
-        self.epoch = 0
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
         self.shuffle_captions = shuffle_captions
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer's data loader at the start of each epoch."""
-        self.epoch = epoch
+        """Called by the trainer at the start of each epoch."""
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        return make_pair(self.rows[index], index, self.seed, self.epoch, self.shuffle_captions)
+        return make_pair(self.rows[index], index, (self.seed,), int(self.epoch), self.shuffle_captions)
 
 
 class PairStream(IterableDataset):
@@ -88,25 +97,36 @@ class PairStream(IterableDataset):
     Args:
         stream: What [`load_source`] or [`mix`] returned for streaming sources, on every rank the same.
         seed: Decides captions and augmentation.
+        shuffle_captions: Whether to choose a caption at random; otherwise the first is taken.
     """
 
-    def __init__(self, stream: datasets.IterableDataset, seed: int = 0):
+    def __init__(self, stream: datasets.IterableDataset, seed: int = 0, shuffle_captions: bool = True):
         self.stream = stream
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called at the start of each epoch; shuffles the stream's shards."""
-        self.epoch = epoch
-        self.stream.set_epoch(epoch)
+        self.shuffle_captions = shuffle_captions
+        self.rank: int | None = None
 
     def split(self, rank: int, world_size: int, workers: int) -> "PairStream":
-        """The rows of one rank; see [`split_stream`]."""
-        return PairStream(split_stream(self.stream, rank, world_size, workers), self.seed)
+        """The rows of one rank (see [`split_stream`]), pass after pass without end.
+
+        Without end, because ranks and workers end their passes at different steps, and so that a resumed run finds its
+        place in a later pass. Every pass but the first shuffles the shards.
+        """
+        part = PairStream(split_stream(self.stream, rank, world_size, workers), self.seed, self.shuffle_captions)
+        part.rank = rank
+        return part
 
     def __iter__(self) -> Iterator[Pair]:
-        for index, row in enumerate(self.stream):
-            yield make_pair(row, index, self.seed, self.epoch, shuffle_captions=True)
+        worker = get_worker_info()
+        reader = (self.rank or 0, worker.id if worker else 0)
+        stream = copy.deepcopy(self.stream)  # workers share the number of its pass
+        for epoch in itertools.count():
+            stream.set_epoch(epoch)
+            index = -1
+            for index, row in enumerate(stream):
+                yield make_pair(row, index, (self.seed, *reader), epoch, self.shuffle_captions)
+            if self.rank is None or index < 0:
+                return
 
 
 def load_pairs(
@@ -127,7 +147,7 @@ def load_pairs(
     """
     rows = mix([DataSource(**source) for source in sources], weights, seed, on_error)
     if isinstance(rows, datasets.IterableDataset):
-        return PairStream(rows, seed)
+        return PairStream(rows, seed, shuffle_captions)
     return PairDataset(rows, seed, shuffle_captions)
 
 

@@ -77,7 +77,7 @@ class SkipReport:
     def add(self, error: ValueError) -> None:
         """Counts a bad row; the error begins with its place."""
         if self.path.stat().st_size == 0:
-            logger.warning("Left out: %s More like it are counted and summed up at the end.", error)
+            logger.warning("Left out: %s More like it are counted and summed up at the end.", str(error))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{error}\n")
 
@@ -158,8 +158,8 @@ def _image_of(image: Any, origin: Origin, place: str) -> Any:
         return path
     if origin.root is None:
         raise SourceError(f"{place}: the row names a file, which is not read from here; store the image in the row.")
-    file = origin.root / path
-    if "\0" in path or not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(origin.root)):
+    file = Path(os.path.realpath(origin.root / path)) if "\0" not in path else None
+    if file is None or not file.is_relative_to(os.path.realpath(origin.root)):
         raise SourceError(f"{place}: the path leads out of {origin.root} and is not read; put the image in there.")
     return file
 

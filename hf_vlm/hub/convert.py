@@ -174,7 +174,7 @@ def convert_folder(src: str | Path, dst: str | Path, to: Literal["native", "hf_v
         unfinished = Path(folder) / dst.name
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-        if dst.exists():
+        if dst.exists():  # Windows does not rename onto a folder
             dst.rmdir()
         unfinished.rename(dst)
 

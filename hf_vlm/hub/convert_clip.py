@@ -122,7 +122,7 @@ def to_transformers(model: VlmClipModel) -> CLIPModel:
         vision_config=chosen(config.vision_config, VISION_FIELDS) | projection,
         text_config=chosen(config.text_config, TEXT_FIELDS) | projection,
         # CLIPModel makes a parameter of the number as it is, which an integer cannot be.
-        logit_scale_init_value=float(config.logit_scale_init_value),
+        logit_scale_init_value=float(config.to_dict()["logit_scale_init_value"]),
         **projection,
     )
     state_dict = rename(model.state_dict(), native_names(config))

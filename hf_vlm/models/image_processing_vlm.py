@@ -19,7 +19,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 MAX_ASPECT_RATIO = 16
 
 
-class VlmImageKwargs(ImagesKwargs, total=False):
+class VlmImageKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Options of [`VlmImageProcessor`] beyond those of every image processor."""
 
     resize_mode: Literal["crop", "squash", "pad"]
@@ -82,13 +82,9 @@ class VlmImageProcessor(PilBackend):
         self, image: Image.Image, size: SizeDict, resize_mode: str, resample: PILImageResampling, fill: tuple[int, ...]
     ) -> Image.Image:
         """An RGB image at exactly `size`, by the given mode."""
-        width, height = image.size
         target = (size.width, size.height)
-        if resize_mode == "pad" and width != height:
-            side = max(width, height)
-            square = Image.new("RGB", (side, side), fill)
-            square.paste(image, ((side - width) // 2, (side - height) // 2))
-            image = square
+        if resize_mode == "pad":
+            image = pad_to_square(limit_size(image, MAX_ASPECT_RATIO * max(target)), fill)
         if resize_mode != "crop":
             return image if image.size == target else image.resize(target, resample)
         image = limit_aspect_ratio(image)
@@ -123,9 +119,30 @@ class VlmImageProcessor(PilBackend):
         if do_rescale:
             pixels *= rescale_factor
         if do_normalize:
-            pixels = (pixels - np.asarray(image_mean, np.float32)) / np.asarray(image_std, np.float32)
+            pixels -= np.array(image_mean, dtype=np.float32)
+            pixels /= np.array(image_std, dtype=np.float32)
         pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+def limit_size(image: Image.Image, longest: int) -> Image.Image:
+    """A huge image shrunk to a side of at most `longest` pixels, since the square around it would be far larger."""
+    width, height = image.size
+    if max(width, height) <= longest:
+        return image
+    scale = longest / max(width, height)
+    return image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BOX)
+
+
+def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of one colour (LLaVA-1.5)."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
 
 
 def limit_aspect_ratio(image: Image.Image) -> Image.Image:

@@ -124,7 +124,7 @@ class VlmClipModel(PreTrainedModel):
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
         self.similarity = VlmClipSimilarity(config)
         self.locked_towers: set[str] = set()
-        self._freeze_unused_poolers()
+        self._freeze_unused()
         self.post_init()
 
     @torch.no_grad()
@@ -138,13 +138,24 @@ class VlmClipModel(PreTrainedModel):
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, module.config.logit_bias_init_value)
 
-    def _freeze_unused_poolers(self) -> None:
-        """A pooler that the chosen pooling passes by would be an unused parameter, which stalls data parallelism."""
-        poolings = ((self.vision_model, self.config.vision_pooling), (self.text_model, self.config.text_pooling))
-        for tower, pooling in poolings:
-            for name, child in tower.named_children():
-                if pooling != "tower" and name in ("pooler", "head"):
-                    child.requires_grad_(False)
+    def _freeze_unused(self) -> None:
+        """Freezes what no output depends on: what the chosen pooling passes by, and mask tokens.
+
+        A trained parameter without a gradient stalls data parallelism. Loading thaws every parameter, and then calls
+        `eval()`: so `train` says this again.
+        """
+        vision = self.config.vision_config
+        passed_by = ["pooler.", "head."]
+        if vision.model_type == VlmTowerConfig.model_type and vision.final_norm == "pooled":
+            passed_by.append("post_norm.")
+        if vision.model_type == "clip_vision_model":
+            passed_by.append("post_layernorm.")
+        vision_unused = () if self.config.vision_pooling == "tower" else tuple(passed_by)
+        text_unused = () if self.config.text_pooling == "tower" else ("pooler.", "head.")
+        for tower, unused in ((self.vision_model, vision_unused), (self.text_model, text_unused)):
+            for name, parameter in tower.named_parameters():
+                if name.startswith(unused) or name.endswith("mask_token"):
+                    parameter.requires_grad_(False)
 
     @classmethod
     def from_parts(
@@ -179,7 +190,7 @@ class VlmClipModel(PreTrainedModel):
         )
         model = cls(config)
         model.vision_model, model.text_model = vision_model, text_model
-        model._freeze_unused_poolers()
+        model._freeze_unused()
         return model
 
     def lock_tower(self, name: str) -> None:
@@ -201,6 +212,7 @@ class VlmClipModel(PreTrainedModel):
     def train(self, mode: bool = True) -> "VlmClipModel":
         """Sets training mode everywhere but in locked towers."""
         super().train(mode)
+        self._freeze_unused()
         if "vision" in self.locked_towers:
             self.vision_model.eval()
         if "text" in self.locked_towers:
@@ -265,11 +277,13 @@ class VlmClipModel(PreTrainedModel):
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass either pixel_values or vision_features.")
-        if vision_features is None:
+        if pixel_values is not None:
             pooled = self.vision_pooled(pixel_values, interpolate_pos_encoding)
-        else:
+        elif vision_features is not None:
             pooled = self._pool_vision_features(vision_features)
-        return BaseModelOutputWithPooling(pooler_output=self.visual_projection(pooled))
+        return BaseModelOutputWithPooling(
+            pooler_output=self.visual_projection(pooled.to(self.visual_projection.weight.dtype))
+        )
 
     @can_return_tuple
     def get_text_features(
@@ -294,8 +308,10 @@ class VlmClipModel(PreTrainedModel):
         """
         if (input_ids is None) == (text_features is None):
             raise ValueError("Pass either input_ids or text_features.")
-        pooled = self.text_pooled(input_ids, attention_mask) if text_features is None else text_features
-        return BaseModelOutputWithPooling(pooler_output=self.text_projection(pooled))
+        pooled = text_features if input_ids is None else self.text_pooled(input_ids, attention_mask)
+        return BaseModelOutputWithPooling(
+            pooler_output=self.text_projection(pooled.to(self.text_projection.weight.dtype))
+        )
 
     @can_return_tuple
     def forward(
@@ -323,12 +339,15 @@ class VlmClipModel(PreTrainedModel):
                 of the texts.
 
         Returns:
-            [`VlmClipOutput`]; logits are of this rank's images and texts.
+            [`VlmClipOutput`]; logits are of this rank's images and texts. Of images alone, only `image_embeds`: what the
+            `image-feature-extraction` pipeline asks for.
 
         Raises:
-            ValueError: if an input is missing, or the loss is asked for unequal numbers of images and texts.
+            ValueError: if the images are missing, or the loss is asked for unequal numbers of images and texts.
         """
         image_embeds = self.get_image_features(pixel_values, vision_features, interpolate_pos_encoding).pooler_output
+        if input_ids is None and text_features is None and not return_loss:
+            return VlmClipOutput(image_embeds=F.normalize(image_embeds.float(), dim=-1))
         text_embeds = self.get_text_features(input_ids, attention_mask, text_features).pooler_output
         image_embeds, text_embeds = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
         loss = None
@@ -357,7 +376,7 @@ def _load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTr
     model = source
     if isinstance(source, str):
         config = AutoConfig.from_pretrained(source, revision=kwargs.get("revision"))
-        model = AutoModel.from_pretrained(source, config=config, **kwargs)
+        model = AutoModel.from_pretrained(source, config=config, **{"dtype": torch.float32, **kwargs})
     if f"{name}_config" in model.config.to_dict():
         return model.get_submodule(f"{name}_model")
     return model

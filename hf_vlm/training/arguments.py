@@ -31,7 +31,8 @@ class VlmTrainingArguments(TrainingArguments):
             self.bf16, reason = choose_bf16()
             logger.warning(reason)
         # Without it transformers refuses bf16 on a machine that has no accelerator.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
 
 
@@ -43,6 +44,13 @@ class ContrastiveTrainingArguments(VlmTrainingArguments):
         default=None,
         metadata={"help": "Embed the batch this many rows at a time (GradCache): memory of a chunk, gradients of all."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.grad_cache_chunk is not None and self.grad_cache_chunk < 1:
+            raise ValueError(
+                f"grad_cache_chunk must be a positive number of rows or left out, not {self.grad_cache_chunk}."
+            )
 
 
 __all__ = ["ContrastiveTrainingArguments", "VlmTrainingArguments"]

@@ -34,7 +34,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         if is_complete(checkpoint):
             return str(checkpoint)
         logger.warning("Removing %s: the run was stopped while saving it.", checkpoint)
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)  # every rank does this
     return None
 
 

@@ -1,10 +1,11 @@
 """Training of two-tower models: global batch, GradCache, clamped temperature, retrieval while training."""
 
 import torch
-from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..models.modeling_clip import VlmClipModel
 from .arguments import ContrastiveTrainingArguments
 from .grad_cache import grad_cache_backward
 from .trainer import VlmTrainer
@@ -36,6 +37,13 @@ class ContrastiveTrainer(VlmTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(ClampTemperature())
+        if self.args.grad_cache_chunk is not None and self.is_fsdp_enabled:
+            raise ValueError("grad_cache_chunk works with data parallelism (torchrun), not with FSDP: leave out one.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process on {self.args.n_gpu} GPUs would contrast each GPU's part only with itself: "
+                f"start one process a GPU, with torchrun --nproc_per_node {self.args.n_gpu}."
+            )
         if self.args.gradient_accumulation_steps > 1:
             logger.warning(
                 "gradient_accumulation_steps=%d: each micro-batch of %d is contrasted with itself only. For the "
@@ -49,7 +57,9 @@ class ContrastiveTrainer(VlmTrainer):
         outputs = model(**inputs, return_loss=True)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+    def training_step(
+        self, model: VlmClipModel | DistributedDataParallel, inputs: dict, num_items_in_batch=None
+    ) -> torch.Tensor:
         """One micro-batch forward and backward; its loss divided by the number of micro-batches."""
         self.record("temperature", 1.0 / self.accelerator.unwrap_model(model).similarity.logit_scale.exp())
         if self.args.grad_cache_chunk is None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models.modeling_clip import VlmClipModel
@@ -46,7 +45,7 @@ def split_batch(batch: Batch, chunk_size: int) -> list[Batch]:
 
 
 def grad_cache_backward(
-    model: nn.Module,
+    model: VlmClipModel | DistributedDataParallel,
     batch: Batch,
     chunk_size: int,
     backward: Callable[[torch.Tensor], None],
@@ -78,8 +77,8 @@ def grad_cache_backward(
     image_embeds = torch.cat([image for image, _ in embeddings]).requires_grad_()
     text_embeds = torch.cat([text for _, text in embeddings]).requires_grad_()
 
-    # The factor and bias are detached copies here: their gradients go back through the last chunk, so that a
-    # distributed wrapper sees every parameter in the one backward pass that it synchronises.
+    # The gradients of factor and bias join the last chunk's backward pass, the one that a distributed wrapper
+    # synchronises, so that it sees every parameter there.
     head = core.similarity
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     loss = head.loss(image_embeds, text_embeds, pair_ids)

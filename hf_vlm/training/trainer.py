@@ -6,37 +6,63 @@ from collections import defaultdict
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import DataCollator, Trainer
+from transformers import DataCollator, Trainer, TrainerCallback
 
-from ..data.pairs import PairStream
+from ..data.pairs import PairDataset, PairStream
 
 
-class StreamLoader(DataLoader):
-    """A data loader of one rank's part of a stream, which the Trainer can tell the epoch."""
+class TellEpoch(TrainerCallback):
+    """Tells the sampler and the data set which epoch begins, also in a resumed run and on several ranks.
 
-    dataset: PairStream
+    The Trainer's data loaders tell the data set only on one rank and in an epoch that begins at its beginning, and a
+    resumed run on several ranks would draw the order of the first epoch.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of each epoch."""
-        self.dataset.set_epoch(epoch)
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Called by the Trainer before the first batch of an epoch, or of the rest of one."""
+        if isinstance(train_dataloader.dataset, PairDataset):  # a stream counts its passes itself
+            train_dataloader.set_epoch(int(state.epoch))
+            train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+class Stopwatch(TrainerCallback):
+    """Counts steps a second from the start of a run, new or resumed, and then from one log line to the next."""
+
+    def __init__(self) -> None:
+        self.last: tuple[int, float] = (0, 0.0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer when it has restored the step of a resumed run."""
+        self.lap(state.global_step)
+
+    def lap(self, step: int) -> float:
+        """Steps a second since the last call."""
+        now = time.perf_counter()
+        rate = (step - self.last[0]) / (now - self.last[1])
+        self.last = (step, now)
+        return rate
 
 
 class VlmTrainer(Trainer):
-    """transformers' Trainer for models whose output names its loss parts.
+    """transformers' Trainer for models with several parts of the loss.
 
     - Weight decay acts on matrices only: not on gains, biases, or a temperature (CLIP, appendix F).
-    - Every `loss*` field of the model's output is averaged over the logged steps.
+    - What a subclass hands to `record` is averaged over the steps between two log lines.
     - `samples_per_second` counts the training samples of all ranks between two log lines.
 
     Args:
         eval_collator: Collator of the evaluation data, which is not augmented; `data_collator` by default.
     """
 
+    data_collator: DataCollator
+
     def __init__(self, *args, eval_collator: DataCollator | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.eval_collator = eval_collator or self.data_collator
+        self.eval_collator: DataCollator = eval_collator or self.data_collator
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._last_log = (0, time.perf_counter())
+        self._stopwatch = Stopwatch()
+        self.add_callback(self._stopwatch)
+        self.add_callback(TellEpoch())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with two dimensions or more."""
@@ -47,11 +73,13 @@ class VlmTrainer(Trainer):
         if not isinstance(self.train_dataset, PairStream):
             return super().get_train_dataloader()
         workers = self.args.dataloader_num_workers
-        return StreamLoader(
+        return DataLoader(
             self.train_dataset.split(self.args.process_index, self.args.world_size, workers),
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.data_collator,
             num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
             drop_last=True,  # ranks must agree on the size of a batch
         )
 
@@ -67,22 +95,14 @@ class VlmTrainer(Trainer):
         """Keeps a scalar for the next log line."""
         self._parts[name].append(value.detach())
 
-    def train(self, *args, **kwargs):
-        """Trains; see `transformers.Trainer.train`."""
-        self._last_log = (self.state.global_step, time.perf_counter())
-        return super().train(*args, **kwargs)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the recorded scalars and the throughput to the Trainer's training lines."""
         if "loss" in logs:
             for name, values in self._parts.items():
                 logs[name] = torch.stack(values).mean().item()
             self._parts.clear()
-            step, now = self.state.global_step, time.perf_counter()
-            samples = (step - self._last_log[0]) * self.args.train_batch_size * self.args.world_size
-            samples *= self.args.gradient_accumulation_steps
-            logs["samples_per_second"] = round(samples / (now - self._last_log[1]), 1)
-            self._last_log = (step, now)
+            samples = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+            logs["samples_per_second"] = round(samples * self._stopwatch.lap(self.state.global_step), 1)
         super().log(logs, start_time)
 
 

@@ -1,7 +1,7 @@
-"""Trains without interruption, killed, and resumed: `python resume_runs.py FOLDER`.
+"""Trains without interruption, killed, and resumed: `python -m scripts.resume_runs FOLDER`.
 
-Each run is a fork of this process, which has imported everything already. A run writes its checkpoints below FOLDER; the
-killed ones send SIGKILL to themselves.
+Each run is a fork of this process, which has imported everything already. A run writes its checkpoints below FOLDER;
+the killed ones send SIGKILL to themselves.
 """
 
 import json
@@ -11,22 +11,23 @@ import signal
 import sys
 from pathlib import Path
 
-import tiny_training
 import torch
 from transformers import TrainerCallback, TrainerState
 
 from hf_vlm.data.pairs import PairDataset
 from hf_vlm.training import last_checkpoint
+from scripts import tiny_training
 
 # 26 rows in micro-batches of 4, two a step: four steps an epoch, the last of one micro-batch of two rows.
 NUM_ROWS, STEPS = 26, 12
 # How a run ends, at which step, and how often it saves. What it is resumed from: the middle of an epoch, the end of one
 # (8), and the checkpoint before the one that it was killed in.
 DEATHS = {
-    "between micro-batches": ("accumulating", 7, 3),
+    "between micro-batches": ("accumulating", 10, 3),
     "after an epoch's checkpoint": ("accumulating", 9, 4),
     "half of the optimizer saved": ("optimizer", 9, 3),
     "half of the state saved": ("state", 6, 3),
+    "in the fourth pass of a stream": ("accumulating", 10, 3),
 }
 
 
@@ -76,11 +77,12 @@ def train(output: Path, save_steps: int, death: str | None = None, step: int = 0
     """One run, resumed from its last complete checkpoint if there is one; `death` at `step` is how it ends."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    is_stream = "stream" in output.name
     trainer = tiny_training.trainer(
         output,
         tiny_training.model(dropout=True),
-        num_rows=NUM_ROWS,
-        augment=True,
+        tiny_training.stream(NUM_ROWS, 3) if is_stream else PairDataset(tiny_training.rows(NUM_ROWS)),
+        data_collator=tiny_training.collator(augment=True),
         callbacks=[DieWhileAccumulating(step)] if death == "accumulating" else None,
         eval_dataset=PairDataset(tiny_training.rows(6), shuffle_captions=False),
         max_steps=STEPS,
@@ -109,7 +111,7 @@ def fork(*args) -> int:
 
 def main(folder: Path) -> None:
     """One whole run and, by the names of the deaths, the killed and resumed ones; their exit codes go to a file."""
-    codes = {"whole": [fork(folder / "whole", 3)]}
+    codes = {name: [fork(folder / name, 3)] for name in ("whole", "whole stream")}
     for name, (death, step, save_steps) in DEATHS.items():
         codes[name] = [fork(folder / name, save_steps, death, step), fork(folder / name, save_steps)]
     (folder / "codes.json").write_text(json.dumps(codes))

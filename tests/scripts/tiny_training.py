@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerCallback
 
 import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.data.augment import Augmentation
 from hf_vlm.data.collators import ContrastiveCollator
-from hf_vlm.data.pairs import PairDataset
+from hf_vlm.data.pairs import PairDataset, PairStream
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
 
 THINGS = ["cat", "dog", "house", "tree"]
@@ -55,21 +56,27 @@ def arguments(output_dir: str | Path, **options) -> ContrastiveTrainingArguments
     return ContrastiveTrainingArguments(output_dir=str(output_dir), **{**defaults, **options})
 
 
+def stream(count: int, num_shards: int) -> PairStream:
+    """[`rows`] as a stream."""
+    return PairStream(Dataset.from_list(rows(count)).to_iterable_dataset(num_shards))
+
+
 def trainer(
     output_dir: str | Path,
     clip: VlmClipModel,
-    num_rows: int = 16,
-    augment: bool = False,
-    callbacks: list[TrainerCallback] | None = None,
+    train_dataset: PairDataset | PairStream | None = None,
     eval_dataset: PairDataset | None = None,
+    data_collator: ContrastiveCollator | None = None,
+    callbacks: list[TrainerCallback] | None = None,
     **options,
 ) -> ContrastiveTrainer:
-    """A trainer over [`rows`]; the options are training arguments."""
+    """A trainer, by default over 16 [`rows`] that are not augmented; the options are training arguments."""
     return ContrastiveTrainer(
         clip,
         arguments(output_dir, **options),
-        train_dataset=PairDataset(rows(num_rows)),
+        train_dataset=train_dataset or PairDataset(rows(16)),
         eval_dataset=eval_dataset,
-        data_collator=collator(augment),
+        data_collator=data_collator or collator(),
+        eval_collator=collator(),
         callbacks=callbacks,
     )

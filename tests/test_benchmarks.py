@@ -1,0 +1,126 @@
+"""The speed comparisons: one runs from end to end at a tiny size, and what they count is right."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.harness import Spread, TrainingStep, Worker, _serve, matmul_peak, table
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS, INPUTS, OUTPUTS = 4, 8, 16
+
+
+@pytest.mark.slow
+def test_clip_runs(tmp_path: Path) -> None:
+    output = tmp_path / "made" / "clip.json"
+    command = [sys.executable, "benchmarks/clip.py", "--size", "tiny", "--repeats", "2", "--precision", "fp32"]
+    command += ["--peers", "transformers", "open_clip", "--device", "cpu", "--threads", "1", "--output", str(output)]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(output.read_text())
+    results = {result["contender"]: result for result in report["results"]}
+    # open_clip is not among the packages that the tests need; without it, the run says so and goes on.
+    assert {*results, *report["missing"]} == {"hf_vlm", "transformers", "open_clip"}
+    assert ("not measured" in run.stdout) == ("open_clip" in report["missing"])
+    assert "transformers differs by" in run.stdout
+    assert report["settings"]["batch"] == 4
+    for name, result in results.items():
+        seconds, ratio = result["step_seconds"], result["step_ratio"]
+        assert 0 < result["forward_backward_seconds"]["low"] < seconds["low"] <= seconds["median"] <= seconds["high"]
+        assert (ratio == {"median": 1.0, "low": 1.0, "high": 1.0}) == (name == "hf_vlm")
+        assert result["peak_memory_bytes"] > 2**26
+        assert name in run.stdout
+    assert 0 < results["hf_vlm"]["flops"] < results["transformers"]["flops"]
+    assert results["transformers"]["flops"] < results.get("open_clip", {"flops": float("inf")})["flops"]
+
+
+def linear_step(learning: bool = True) -> TrainingStep:
+    """A linear layer without bias on a fixed batch."""
+    model, batch = nn.Linear(INPUTS, OUTPUTS, bias=False), torch.randn(ROWS, INPUTS)
+    return TrainingStep(model, lambda: model(batch).square().mean(), "cpu", "fp32")
+
+
+def test_step_trains_and_times() -> None:
+    step = linear_step()
+    before = step.model.weight.detach().clone()
+    times = step.run()
+    assert 0 < times.forward_backward < times.step
+    assert not torch.equal(step.model.weight, before)
+    assert step.float32_loss() < times.loss
+
+
+def test_step_uses_bfloat16() -> None:
+    layer, dtypes = nn.Linear(2, 2), []
+    layer.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    TrainingStep(layer, lambda: layer(torch.ones(1, 2)).float().sum(), "cpu", "bf16").run()
+    assert dtypes == [torch.bfloat16]
+
+
+def test_flops_of_linear() -> None:
+    # A product for the outputs and one for the gradient of the weights; the batch needs no gradient.
+    assert linear_step().flops() == 2 * (2 * ROWS * INPUTS * OUTPUTS)
+
+
+class Attention(nn.Module):
+    """Attention of a parameter with itself, fused or written out."""
+
+    def __init__(self, fused: bool):
+        super().__init__()
+        self.fused = fused
+        self.states = nn.Parameter(torch.randn(1, 2, 5, 8))
+
+    def forward(self) -> torch.Tensor:
+        query, key, value = self.states, 2 * self.states, 3 * self.states
+        if self.fused:
+            return F.scaled_dot_product_attention(query, key, value).sum()
+        return ((query @ key.transpose(-1, -2)).softmax(dim=-1) @ value).sum()
+
+
+def test_flops_of_attention() -> None:
+    fused, written_out = Attention(fused=True), Attention(fused=False)
+    product = 2 * (2 * 5 * 5 * 8)  # 2 heads, 5 x 5 tokens, 8 wide
+    assert TrainingStep(written_out, written_out, "cpu", "fp32").flops() == 6 * product
+    # The fused kernel computes the scores again in the backward pass.
+    assert TrainingStep(fused, fused, "cpu", "fp32").flops() == 7 * product
+
+
+def without_package() -> TrainingStep:
+    """A contender whose package is missing."""
+    raise ImportError("No module named 'peer'")
+
+
+def test_missing_package_is_reported() -> None:
+    pipe, child_pipe = multiprocessing.Pipe()
+    _serve(child_pipe, torch.get_num_threads(), without_package, ())
+    worker = Worker.__new__(Worker)
+    worker.pipe, worker.process = pipe, threading.Thread()
+    worker.process.start()
+    with pytest.raises(ImportError, match="peer"):
+        worker.wait()
+
+
+def test_matmul_peak_is_positive() -> None:
+    assert matmul_peak("cpu", "fp32", repeats=1) > 1e8
+
+
+def test_spread() -> None:
+    spread = Spread.of(iter([3.0, 1.0, 2.0, 10.0]))
+    assert (spread.median, spread.low, spread.high) == (2.5, 1.0, 10.0)
+    assert str(spread) == "2.500 (1.000-10.000)"
+
+
+def test_table_aligns() -> None:
+    assert table(["name", "x"], [["a", "1"], ["longer", "23"]]).splitlines() == [
+        "name     x",
+        "------  --",
+        "a        1",
+        "longer  23",
+    ]

@@ -1,0 +1,102 @@
+"""Two ranks with half of the batch each do what one process does with all of it.
+
+A torchrun of two gloo ranks does all cases at once, and this process, without process group, does them alone.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from scripts import distributed_steps
+
+TESTS = Path(__file__).parent
+Results = dict[tuple[str, ...], dict]
+
+
+def torchrun(program: str, folder: Path, ranks: int = 2) -> None:
+    """Runs a program of tests/scripts on gloo ranks over loopback."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    result = subprocess.run(
+        [*command, "-m", f"scripts.{program}", str(folder)],
+        cwd=TESTS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    results = distributed_steps.main(tmp_path_factory.mktemp("one"))
+    assert not dist.is_initialized()
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("two")
+    torchrun("distributed_steps", folder)
+    return torch.load(folder / "results-2.pt", weights_only=False)
+
+
+def relative_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """By name, the norm of the difference over the norm of what is expected."""
+    assert actual.keys() == expected.keys()
+    return {name: ((actual[name] - value).norm() / value.norm()).item() for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("case", distributed_steps.CASES, ids=", ".join)
+def test_gradients_of_every_parameter(case: tuple[str, ...], one_rank: Results, two_ranks: Results) -> None:
+    errors = relative_errors(two_ranks[case], one_rank[case])
+    assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
+    assert ("similarity.logit_bias" in errors) == (case[0] == "sigmoid")
+
+
+@pytest.mark.parametrize("loss_type", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("ids", ["ids", "no ids"])
+def test_cached_and_blocked_gradients_are_the_plain_ones(loss_type: str, ids: str, one_rank: Results) -> None:
+    plain = one_rank[loss_type, ids, "plain"]
+    for way in ("cached", "blocks"):
+        errors = relative_errors(one_rank[loss_type, ids, way], plain)
+        assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
+
+
+@pytest.mark.parametrize("loss_type", ["softmax", "sigmoid"])
+def test_ids_matter(loss_type: str, one_rank: Results) -> None:
+    losses = [one_rank[loss_type, ids, "plain"]["loss"] for ids in ("ids", "no ids")]
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
+@pytest.mark.parametrize("way", ["plain", "cached"])
+@pytest.mark.parametrize("loss_type", ["softmax", "sigmoid"])
+def test_trainer_ends_with_the_same_weights(loss_type: str, way: str, one_rank: Results, two_ranks: Results) -> None:
+    """Five steps over an epoch's end, with other captions in the second epoch."""
+    one, two = one_rank[loss_type, way], two_ranks[loss_type, way]
+    errors = relative_errors(two["weights"], one["weights"])
+    assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert len(one["loss"]) == 5
+
+
+def test_ranks_see_disjoint_rows_in_the_order_of_one_rank(one_rank: Results, two_ranks: Results) -> None:
+    (alone,) = one_rank["softmax", "plain"]["rows"]
+    first, second = two_ranks["softmax", "plain"]["rows"]
+    assert [[*a, *b] for a, b in zip(first, second, strict=True)] == alone
+    assert sorted(row for batch in alone[:3] for row in batch) == list(range(24))
+    assert alone[:2] != alone[3:5]
+
+
+def test_two_ranks_resume_in_the_second_epoch(two_ranks: Results) -> None:
+    """From a checkpoint of the fourth of five steps, with dropout: the same rows and the same weights, bit by bit."""
+    whole, resumed = two_ranks["whole",], two_ranks["resumed",]
+    for rank in range(2):
+        assert resumed["rows"][rank][0] == whole["rows"][rank][4]
+    assert resumed["loss"] == whole["loss"]
+    assert all(torch.equal(value, whole["weights"][name]) for name, value in resumed["weights"].items())
