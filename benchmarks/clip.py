@@ -116,6 +116,7 @@ def prepare(folder: Path, size: str, batch: int, hidden_act: str) -> None:
     model.save_pretrained(folder / "hf_vlm")
     to_transformers(model).save_pretrained(folder / "transformers")
     original = transposed(rename(model.state_dict(), NAMES))
+    original["logit_scale"] = original["logit_scale"].reshape(())
     save_file({name: tensor.contiguous() for name, tensor in original.items()}, folder / "open_clip.safetensors")
     save_file(make_batch(model.config, batch), folder / "batch.safetensors")
 

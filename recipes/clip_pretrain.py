@@ -61,6 +61,7 @@ class ModelArguments:
     max_text_length: int = field(default=77, metadata={"help": "Longest caption in tokens."})
     projection_dim: int = field(default=512, metadata={"help": "Size of the shared embedding."})
     loss_type: str = field(default="softmax", metadata={"help": "softmax (CLIP) or sigmoid (SigLIP)."})
+    logit_scale: float | None = field(default=None, metadata={"help": "Initial log factor; by default the paper's."})
 
 
 @dataclass
@@ -86,7 +87,13 @@ def build_model(args: ModelArguments) -> tuple[VlmClipModel, VlmClipProcessor]:
         vision = resolve_part(args.vision)
     text_name = resolve_part(args.text or args.tokenizer or "openai/clip-vit-base-patch32")
     text = text_name if args.text else VlmTextTowerModel(VlmTextTowerConfig(**(args.text_config or {})))
-    model = VlmClipModel.from_parts(vision, text, projection_dim=args.projection_dim, loss_type=args.loss_type)
+    model = VlmClipModel.from_parts(
+        vision,
+        text,
+        projection_dim=args.projection_dim,
+        loss_type=args.loss_type,
+        logit_scale_init_value=args.logit_scale,
+    )
     for tower in args.lock:
         model.lock_tower(tower)
     size = {"height": args.image_size, "width": args.image_size}

@@ -89,7 +89,7 @@ def check_state_dict(source: str, found: Mapping[str, torch.Tensor], expected: M
     mismatched = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        if name in found and found[name].shape != tensor.shape and not found[name].numel() == tensor.numel() == 1
     ]
     check_keys(source, list(expected.keys() - found.keys()), list(found.keys() - expected.keys()), mismatched)
 
@@ -107,8 +107,11 @@ def load_complete(model_class: type[PreTrainedModel], path: str | Path) -> PreTr
 
 
 def with_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """The model in eval mode with copies of the given weights, in their own dtypes."""
+    """The model in eval mode with copies of the given weights, in their own dtypes; single numbers in its own shape."""
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in state_dict.items()}
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() == 1 and name in copies:
+            copies[name] = copies[name].reshape(tensor.shape)
     model.load_state_dict(copies, assign=True)
     return model.eval()
 

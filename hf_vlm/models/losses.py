@@ -87,7 +87,7 @@ def contrastive_loss(
     Args:
         image_embeds (`torch.Tensor` of shape `(B, E)`): L2-normalised image embeddings of this rank.
         text_embeds (`torch.Tensor` of shape `(B, E)`): L2-normalised text embeddings of this rank.
-        logit_scale (`torch.Tensor` of shape `()`): Factor on the similarities (the inverse temperature, not its log).
+        logit_scale (`torch.Tensor` of shape `()` or `(1,)`): Factor on the similarities (the inverse temperature, not its log).
         pair_ids (`torch.LongTensor` of shape `(B,)`, *optional*): Pairs of equal id are positives of each other; the
             target is uniform over a row's positives.
 
@@ -113,8 +113,8 @@ def sigmoid_loss(
     Args:
         image_embeds (`torch.Tensor` of shape `(B, E)`): L2-normalised image embeddings of this rank.
         text_embeds (`torch.Tensor` of shape `(B, E)`): L2-normalised text embeddings of this rank.
-        logit_scale (`torch.Tensor` of shape `()`): Factor on the similarities.
-        logit_bias (`torch.Tensor` of shape `()`): Added to the scaled similarities.
+        logit_scale (`torch.Tensor` of shape `()` or `(1,)`): Factor on the similarities.
+        logit_bias (`torch.Tensor` of shape `()` or `(1,)`): Added to the scaled similarities.
         pair_ids (`torch.LongTensor` of shape `(B,)`, *optional*): Pairs of equal id are positives of each other.
 
     Returns:

@@ -64,8 +64,9 @@ class VlmClipSimilarity(nn.Module):
     def __init__(self, config: VlmClipConfig):
         super().__init__()
         self.config = config
-        self.logit_scale = nn.Parameter(torch.empty(()))
-        self.logit_bias = nn.Parameter(torch.empty(())) if config.loss_type == "sigmoid" else None
+        # Of one dimension, since FSDP2 does not shard scalars.
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.logit_bias = nn.Parameter(torch.empty(1)) if config.loss_type == "sigmoid" else None
 
     def forward(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """Logits of shape `(images, texts)` of L2-normalised embeddings."""
@@ -83,6 +84,11 @@ class VlmClipSimilarity(nn.Module):
             if self.logit_bias is None:
                 return contrastive_loss(image_embeds, text_embeds, scale, pair_ids)
             return sigmoid_loss(image_embeds, text_embeds, scale, self.logit_bias.float(), pair_ids)
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        """What similarities are divided by, a scalar."""
+        return self.logit_scale.detach().neg().exp()[0]
 
     @torch.no_grad()
     def clamp(self) -> None:

@@ -61,7 +61,7 @@ class ContrastiveTrainer(VlmTrainer):
         self, model: VlmClipModel | DistributedDataParallel, inputs: dict, num_items_in_batch=None
     ) -> torch.Tensor:
         """One micro-batch forward and backward; its loss divided by the number of micro-batches."""
-        self.record("temperature", 1.0 / self.accelerator.unwrap_model(model).similarity.logit_scale.exp())
+        self.record("temperature", self.accelerator.unwrap_model(model).similarity.temperature)
         if self.args.grad_cache_chunk is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
