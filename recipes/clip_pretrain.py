@@ -132,7 +132,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     text_features = None
     if "text" in model_args.lock and data_args.sources is None:
         captions = (caption for pairs in (train, validation) for row in pairs.rows for caption in row["caption"])
-        text_features = cache_text_features(model, processor, captions)
+        text_features = cache_text_features(model, processor, captions, bf16=training_args.bf16)
     augmentation = AUGMENTATIONS[data_args.augmentation]
 
     # TRAIN

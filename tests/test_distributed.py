@@ -100,3 +100,14 @@ def test_two_ranks_resume_in_the_second_epoch(two_ranks: Results) -> None:
         assert resumed["rows"][rank][0] == whole["rows"][rank][4]
     assert resumed["loss"] == whole["loss"]
     assert all(torch.equal(value, whole["weights"][name]) for name, value in resumed["weights"].items())
+
+
+@pytest.mark.slow
+def test_gradients_of_sharded_parameters(one_rank: Results, tmp_path: Path) -> None:
+    """FSDP2, plain and by GradCache."""
+    torchrun("sharded_steps", tmp_path)
+    sharded = torch.load(tmp_path / "sharded.pt", weights_only=False)
+    assert len(sharded) == 4
+    for (loss_type, _), actual in sharded.items():
+        errors = relative_errors(actual, one_rank[loss_type, "ids", "plain"])
+        assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}

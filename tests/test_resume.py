@@ -24,6 +24,7 @@ DEATHS = [
     "half of the optimizer saved",
     "half of the state saved",
     "in the fourth pass of a stream",
+    "with Muon",
 ]
 CURVE = ("step", "epoch", "loss", "grad_norm", "learning_rate", "temperature", "eval_loss")
 
@@ -57,7 +58,7 @@ def curve(checkpoint: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("name", DEATHS)
 def test_killed_and_resumed_equals_uninterrupted(runs: Path, name: str) -> None:
     codes = json.loads((runs / "codes.json").read_text())
-    uninterrupted = "whole stream" if "stream" in name else "whole"
+    uninterrupted = next((f"whole {kind}" for kind in ("stream", "with Muon") if kind in name), "whole")
     assert codes[uninterrupted] == [0]
     assert codes[name] == [-9, 0]
     whole, resumed = runs / uninterrupted / "checkpoint-12", runs / name / "checkpoint-12"

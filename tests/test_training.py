@@ -76,6 +76,26 @@ def test_weight_decay_does_not_move_the_temperature(tmp_path: Path) -> None:
     assert "similarity.logit_scale" not in changed(before, weights(model))
 
 
+def test_muon_is_for_the_matrices_of_the_layers(tmp_path: Path) -> None:
+    model = tiny_training.model(loss_type="sigmoid")
+    model.lock_tower("text")
+    before = weights(model)
+    options = {"learning_rate": 1e-3, "muon_learning_rate": 1e-2, "weight_decay": 0.2, "lr_scheduler_type": "linear"}
+    trainer = tiny_training.trainer(tmp_path, model, max_steps=2, **options)
+    trainer.create_optimizer()
+    names = {value: name for name, value in model.named_parameters()}
+    group_of = {names[value]: group for group in trainer.optimizer.param_groups for value in group["params"]}
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(group_of)
+    assert group_of.keys() == {name for name in before if not name.startswith("text_model.")}
+    for name, group in group_of.items():
+        is_layer_matrix = ".layers." in name and name.endswith("weight") and "norm" not in name
+        assert group["lr"] == (1e-2 if is_layer_matrix else 1e-3), name
+        assert group["weight_decay"] == (0.2 if before[name].ndim > 1 else 0.0), name
+    trainer.train()
+    assert changed(before, weights(model)) == group_of.keys()
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.0}  # the schedule reaches both optimisers
+
+
 class NoteScale(TrainerCallback):
     """Notes the log factor before and after clamping, at each step."""
 

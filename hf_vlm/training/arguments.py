@@ -15,20 +15,23 @@ logger = logging.get_logger(__name__)
 class VlmTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with `bf16="auto"` and columns left to the collator."""
 
-    bf16: bool | str = field(
+    bf16: str = field(  # its parser takes the type of a field by its annotation
         default="auto", metadata={"help": "true, false, or auto: a one-second probe of this machine decides."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Images need every column: leave it false."})
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Train the matrices of the layers by Muon at this rate, all else by AdamW; default: AdamW."},
+    )
     logging_steps: float = field(default=20, metadata={"help": "Log every so many steps (a fraction below 1)."})
-    report_to: str | list[str] = field(default="none", metadata={"help": "For example trackio."})
 
     def __post_init__(self):
         choice = str(self.bf16).lower()
         if choice not in ("auto", "true", "false"):
             raise ValueError(f"bf16 must be true, false or auto, not {self.bf16!r}.")
-        self.bf16 = choice == "true"
+        self.bf16 = choice == "true"  # type: ignore[assignment]
         if choice == "auto":
-            self.bf16, reason = choose_bf16()
+            self.bf16, reason = choose_bf16()  # type: ignore[assignment]
             logger.warning(reason)
         # Without it transformers refuses bf16 on a machine that has no accelerator.
         if not torch.accelerator.is_available():

@@ -14,7 +14,11 @@ from ..models.modeling_clip import VlmClipModel
 
 @torch.no_grad()
 def cache_text_features(
-    model: VlmClipModel, processor: ProcessorMixin, captions: Iterable[str], batch_size: int = 256
+    model: VlmClipModel,
+    processor: ProcessorMixin,
+    captions: Iterable[str],
+    batch_size: int = 256,
+    bf16: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Pooled outputs of the text tower for every different caption.
 
@@ -23,6 +27,7 @@ def cache_text_features(
         processor: Its processor.
         captions: Texts; repetitions cost nothing.
         batch_size: Texts a forward pass.
+        bf16: Under bf16 autocast, as the tower would run in a training in bf16.
 
     Returns:
         A float32 CPU tensor of shape `(hidden,)` by caption, for [`ContrastiveCollator`].
@@ -37,7 +42,8 @@ def cache_text_features(
     for start in tqdm(range(0, len(unique), batch_size), desc="Caching text features"):
         batch = unique[start : start + batch_size]
         tokens = processor(text=batch).to(model.device)
-        pooled = model.text_pooled(tokens["input_ids"], tokens["attention_mask"]).float().cpu()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            pooled = model.text_pooled(tokens["input_ids"], tokens["attention_mask"]).float().cpu()
         features.update(zip(batch, pooled, strict=True))
     return features
 

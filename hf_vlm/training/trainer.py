@@ -5,23 +5,23 @@ from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollator, Trainer, TrainerCallback
 
 from ..data.pairs import PairDataset, PairStream
+from .muon import MuonAdamW
 
 
 class TellEpoch(TrainerCallback):
-    """Tells the sampler and the data set which epoch begins, also in a resumed run and on several ranks.
+    """Tells the data set which epoch begins; a stream counts its passes itself.
 
-    The Trainer's data loaders tell the data set only on one rank and in an epoch that begins at its beginning, and a
-    resumed run on several ranks would draw the order of the first epoch.
+    The Trainer's own data loaders tell only their sampler when there are several ranks or an epoch is resumed.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Called by the Trainer before the first batch of an epoch, or of the rest of one."""
-        if isinstance(train_dataloader.dataset, PairDataset):  # a stream counts its passes itself
-            train_dataloader.set_epoch(int(state.epoch))
+        if isinstance(train_dataloader.dataset, PairDataset):
             train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
@@ -67,6 +67,20 @@ class VlmTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with two dimensions or more."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The Trainer's optimiser, or [`MuonAdamW`] with `muon_learning_rate`."""
+        if self.optimizer is None and self.args.muon_learning_rate is not None:
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            self.optimizer = MuonAdamW(
+                trained,
+                self.args.muon_learning_rate,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                (self.args.adam_beta1, self.args.adam_beta2),
+                self.args.adam_epsilon,
+            )
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> DataLoader:
         """Map-style data is shared out by the Trainer's sampler, a stream by its shards."""

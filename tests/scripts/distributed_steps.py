@@ -31,6 +31,11 @@ def share(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.chunk(RANKS)[RANK] for name, tensor in batch.items()}
 
 
+def whole_batch() -> dict[str, torch.Tensor]:
+    """Eight pairs."""
+    return {"pixel_values": tiny.pixels(8), **tiny.tokens((2 * tiny.CAPTIONS)[:8]), "pair_ids": PAIR_IDS}
+
+
 @contextlib.contextmanager
 def small_blocks():
     """Makes the losses take three rows at a time, checkpointed."""
@@ -43,10 +48,9 @@ def gradients(loss_type: str, ids: str, way: str) -> dict[str, torch.Tensor]:
     """Loss and gradients of every parameter, of eight pairs shared by the ranks."""
     torch.manual_seed(0)
     model = tiny.clip_model(loss_type=loss_type).train()
-    batch = {"pixel_values": tiny.pixels(8), **tiny.tokens((2 * tiny.CAPTIONS)[:8])}
-    if ids == "ids":
-        batch["pair_ids"] = PAIR_IDS
-    batch = share(batch)
+    batch = share(whole_batch())
+    if ids == "no ids":
+        del batch["pair_ids"]
     wrapped = DistributedDataParallel(model) if RANKS > 1 else model
     if way == "cached":
         loss = grad_cache_backward(wrapped, batch, 3, torch.Tensor.backward)

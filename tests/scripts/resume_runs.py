@@ -28,6 +28,7 @@ DEATHS = {
     "half of the optimizer saved": ("optimizer", 9, 3),
     "half of the state saved": ("state", 6, 3),
     "in the fourth pass of a stream": ("accumulating", 10, 3),
+    "with Muon": ("accumulating", 10, 3),
 }
 
 
@@ -93,6 +94,7 @@ def train(output: Path, save_steps: int, death: str | None = None, step: int = 0
         eval_strategy="steps",
         eval_steps=3,
         lr_scheduler_type="cosine",
+        muon_learning_rate=1e-3 if "Muon" in output.name else None,
     )
     if death == "optimizer":
         die_in_optimizer(step)
@@ -111,7 +113,7 @@ def fork(*args) -> int:
 
 def main(folder: Path) -> None:
     """One whole run and, by the names of the deaths, the killed and resumed ones; their exit codes go to a file."""
-    codes = {name: [fork(folder / name, 3)] for name in ("whole", "whole stream")}
+    codes = {name: [fork(folder / name, 3)] for name in ("whole", "whole stream", "whole with Muon")}
     for name, (death, step, save_steps) in DEATHS.items():
         codes[name] = [fork(folder / name, save_steps, death, step), fork(folder / name, save_steps)]
     (folder / "codes.json").write_text(json.dumps(codes))
