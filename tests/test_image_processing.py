@@ -107,5 +107,3 @@ def test_saved_and_loaded(tmp_path):
     pixels = processor(image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 48, 32)
     torch.testing.assert_close(loaded(image, return_tensors="pt")["pixel_values"], pixels)
-
-

@@ -115,7 +115,9 @@ def test_clip_gradients(pair: tuple[VlmClipModel, CLIPModel], attention: str) ->
     found = {name: parameter.grad for name, parameter in ours.named_parameters()}
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient.view_as(expected[name]), expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient.view_as(expected[name]), expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+        )
         assert gradient.abs().max() > 1e-4, name
 
 

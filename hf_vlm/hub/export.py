@@ -1,0 +1,54 @@
+"""Checkpoints that bring their code: they load with `trust_remote_code=True` where hf_vlm is not installed."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.dynamic_module_utils import get_relative_import_files
+
+# What a checkpoint answers to besides AutoConfig and AutoModel, by model type.
+MORE_AUTO_CLASSES = {"vlm_clip": ("AutoModelForZeroShotImageClassification",)}
+
+
+def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
+    """Saves model and processor together with the modules that define them.
+
+    Args:
+        model: A model of this package.
+        processor: Its processor.
+        folder: Where to; made if need be.
+    """
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    auto_classes = ("AutoModel", *MORE_AUTO_CLASSES.get(model.config.model_type, ()))
+    _edit_json(
+        folder / "config.json",
+        auto_map={"AutoConfig": reference(model.config), **dict.fromkeys(auto_classes, reference(model))},
+    )
+    image_processor = {"AutoImageProcessor": reference(processor.image_processor)}
+    with_code = {"AutoProcessor": reference(processor), **image_processor}
+    _edit_json(folder / "processor_config.json", auto_map=with_code)
+    for part in (model, model.config, processor, processor.image_processor):
+        file = inspect.getfile(type(part))
+        for module in (file, *get_relative_import_files(file)):
+            shutil.copy(module, folder)
+
+
+def reference(part: object) -> str:
+    """The class of an object as `auto_map` names it: `modeling_clip.VlmClipModel`."""
+    return f"{type(part).__module__.rsplit('.', 1)[-1]}.{type(part).__name__}"
+
+
+def _edit_json(path: Path, **entries: Any) -> None:
+    """Adds entries to a JSON file, and the same `auto_map` to an image processor within it."""
+    content = json.loads(path.read_text()) | entries
+    if "image_processor" in content:
+        content["image_processor"]["auto_map"] = entries["auto_map"]
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+__all__ = ["save_with_code"]
