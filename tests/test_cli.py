@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModel, BertConfig, BertModel, CLIPModel
 
+import tiny
 from hf_vlm.commands.evaluate import evaluate_checkpoint, format_report
 
 

@@ -6,12 +6,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 from transformers import AutoModel, AutoProcessor, TrainerCallback
 from trl import TrlParser
 
+import tiny
 from hf_vlm.training import ContrastiveTrainingArguments, last_checkpoint
 from recipes import clip_pretrain
 

@@ -161,7 +161,7 @@ class Augmentation:
         wide, high = mirror / (zoom * stretch), stretch / zoom
         cos, sin = angle.cos(), angle.sin()
         rows = (wide * cos, wide * (shear * cos - sin), x, high * sin, high * (shear * sin + cos), y)
-        grid = F.affine_grid(torch.stack(rows, dim=-1).view(-1, 2, 3), pixels.shape, align_corners=False)
+        grid = F.affine_grid(torch.stack(rows, dim=-1).view(-1, 2, 3), list(pixels.shape), align_corners=False)
         if self.wobble:
             grid = grid + 2 * self.wobble * draw.field(2, pixels.shape[-1]).permute(0, 2, 3, 1)
         return F.grid_sample(pixels, grid, align_corners=False)

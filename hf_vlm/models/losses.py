@@ -87,7 +87,8 @@ def contrastive_loss(
     Args:
         image_embeds (`torch.Tensor` of shape `(B, E)`): L2-normalised image embeddings of this rank.
         text_embeds (`torch.Tensor` of shape `(B, E)`): L2-normalised text embeddings of this rank.
-        logit_scale (`torch.Tensor` of shape `()` or `(1,)`): Factor on the similarities (the inverse temperature, not its log).
+        logit_scale (`torch.Tensor` of shape `()` or `(1,)`): Factor on the similarities: the inverse temperature, not
+            its log.
         pair_ids (`torch.LongTensor` of shape `(B,)`, *optional*): Pairs of equal id are positives of each other; the
             target is uniform over a row's positives.
 

@@ -345,8 +345,8 @@ class VlmClipModel(PreTrainedModel):
                 of the texts.
 
         Returns:
-            [`VlmClipOutput`]; logits are of this rank's images and texts. Of images alone, only `image_embeds`: what the
-            `image-feature-extraction` pipeline asks for.
+            [`VlmClipOutput`]; logits are of this rank's images and texts. Of images alone, only `image_embeds`: what
+            the `image-feature-extraction` pipeline asks for.
 
         Raises:
             ValueError: if the images are missing, or the loss is asked for unequal numbers of images and texts.

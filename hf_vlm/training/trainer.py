@@ -55,6 +55,7 @@ class VlmTrainer(Trainer):
     """
 
     data_collator: DataCollator
+    optimizer: Optimizer | None
 
     def __init__(self, *args, eval_collator: DataCollator | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -98,12 +99,13 @@ class VlmTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """The evaluation data by its own collator."""
-        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        """The evaluation data by its own collator, and to its last row whatever is dropped of the training data."""
+        before = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = self.eval_collator, False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = train_collator
+            self.data_collator, self.args.dataloader_drop_last = before
 
     def record(self, name: str, value: torch.Tensor) -> None:
         """Keeps a scalar for the next log line."""
