@@ -137,7 +137,7 @@ def test_gradients_add_up() -> None:
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_batch(tmp_path: Path) -> None:
-    """Above the resident batch, 4096 pairs take at most 1.3 times what 256 take, at 64 x 64 pixels and chunks of 160."""
+    """Above the resident batch, 4096 pairs take at most 1.3 times what 256 take; 64 x 64 pixels, chunks of 160."""
     peaks = {}
     for size in (256, 4096):
         command = [sys.executable, "-m", "scripts.peak_memory", str(size)]

@@ -135,7 +135,7 @@ class Augmentation:
     def _crops(self, images: Sequence[Image.Image], size: int, draw: "_Draw") -> torch.Tensor:
         """A random crop of each picture, resized: premultiplied `(B, 4, S, S)`."""
         scale = draw.uniform(*self.crop_scale).tolist()
-        ratio = draw.uniform(*map(math.log, self.crop_ratio)).exp().tolist()
+        ratio = draw.uniform(math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])).exp().tolist()
         left, top = draw.uniform(0, 1).tolist(), draw.uniform(0, 1).tolist()
         crops = []
         for i, image in enumerate(images):
@@ -153,7 +153,7 @@ class Augmentation:
     def _warp(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
         """Mirrors, turns, scales, slants, shifts and bends; what comes from outside the picture is transparent."""
         angle = draw.uniform(-self.rotation, self.rotation) * (math.pi / 180)
-        zoom = draw.uniform(*map(math.log, self.zoom)).exp()
+        zoom = draw.uniform(math.log(self.zoom[0]), math.log(self.zoom[1])).exp()
         stretch = draw.uniform(-math.log(self.stretch), math.log(self.stretch)).div(2).exp()
         shear = draw.uniform(-self.shear, self.shear)
         x, y = draw.uniform(-2 * self.shift, 2 * self.shift), draw.uniform(-2 * self.shift, 2 * self.shift)
