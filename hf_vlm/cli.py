@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging as transformers_logging
 
 app = typer.Typer(
@@ -81,9 +82,11 @@ def main() -> None:
     transformers_logging.set_verbosity_warning()
     try:
         app()
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines() or [type(error).__name__]
-        typer.secho(f"Error: {first_line[0]}", fg="red", err=True)
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, StrictDataclassError) as error:
+        # What a config's checks raise says in its last line what is wrong, all else in its first.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = lines[-1] if isinstance(error, StrictDataclassError) else lines[0]
+        typer.secho(f"Error: {line.strip()}", fg="red", err=True)
         sys.exit(1)
 
 

@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedModel,
     RobertaConfig,
     RobertaModel,
+    SiglipTextConfig,
+    SiglipTextModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
@@ -499,3 +501,10 @@ def test_image_feature_extraction_pipeline_of_clip(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.get_image_features(pixel_values).pooler_output
     torch.testing.assert_close(found, nn.functional.normalize(expected, dim=-1))
+
+
+def test_a_tower_that_automodel_cannot_rebuild_is_refused_in_one_line() -> None:
+    text = SiglipTextModel(SiglipTextConfig(vocab_size=20, **tiny.layer_sizes()))
+    with pytest.raises(ValueError, match="siglip_text_model") as caught:
+        VlmClipModel.from_parts(VlmTowerModel(tiny.tower_config()), text)
+    assert "\n" not in str(caught.value)

@@ -1,1 +1,1 @@
-"""Between this package and the rest of the world: checkpoints of other layouts."""
+"""Between this package and the rest of the world: checkpoints of other layouts, and checkpoints with their code."""

@@ -85,8 +85,8 @@ class VlmTowerConfig(PreTrainedConfig):
         """Checks that the sizes fit each other.
 
         Raises:
-            ValueError: if the heads do not divide the width, the patches do not tile the image, or the pooled token
-                does not exist.
+            StrictDataclassError: if the heads do not divide the width, the patches do not tile the image, or the pooled
+                token does not exist.
         """
         _check_heads(self.hidden_size, self.num_attention_heads)
         if self.image_size % self.patch_size != 0:

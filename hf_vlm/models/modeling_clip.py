@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -378,13 +378,20 @@ def default_pooling(config: PreTrainedConfig) -> str:
 
 
 def _load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTrainedModel:
-    """A tower from an id, a folder or an instance; of a two-tower model, the tower called `name`."""
+    """A tower from an id, a folder or an instance; of a two-tower model, the tower called `name`.
+
+    Raises:
+        ValueError: if `AutoModel` could not build it again from its config, as loading the whole will have to.
+    """
     model = source
     if isinstance(source, str):
         config = AutoConfig.from_pretrained(source, revision=kwargs.get("revision"))
         model = AutoModel.from_pretrained(source, config=config, **{"dtype": torch.float32, **kwargs})
     if f"{name}_config" in model.config.to_dict():
-        return model.get_submodule(f"{name}_model")
+        model = model.get_submodule(f"{name}_model")
+    is_own = model.config.model_type in (VlmTowerConfig.model_type, VlmTextTowerConfig.model_type)
+    if not is_own and type(model.config) not in MODEL_MAPPING:
+        raise ValueError(f"AutoModel has no encoder for {model.config.model_type}: choose another {name} tower.")
     return model
 
 
