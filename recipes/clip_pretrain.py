@@ -1,6 +1,6 @@
 """CLIP pretraining (arXiv 2103.00020): two towers, symmetric contrastive loss over the global batch.
 
-A laptop, about 45 minutes on two cores, on the built-in pictures:
+A laptop, about 40 minutes on two cores, on the built-in pictures:
 
     python recipes/clip_pretrain.py --config recipes/clip_pretrain/small.yaml
 

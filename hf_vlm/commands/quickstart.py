@@ -31,7 +31,7 @@ NUM_HITS = 8
 
 
 def build_model() -> tuple[VlmClipModel, VlmClipProcessor]:
-    """A new vision transformer of 2.7 million parameters beside a locked MiniLM text encoder, and its processor."""
+    """A new vision transformer of 2.8 million parameters beside a locked MiniLM text encoder, and its processor."""
     minilm = resolve_part("wheel:minilm")
     tower = VlmTowerConfig(
         hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=IMAGE_SIZE
