@@ -16,14 +16,7 @@ from dataclasses import dataclass, field
 from transformers import EvalPrediction, set_seed
 from trl import TrlParser
 
-from hf_vlm import (
-    VlmClipModel,
-    VlmClipProcessor,
-    VlmTextTowerConfig,
-    VlmTextTowerModel,
-    VlmTowerConfig,
-    VlmTowerModel,
-)
+from hf_vlm import VlmClipModel, VlmClipProcessor, VlmTextTowerConfig, VlmTextTowerModel, VlmTowerConfig, VlmTowerModel
 from hf_vlm.commands.evaluate import report_on_builtin_data
 from hf_vlm.data import (
     Augmentation,
