@@ -23,12 +23,13 @@ import torch
 from harness import (
     DTYPES,
     Spread,
-    Times,
     TrainingStep,
     Worker,
     environment,
     interleave,
     matmul_peak,
+    positive,
+    summary,
     table,
     write_json,
 )
@@ -211,18 +212,6 @@ def measure(folder: Path, args: argparse.Namespace, precision: str, missing: dic
     return results
 
 
-def summary(times: list[Times], own: list[Times]) -> dict[str, Any]:
-    """Spreads of a contender's seconds, of its ratios to ours round by round, and its first and last loss."""
-    pairs = list(zip(times, own, strict=True))
-    return {
-        "forward_backward_seconds": vars(Spread.of(each.forward_backward for each in times)),
-        "step_seconds": vars(Spread.of(each.step for each in times)),
-        "forward_backward_ratio": vars(Spread.of(a.forward_backward / b.forward_backward for a, b in pairs)),
-        "step_ratio": vars(Spread.of(a.step / b.step for a, b in pairs)),
-        "last_loss": times[-1].loss,
-    }
-
-
 def row(result: dict[str, Any]) -> list[str]:
     """A result as a row of the table."""
     name, flops, peak = result["contender"], result["flops"], result["matmul_peak_flops_per_second"]
@@ -259,13 +248,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="base", help="sizes of the towers (default: base)")
-    parser.add_argument("--batch", type=int, help="pairs a step (default: 16 for base, 32 for small)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count, 5 or more to mean much (default: 7)")
+    parser.add_argument("--batch", type=positive, help="pairs a step (default: 16 for base, 32 for small)")
+    parser.add_argument(
+        "--repeats", type=positive, default=7, help="rounds that count, 5 or more to mean much (default: 7)"
+    )
     parser.add_argument("--peers", nargs="*", choices=list(GOALS), default=list(GOALS), help="default: all")
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
     parser.add_argument("--hidden-act", choices=["quick_gelu", "gelu"], default="quick_gelu", help="activation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=positive, help="threads of the CPU (default: PyTorch's choice)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     return parser.parse_args(arguments)
 
@@ -282,7 +273,7 @@ def main(arguments: list[str]) -> None:
     report: dict[str, Any] = {"settings": settings, "environment": environment(args.device, PACKAGES)}
     for part in report.values():
         print(*(f"{name}={value}" for name, value in part.items()))
-    if needs_stubs():
+    if "open_clip" in args.peers and needs_stubs():
         print(DISCLOSURE)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), args.size, args.batch, args.hidden_act)

@@ -5,6 +5,7 @@
 - Ratios are taken within a round and then the median over the rounds; the spread beside a median is the whole range.
 """
 
+import argparse
 import importlib.metadata
 import json
 import multiprocessing
@@ -121,7 +122,9 @@ class Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["transformers.modeling_utils"])  # imported once for all, which saves seconds
         self.pipe, child_pipe = context.Pipe()
-        self.process = context.Process(target=_serve, args=(child_pipe, torch.get_num_threads(), build, args))
+        self.process = context.Process(
+            target=_serve, args=(child_pipe, torch.get_num_threads(), build, args), daemon=True
+        )
         self.process.start()
         child_pipe.close()
 
@@ -215,6 +218,18 @@ class Spread:
         return f"{self.median:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
+def summary(times: list[Times], own: list[Times]) -> dict[str, Any]:
+    """Spreads of a contender's seconds, of its ratios to ours round by round, and its last loss."""
+    pairs = list(zip(times, own, strict=True))
+    return {
+        "forward_backward_seconds": vars(Spread.of(each.forward_backward for each in times)),
+        "step_seconds": vars(Spread.of(each.step for each in times)),
+        "forward_backward_ratio": vars(Spread.of(a.forward_backward / b.forward_backward for a, b in pairs)),
+        "step_ratio": vars(Spread.of(a.step / b.step for a, b in pairs)),
+        "last_loss": times[-1].loss,
+    }
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in columns, the first one to the left and the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
@@ -225,6 +240,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         )
         for line in lines
     )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def environment(device: str, packages: Iterable[str]) -> dict[str, Any]:

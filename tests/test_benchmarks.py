@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.harness import Spread, TrainingStep, _serve, matmul_peak, table
+from benchmarks.harness import Spread, TrainingStep, _serve, matmul_peak, positive, table
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, INPUTS, OUTPUTS = 4, 8, 16
@@ -105,6 +106,13 @@ def test_missing_package_is_reported() -> None:
 
 def test_matmul_peak_is_positive() -> None:
     assert matmul_peak("cpu", "fp32", repeats=1) > 1e8
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+def test_counts_are_positive(text: str) -> None:
+    assert positive("12") == 12
+    with pytest.raises(ArgumentTypeError, match="at least 1"):
+        positive(text)
 
 
 def test_spread() -> None:

