@@ -8,7 +8,7 @@ The published recipe on several GPUs, on your own shards:
 
     torchrun --nproc_per_node 8 recipes/clip_pretrain.py --config recipes/clip_pretrain/paper.yaml
 
-Every key of the YAML is also an option (`--learning_rate 1e-4`). A stopped run continues when started again.
+Every scalar key of the YAML is also an option (`--learning_rate 1e-4`). A stopped run continues when started again.
 """
 
 from dataclasses import dataclass, field

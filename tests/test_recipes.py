@@ -137,7 +137,7 @@ def test_paper_runs_stops_and_resumes(tmp_path, shards, tokenizer_folder, monkey
 def test_small_runs_stops_and_resumes(tmp_path):
     """small.yaml as it is, two steps, then a third; then the reports on the built-in data."""
     options = ["--output_dir", str(tmp_path), "--save_steps", "1", "--eval_steps", "1", "--num_scenes", "20"]
-    options += ["--per_device_train_batch_size", "8", "--vision_config", json.dumps(yaml.safe_load(TINY_TOWER))]
+    options += ["--per_device_train_batch_size", "8"]
     clip_pretrain.main(*parse(SMALL, *options, "--max_steps", "2"))
     assert last_checkpoint(tmp_path).endswith("checkpoint-2")
     clip_pretrain.main(*parse(SMALL, *options, "--max_steps", "3"))

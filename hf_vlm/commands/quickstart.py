@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
 from ..data.augment import Augmentation
 from ..data.collators import ContrastiveCollator
@@ -43,6 +43,17 @@ def build_model() -> tuple[VlmClipModel, VlmClipProcessor]:
     model.lock_tower("text")
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return model, VlmClipProcessor.from_parts(minilm, size=size, resize_mode="squash", max_length=77)
+
+
+class TimeLimit(TrainerCallback):
+    """Stops a training that a busy machine makes longer than was measured."""
+
+    def __init__(self, seconds: float):
+        self.deadline = time.perf_counter() + seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called by the Trainer after each step."""
+        control.should_training_stop = control.should_training_stop or time.perf_counter() > self.deadline
 
 
 def steps_within(
@@ -84,8 +95,9 @@ def train(model: VlmClipModel, processor: ProcessorMixin, splits: DatasetDict, o
     args.max_steps = steps_within(60 * minutes, model, collator, pairs, bool(args.bf16))
     trainer = ContrastiveTrainer(model, args, train_dataset=pairs, data_collator=collator)
     start = time.perf_counter()
+    trainer.add_callback(TimeLimit(60 * minutes))
     trainer.train()
-    return args.max_steps, time.perf_counter() - start
+    return trainer.state.global_step, time.perf_counter() - start
 
 
 def search(model: PreTrainedModel, processor: ProcessorMixin, splits: DatasetDict) -> list[Result]:

@@ -16,11 +16,12 @@ THUMBNAIL_SIDE = 96
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
-body { max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+body { max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; }
 p.note { margin-top: 0; opacity: .7; }
-table { border-collapse: collapse; margin: 1rem 0 2rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid #8884; }
+table { border-collapse: collapse; margin: 1rem 0 2rem; font-size: .82rem; font-variant-numeric: tabular-nums;
+  display: block; overflow-x: auto; }
+th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child { text-align: left; }
 section { margin: 1.6rem 0; }
 h2 { font-size: 1.05rem; margin: 0 0 .5rem; display: flex; align-items: center; gap: .6rem; }
