@@ -14,7 +14,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-ROWS_PER_BLOCK = 512
+ROWS_PER_BLOCK = 128
 
 
 def world_size() -> int:

@@ -68,14 +68,20 @@ def grad_cache_backward(
     pair_ids = batch.get("pair_ids")
     chunks = split_batch({name: tensor for name, tensor in batch.items() if name != "pair_ids"}, chunk_size)
 
-    states, embeddings = [], []
-    for chunk in chunks:
-        states.append(RandomState(next(iter(chunk.values())).device))
+    # Allocated first: small results kept between the large buffers of the chunks would keep the heap from reusing them.
+    size = sum(len(next(iter(chunk.values()))) for chunk in chunks)
+    image_embeds = torch.empty(size, core.config.projection_dim, device=core.device)
+    text_embeds = torch.empty_like(image_embeds)
+    states = []
+    for i, chunk in enumerate(chunks):
+        states.append(RandomState(core.device))
         with torch.no_grad(), autocast():
             outputs = core(**chunk)
-        embeddings.append((outputs.image_embeds, outputs.text_embeds))
-    image_embeds = torch.cat([image for image, _ in embeddings]).requires_grad_()
-    text_embeds = torch.cat([text for _, text in embeddings]).requires_grad_()
+        image_embeds[i * chunk_size :][: len(outputs.image_embeds)] = outputs.image_embeds
+        text_embeds[i * chunk_size :][: len(outputs.text_embeds)] = outputs.text_embeds
+        del outputs
+    image_embeds.requires_grad_()
+    text_embeds.requires_grad_()
 
     # The gradients of factor and bias join the last chunk's backward pass, the one that a distributed wrapper
     # synchronises, so that it sees every parameter there.

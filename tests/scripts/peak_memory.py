@@ -1,7 +1,7 @@
 """Peak memory of one GradCache step above the resident batch: `python -m scripts.peak_memory BATCH_SIZE`.
 
 A transformer of ViT-S's width and three layers for images of 64 x 64 pixels, one alike for texts of 8 tokens, chunks of
-160 pairs.
+256 pairs.
 """
 
 import json
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_vlm import VlmClipConfig, VlmClipModel, VlmTextTowerConfig, VlmTowerConfig
 from hf_vlm.training.grad_cache import grad_cache_backward
 
-IMAGE_SIZE, LENGTH, CHUNK = 64, 8, 160
+IMAGE_SIZE, LENGTH, CHUNK = 64, 8, 256
 SIZES = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 6}
 
 
