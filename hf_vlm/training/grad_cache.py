@@ -70,18 +70,15 @@ def grad_cache_backward(
 
     # Allocated first: small results kept between the large buffers of the chunks would keep the heap from reusing them.
     size = sum(len(next(iter(chunk.values()))) for chunk in chunks)
-    image_embeds = torch.empty(size, core.config.projection_dim, device=core.device)
-    text_embeds = torch.empty_like(image_embeds)
+    image_embeds = torch.empty(size, core.config.projection_dim, device=core.device, requires_grad=True)
+    text_embeds = torch.empty_like(image_embeds, requires_grad=True)
     states = []
     for i, chunk in enumerate(chunks):
         states.append(RandomState(core.device))
         with torch.no_grad(), autocast():
             outputs = core(**chunk)
-        image_embeds[i * chunk_size :][: len(outputs.image_embeds)] = outputs.image_embeds
-        text_embeds[i * chunk_size :][: len(outputs.text_embeds)] = outputs.text_embeds
-        del outputs
-    image_embeds.requires_grad_()
-    text_embeds.requires_grad_()
+            rows = slice(i * chunk_size, (i + 1) * chunk_size)
+            image_embeds[rows], text_embeds[rows] = outputs.image_embeds, outputs.text_embeds
 
     # The gradients of factor and bias join the last chunk's backward pass, the one that a distributed wrapper
     # synchronises, so that it sees every parameter there.
