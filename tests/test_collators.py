@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from scripts import tiny_training
 from torch.utils.data import DataLoader
 
 import tiny
 from hf_vlm.data.collators import ContrastiveCollator, pair_id
 from hf_vlm.data.pairs import PairDataset, PairStream
+from scripts import tiny_training
 
 NUM_ROWS = 24
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from scripts import distributed_steps
 
 TESTS = Path(__file__).parent

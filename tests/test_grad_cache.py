@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import tiny_training
 from torch import nn
 
 import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.training.grad_cache import grad_cache_backward
+from scripts import tiny_training
 
 TESTS = Path(__file__).parent
 CHUNK = 3  # does not divide the batch of eight

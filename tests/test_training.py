@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import tiny_training
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState
 
@@ -25,6 +24,7 @@ from hf_vlm.training import (
     choose_bf16,
 )
 from hf_vlm.training.trainer import Stopwatch
+from scripts import tiny_training
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -55,9 +55,10 @@ def positive_pairs(pair_ids: torch.Tensor | None, num_rows: int, device: torch.d
 
 def _softmax_block(rows, columns, logit_scale, logit_bias, positives):
     """Sum over rows of the cross-entropy against the mean over each row's positives."""
-    log_probs = F.log_softmax((logit_scale * rows @ columns.T).float(), dim=-1)
-    targets = positives / positives.sum(dim=-1, keepdim=True)
-    return -(targets * log_probs).sum()
+    logits = (logit_scale * rows @ columns.T).float()
+    # Written with logsumexp, which makes no matrix of probabilities or targets.
+    positive_logits = torch.where(positives, logits, 0.0).sum(dim=-1) / positives.sum(dim=-1)
+    return (logits.logsumexp(dim=-1) - positive_logits).sum()
 
 
 def _sigmoid_block(rows, columns, logit_scale, logit_bias, positives):
