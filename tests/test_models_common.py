@@ -237,6 +237,17 @@ def test_sdpa_is_eager(case: Case) -> None:
     assert_all_close(*outputs)
 
 
+def test_sdpa_in_bfloat16_on_a_cpu(case: Case) -> None:
+    """There it is written out: the same numbers as PyTorch's kernel in float32, to bfloat16's precision."""
+    model, inputs = case.build().eval(), case.inputs()
+    with torch.no_grad():
+        expected = model(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(**inputs)
+    for name in case.shapes:
+        assert (found[name] - expected[name]).norm() < 0.03 * expected[name].norm(), name
+
+
 def test_tuple_is_dict(case: Case) -> None:
     model, inputs = tiny.randomise(case.build()), case.inputs()
     with torch.no_grad():

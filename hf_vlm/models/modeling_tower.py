@@ -12,6 +12,8 @@ Papers: ViT (arXiv 2010.11929, section 3.1) and CLIP (arXiv 2103.00020, section 
 Shapes: B images or texts, N tokens (patches, plus the class token), H hidden size, A heads, D = H / A, S positions.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,10 +39,13 @@ def eager_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    is_causal: bool = False,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, which also returns its weights of shape `(B, A, N, S)`."""
     weights = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is None and is_causal:
+        attention_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
     elif attention_mask is not None:
@@ -48,6 +53,21 @@ def eager_attention(
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attention_function(implementation: str, query: torch.Tensor) -> Callable:
+    """transformers' attention of that name, except that SDPA is written out in bfloat16 on a CPU.
+
+    There, forward and backward of PyTorch's fused kernel take several times as long as the matrix products written out.
+    """
+    if implementation == "sdpa" and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return eager_attention
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+
+
+def quick_gelu(hidden_states: torch.Tensor) -> torch.Tensor:
+    """`x * sigmoid(1.702 x)` in a form that keeps one tensor for the backward pass in place of two."""
+    return F.silu(1.702 * hidden_states) / 1.702
 
 
 class VlmTowerAttention(nn.Module):
@@ -85,7 +105,7 @@ class VlmTowerAttention(nn.Module):
             key_value = key_value.view(batch, -1, 2, self.num_heads, self.head_dim)
             key, value = key_value.permute(2, 0, 3, 1, 4)  # 2 x (B, A, N, D)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = attention_function(self.config._attn_implementation, query)
         output, weights = attend(
             self,
             query,
@@ -107,7 +127,7 @@ class VlmTowerMLP(nn.Module):
         super().__init__()
         self.config = config
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = quick_gelu if config.hidden_act == "quick_gelu" else ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
