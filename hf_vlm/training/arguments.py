@@ -24,8 +24,11 @@ class VlmTrainingArguments(TrainingArguments):
         metadata={"help": "Train the matrices of the layers by Muon at this rate, all else by AdamW; default: AdamW."},
     )
     logging_steps: float = field(default=20, metadata={"help": "Log every so many steps (a fraction below 1)."})
+    hub_strategy: str = field(default="end", metadata={"help": "Only end: push_to_hub makes one commit at the end."})
 
     def __post_init__(self):
+        if self.push_to_hub and self.hub_strategy != "end":
+            raise ValueError(f"hub_strategy must be end, one commit when all is done, not {self.hub_strategy!r}.")
         choice = str(self.bf16).lower()
         if choice not in ("auto", "true", "false"):
             raise ValueError(f"bf16 must be true, false or auto, not {self.bf16!r}.")

@@ -1,0 +1,292 @@
+"""Pushing a checkpoint to the Hub: model, processor, card and training record in one commit, or nothing at all.
+
+- The folder is checked before anything is sent, and only files named here leave the machine: no pickles, no optimiser
+  state, no checkpoints to resume from, no notes.
+- The commit names its parent: a repository that changed meanwhile refuses it, and nobody's work is lost.
+- A repository or branch that a push made is removed again when that push fails.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import quote
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoProcessor, TrainingArguments
+
+from .. import models
+from .export import save_with_code
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
+PROCESSOR = (
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+)
+ABOUT = ("README.md", "LICENSE", "training_record.json", "results.json")
+PUSHED = ("config.json", "generation_config.json", *WEIGHTS, *PROCESSOR, *ABOUT)
+
+REASONS = {
+    401: "the Hub does not accept the token (401): set HF_TOKEN to a valid one, or run `hf auth login`.",
+    403: "the token may not write there (403): use one with write access to it.",
+    404: "there is no such repository or organisation, or the token may not see it (404).",
+    409: "it exists already, made meanwhile or hidden from this token (409).",
+    412: "it has changed since the push began (412): look at its new commits, then push again.",
+}
+NOT_NOW = "the Hub is not available ({status}): push again later."
+
+
+class PushError(RuntimeError):
+    """A push that failed; its message is one line."""
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    with_code: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Pushes the checkpoint in a folder in one commit.
+
+    Args:
+        folder: What `save_pretrained` of a model and its processor wrote, with README.md, training_record.json and
+            results.json where they are. All else in it stays where it is.
+        repo_id: `org/name`, or a name in the namespace of the token; made if it does not exist.
+        private: Make a new repository private; None leaves it to the organisation.
+        revision: Branch, made from `main` if it does not exist; `main` by default.
+        create_pr: Open a pull request on `main` in place of committing to it.
+        with_code: Push the modules too, so that `trust_remote_code=True` loads it where hf_vlm is not installed.
+        commit_message: Its summary.
+        token: By default HF_TOKEN, or what `hf auth login` has stored.
+
+    Returns:
+        The address of the repository, branch or pull request.
+
+    Raises:
+        ValueError: if the folder holds no complete checkpoint, or the name or the options cannot be.
+        PushError: if the Hub refused or could not be reached. It is left as it was before.
+    """
+    folder = Path(folder)
+    config = check_checkpoint(folder)
+    validate_repo_id(repo_id)
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"A pull request goes to main: leave out the revision {revision!r} or the pull request.")
+    api = HfApi(token=token)
+    with TemporaryDirectory() as scratch:
+        source = copy_with_code(folder, config, Path(scratch)) if with_code else folder
+        additions = [CommitOperationAdd(path.name, path) for path in files_to_push(source)]
+        with one_line_errors(repo_id) as undone, ExitStack() as undo:
+            if "/" not in repo_id:
+                repo_id = f"{api.whoami()['name']}/{repo_id}"
+            parent = prepare(api, repo_id, private, revision, create_pr, undo, undone)
+            # Not upload_folder: where hf_xet is installed it commits in batches.
+            commit = api.create_commit(
+                repo_id,
+                [*stale_weights(api, repo_id, parent, additions), *additions],
+                commit_message=commit_message or f"Upload {config['model_type']} checkpoint",
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
+            undo.pop_all()  # it went well: keep what was made for it
+    branch = "" if revision in (None, "main") else f"/tree/{quote(revision, safe='')}"
+    return commit.pr_url or f"{api.endpoint}/{repo_id}{branch}"
+
+
+def push_run(args: TrainingArguments) -> str | None:
+    """Ends a recipe: with `--push_to_hub`, rank 0 pushes the output folder as the other hub options say.
+
+    Returns:
+        The address of what was pushed, or None.
+    """
+    if not args.push_to_hub or args.process_index != 0:
+        return None
+    url = push_folder(
+        args.output_dir,
+        args.hub_model_id or Path(args.output_dir).absolute().name,
+        private=args.hub_private_repo,
+        revision=args.hub_revision,
+        token=args.hub_token,
+    )
+    print(f"Pushed to {url}")
+    return url
+
+
+def check_checkpoint(folder: Path) -> dict:
+    """The config of a folder that holds a whole checkpoint.
+
+    Raises:
+        ValueError: if the config, the processor or a file of weights is absent or broken, or the type is unknown.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no checkpoint: there is no config.json in it.")
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known.")
+    if not (folder / "processor_config.json").is_file():
+        raise ValueError(f"{folder} has no processor_config.json: save its processor there too, by save_pretrained.")
+    for name in weight_files(folder):
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / name} cannot be read ({error}): save the model again.") from None
+    return config
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the safetensors that hold a folder's model: one, or the shards that its index names."""
+    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
+        return ["model.safetensors"]
+    return sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+
+
+def files_to_push(folder: Path) -> list[Path]:
+    """Every file of a checkpoint that the Hub gets; the code only if the config says that it is part of it."""
+    patterns = (*PUSHED, "*.py") if "auto_map" in _read_json(folder / "config.json") else PUSHED
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    return [path for path in paths if any(fnmatch(path.name, pattern) for pattern in patterns)]
+
+
+def copy_with_code(folder: Path, config: dict, copy: Path) -> Path:
+    """A copy of a checkpoint that brings its code, with its card and records.
+
+    Raises:
+        ValueError: if the checkpoint is of an architecture that transformers itself brings.
+    """
+    architecture = (config.get("architectures") or ["model of unknown class"])[0]
+    if architecture not in models.__all__:
+        raise ValueError(f"{folder} holds a {architecture}, which is not of hf_vlm: push it without code.")
+    model = vars(models)[architecture].from_pretrained(folder)
+    save_with_code(model, AutoProcessor.from_pretrained(folder), copy)
+    for name in ABOUT:
+        if (folder / name).is_file():
+            shutil.copy(folder / name, copy)
+    return copy
+
+
+def prepare(
+    api: HfApi,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    undo: ExitStack,
+    undone: list[str],
+) -> str | None:
+    """Makes the repository and the branch if they are absent.
+
+    Args:
+        undo: Gets the calls that remove what was made.
+        undone: Gets a sentence from each such call.
+
+    Returns:
+        The commit that the push builds on.
+    """
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        if create_pr:
+            raise
+        api.create_repo(repo_id, private=private)
+        undo.callback(_remove_repo, api, repo_id, undone)
+        info = api.model_info(repo_id)
+    if private and not info.private:
+        raise ValueError("it is public: make it private in its settings, or push without private.")
+    if revision in (None, "main"):
+        return info.sha
+    try:
+        return api.model_info(repo_id, revision=revision).sha
+    except RevisionNotFoundError:
+        api.create_branch(repo_id, branch=revision, revision=info.sha)
+        undo.callback(_remove_branch, api, repo_id, revision, info.sha, undone)
+        return info.sha
+
+
+def stale_weights(
+    api: HfApi, repo_id: str, parent: str | None, additions: list[CommitOperationAdd]
+) -> list[CommitOperationDelete]:
+    """Deletes weights of an earlier push that this one has under other names, or loading would still find those."""
+    new = {addition.path_in_repo for addition in additions}
+    old = set(api.list_repo_files(repo_id, revision=parent)) - new
+    return [CommitOperationDelete(name) for name in sorted(old) if any(fnmatch(name, weights) for weights in WEIGHTS)]
+
+
+@contextmanager
+def one_line_errors(repo_id: str) -> Iterator[list[str]]:
+    """Raises what the client and the Hub raise as a [`PushError`]; it ends with what is put into the list."""
+    undone: list[str] = []
+    try:
+        yield undone
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise PushError(" ".join([f"Not pushed to {repo_id}:", _reason(error), *undone])) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__  # the client wraps what stops the upload of a large file
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status == 429 or status >= 500:
+            return NOT_NOW.format(status=status)
+        return REASONS.get(status) or f"the Hub refused it ({status}): {_flat(error.server_message)}"
+    if isinstance(error, HTTPError):
+        return f"no connection to the Hub: {_flat(error)}."
+    return _flat(error)
+
+
+def _remove_repo(api: HfApi, repo_id: str, undone: list[str]) -> None:
+    """Deletes the repository that this push has made, unless somebody has put files there since."""
+    try:
+        if set(api.list_repo_files(repo_id)) <= {".gitattributes"}:
+            api.delete_repo(repo_id)
+            undone.append("The repository made for it was removed again.")
+    except HTTPError:
+        undone.append("The empty repository made for it could not be removed: delete it in its settings.")
+
+
+def _remove_branch(api: HfApi, repo_id: str, branch: str, sha: str | None, undone: list[str]) -> None:
+    """Deletes the branch that this push has made, unless somebody has committed there since."""
+    try:
+        if api.model_info(repo_id, revision=branch).sha == sha:
+            api.delete_branch(repo_id, branch=branch)
+            undone.append(f"The branch {branch} made for it was removed again.")
+    except HTTPError:
+        undone.append(f"The branch {branch} made for it could not be removed: delete it in its settings.")
+
+
+def _flat(text: object) -> str:
+    """Any text on one line."""
+    return " ".join(str(text).split())
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON file's content, or a ValueError that names it."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+
+
+__all__ = ["PushError", "push_folder", "push_run"]
