@@ -18,6 +18,7 @@ from trl import TrlParser
 
 from hf_vlm import VlmClipModel, VlmClipProcessor, VlmTextTowerConfig, VlmTextTowerModel, VlmTowerConfig, VlmTowerModel
 from hf_vlm.commands.evaluate import report_on_builtin_data
+from hf_vlm.commands.finish import finish_run
 from hf_vlm.data import (
     Augmentation,
     ContrastiveCollator,
@@ -126,7 +127,6 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     if "text" in model_args.lock and data_args.sources is None:
         captions = (caption for pairs in (train, validation) for row in pairs.rows for caption in row["caption"])
         text_features = cache_text_features(model, processor, captions, bf16=training_args.bf16)
-    augmentation = AUGMENTATIONS[data_args.augmentation]
 
     # TRAIN
     trainer = ContrastiveTrainer(
@@ -134,7 +134,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
         training_args,
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=ContrastiveCollator(processor, augmentation, text_features),
+        data_collator=ContrastiveCollator(processor, AUGMENTATIONS[data_args.augmentation], text_features),
         eval_collator=ContrastiveCollator(processor, text_features=text_features),
         processing_class=processor,
         compute_metrics=recall,
@@ -143,6 +143,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Co
     trainer.save_model()
     if data_args.sources is None and trainer.is_world_process_zero():
         report_on_builtin_data(training_args.output_dir, data_args.num_scenes)
+    finish_run(trainer, "clip_pretrain", model_args, data_args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,195 @@
+"""The record of a run, `training_record.json` beside the weights: all that a model card says about the training.
+
+- Arguments as they were used, versions, steps, time, parameters, and where data and pretrained parts came from.
+- It is made to be published: no tokens, no absolute paths, no credentials in addresses.
+- A stopped and resumed run has one record. Its minutes are added up from the throughput that the Trainer's log holds,
+  so they survive with the checkpoints; steps that a killed process did in vain do not count.
+"""
+
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+RECORD_NAME = "training_record.json"
+PACKAGES = ("hf_vlm", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
+SECRET_KEY = re.compile(r"(^|_)(token|password|secret|credentials?|api_key|storage_options)$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+ABSOLUTE_PATH = re.compile(r"[/~\\]|[A-Za-z]:[\\/]|file:")
+SECTIONS = {"arguments": dict, "versions": dict, "training": dict, "parameters": dict, "data": list, "parts": list}
+
+Record = dict[str, Any]
+
+
+def run_record(
+    trainer: Trainer, recipe: str, arguments: dict[str, dict[str, Any]], data: list[Record], parts: list[Record]
+) -> Record:
+    """What there is to say of a training that has ended.
+
+    Args:
+        trainer: The trainer, after `train()`.
+        recipe: Name of the recipe.
+        arguments: Its arguments by group, such as `model` and `data`; the trainer's own are added as `training`.
+        data: The data sources: dicts with `name` and, where known, `licence`, `credit`, `source` (an address),
+            `hub_id`, `use`, `split`, `revision` and `rows` (by split).
+        parts: The pretrained parts: dicts with `part`, `id` and, where known, `hub_id`, `revision`, `version`,
+            `licence`.
+
+    Returns:
+        The record, ready for JSON; see [`published`] for what is left out.
+    """
+    training = trainer.args.to_dict()
+    if trainer.args.max_steps > 0:
+        del training["num_train_epochs"]  # it is not heeded then
+    return published(
+        {
+            "recipe": recipe,
+            "arguments": {**arguments, "training": training},
+            "versions": versions(),
+            "training": training_facts(trainer),
+            "parameters": count_parameters(trainer.model),
+            "data": data,
+            "parts": parts,
+        }
+    )
+
+
+def training_facts(trainer: Trainer) -> Record:
+    """Steps, batch, time and device of a training; what is not known is left out."""
+    state, args = trainer.state, trainer.args
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    facts: Record = {"steps": state.global_step, "global_batch_size": batch}
+    if isinstance(trainer.train_dataset, Sized):  # the epochs of an endless stream mean nothing
+        facts |= {"epochs": state.epoch, "rows": len(trainer.train_dataset)}
+    facts |= training_time(state.log_history, batch)
+    is_cuda = args.device.type == "cuda"
+    facts |= {"device": torch.cuda.get_device_name(args.device) if is_cuda else args.device.type}
+    facts |= {"ranks": args.world_size, "weights_of_step": state.global_step}
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        facts |= {"weights_of_step": state.best_global_step}
+        facts |= {"chosen_by": args.metric_for_best_model, "chosen_at": state.best_metric}
+    return facts
+
+
+def training_time(log_history: Sequence[dict[str, float]], samples_per_step: int) -> Record:
+    """Minutes of training (evaluation and saving in between included) and the number of steps that they cover.
+
+    Args:
+        log_history: The Trainer's log; the lines of [`VlmTrainer`] carry `samples_per_second` since the line before.
+        samples_per_step: The global batch size.
+
+    Returns:
+        `minutes` and `timed_steps`, or nothing where no line tells.
+    """
+    lines = [line for line in log_history if line.get("samples_per_second")]
+    seconds, last = 0.0, 0.0
+    for line in lines:
+        seconds += (line["step"] - last) * samples_per_step / line["samples_per_second"]
+        last = line["step"]
+    return {"minutes": seconds / 60, "timed_steps": last} if lines else {}
+
+
+def has_trained(trainer: Trainer) -> bool:
+    """Whether `train()` did any step: a finished run that is started again does none, and its loss is then nought."""
+    losses = [line["train_loss"] for line in trainer.state.log_history if "train_loss" in line]
+    return bool(losses) and losses[-1] != 0
+
+
+def count_parameters(model: nn.Module) -> Record:
+    """Numbers of parameters: `total`, `trained` (with a gradient), and both of each part of the model, under `parts`.
+
+    Parts are the model's own modules; those of the base model within a head count as parts of the head. Shared
+    parameters count once.
+    """
+    parts: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        part = parts.setdefault(name.removeprefix("model.").split(".")[0], {"total": 0, "trained": 0})
+        part["total"] += parameter.numel()
+        part["trained"] += parameter.numel() * parameter.requires_grad
+    return {**{key: sum(part[key] for part in parts.values()) for key in ("total", "trained")}, "parts": parts}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a training rests on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def published(value: Any) -> Any:
+    """A value as JSON that may be published.
+
+    Entries whose key names a secret are dropped, Hub tokens and credentials within addresses are cut out, and of an
+    absolute path only its last component stays. What JSON does not know becomes text.
+    """
+    if isinstance(value, dict):
+        return {str(key): published(item) for key, item in value.items() if not SECRET_KEY.search(str(key))}
+    if isinstance(value, list | tuple | set):
+        return [published(item) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = SECRET_VALUE.sub("hf_...", str(value))
+    if ADDRESS.match(text):
+        return re.sub(r"(?<=://)[^/@]*@", "", text).split("?")[0]
+    if ABSOLUTE_PATH.match(text):
+        return re.split(r"[\\/]", text.rstrip("\\/"))[-1]
+    return text
+
+
+def write_record(folder: str | Path, record: Record) -> Path:
+    """Writes a record beside the weights and returns its path."""
+    path = Path(folder) / RECORD_NAME
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_record(folder: str | Path) -> Record:
+    """The record of a checkpoint; an empty one, with all its sections, if there is none.
+
+    Raises:
+        ValueError: if it is broken.
+    """
+    path = Path(folder) / RECORD_NAME
+    record = {**{name: kind() for name, kind in SECTIONS.items()}, **read_json(path)}
+    wrong = [name for name, kind in SECTIONS.items() if not isinstance(record[name], kind)]
+    wrong = wrong or [n for n in ("data", "parts") if not all(isinstance(entry, dict) for entry in record[n])]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]!r} is not what a recipe writes; delete the file and run the recipe again.")
+    return record
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, an empty one if there is no such file.
+
+    Raises:
+        ValueError: if the file holds anything else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): write it again, or delete it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: write it again, or delete it.")
+    return content
+
+
+__all__ = [
+    "RECORD_NAME",
+    "count_parameters",
+    "has_trained",
+    "published",
+    "read_json",
+    "read_record",
+    "run_record",
+    "training_time",
+    "versions",
+    "write_record",
+]

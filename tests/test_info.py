@@ -1,0 +1,205 @@
+"""`hf-vlm info`: what it says of a checkpoint is what the loaded model has, and it loads no weights to say it."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, BertModel
+from typer.testing import CliRunner
+
+import tiny
+from hf_vlm import VlmTextTowerModel, VlmTowerModel
+from hf_vlm.cli import app
+from hf_vlm.commands.info import checkpoint_info, format_info
+from hf_vlm.hub.card import RESULTS_NAME, write_card
+from hf_vlm.hub.record import RECORD_NAME, write_record
+from loopback_hub import File, LoopbackHub, Repo
+
+MODELS = {
+    "vlm_clip": tiny.clip_model,
+    "vlm_clip with a sigmoid": lambda: tiny.clip_model(loss_type="sigmoid"),
+    "vlm_tower": lambda: VlmTowerModel(tiny.tower_config()),
+    "vlm_text_tower": lambda: VlmTextTowerModel(tiny.text_config()),
+}
+RESULTS = {"retrieval": {"unseen_style": {"text_to_image_r1": 0.4459, "num_images": 7, "chance": {}}}}
+RECORD = {
+    "recipe": "clip_pretrain",
+    "training": {"steps": 4800, "minutes": 39.41},
+    "data": [{"name": "openmoji \x1b[31m", "licence": "CC-BY-SA-4.0", "rows": {"train": 1178}}],
+    "parts": [{"part": "text", "id": "org/minilm", "licence": "Apache-2.0"}],
+    "licence": "apache-2.0",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny CLIP with all that a run leaves."""
+    tiny.clip_model().save_pretrained(tmp_path / "clip")
+    tiny.clip_processor().save_pretrained(tmp_path / "clip")
+    write_record(tmp_path / "clip", RECORD)
+    (tmp_path / "clip" / RESULTS_NAME).write_text(json.dumps(RESULTS))
+    write_card(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_counts_are_those_of_the_loaded_model(tmp_path, name):
+    """By part and in all; every stored tensor is counted in bytes; no weights are read."""
+    MODELS[name]().to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    info = checkpoint_info(str(tmp_path))
+    parts = info["parameters"]["parts"]
+    assert info["parameters"]["total"] == sum(parts.values()) == loaded.num_parameters()
+    for part, count in parts.items():
+        of_part = [p for n, p in loaded.named_parameters() if n == part or n.startswith(f"{part}.")]
+        assert count == sum(p.numel() for p in of_part)
+    assert info["weights"] == {"bytes": 2 * loaded.num_parameters(), "dtypes": {"BF16": loaded.num_parameters()}}
+    assert info["model_type"] == name.split()[0]
+    assert info["head"] == type(loaded).__name__
+
+
+def test_weights_are_not_read(folder):
+    """With nothing behind the header, loading fails and info does not."""
+    weights = folder / "model.safetensors"
+    whole = checkpoint_info(str(folder))
+    content = weights.read_bytes()
+    weights.write_bytes(content[: 8 + struct.unpack("<Q", content[:8])[0]])
+    assert checkpoint_info(str(folder)) == whole
+
+
+def test_a_model_that_fits_no_memory_is_counted(tmp_path):
+    """Nothing is allocated: an embedding of a thousand terabytes takes no longer than a small one."""
+    tiny.clip_config(text={"vocab_size": 10**13}).save_pretrained(tmp_path)
+    assert checkpoint_info(str(tmp_path))["parameters"]["parts"]["text_model"] > 24 * 10**13
+
+
+def test_info_of_a_run(folder):
+    info = checkpoint_info(str(folder))
+    assert info["architecture"] == "CLIP"
+    assert info["inputs"] == {"images": "32 x 32 pixels", "texts": f"at most {tiny.MAX_LENGTH} tokens"}
+    assert info["training"] == RECORD["training"]
+    assert info["data"] == RECORD["data"]
+    assert info["licence"] == "apache-2.0"
+    (result,) = info["results"]
+    assert (result["split"], result["metric"], result["value"]) == ("unseen_style", "text to image R@1", 0.4459)
+    text = format_info(info)
+    for shown in (
+        "vlm_clip",
+        "39.41",
+        "openmoji",
+        "train 1178",
+        "CC-BY-SA-4.0",
+        "org/minilm",
+        "text to image R@1 0.446",
+    ):
+        assert shown in text
+    assert "\x1b" not in text
+
+
+def test_numbers_of_a_card_stand_in_for_results(folder):
+    """What a pushed repository has when its results.json was left out."""
+    before = checkpoint_info(str(folder))["results"]
+    (folder / RESULTS_NAME).unlink()
+    assert checkpoint_info(str(folder))["results"] == before
+    (folder / "README.md").unlink()
+    assert "results" not in checkpoint_info(str(folder))
+
+
+def test_a_bare_checkpoint_says_what_it_has(tmp_path):
+    tiny.clip_config().save_pretrained(tmp_path)
+    info = checkpoint_info(str(tmp_path))
+    assert info["head"] == "VlmClipModel"
+    assert not {"weights", "training", "data", "results", "revision", "inputs"} & set(info)
+    assert "MB" not in format_info(info)
+
+
+def test_a_cached_repository_has_a_revision(folder, monkeypatch, tmp_path):
+    """Hub ids go through the Hub's cache; the commit is named."""
+    snapshot = tmp_path / "hub" / "models--org--clip-small" / "snapshots" / "0123abc"
+    shutil.copytree(folder, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    info = checkpoint_info("org/clip-small")
+    assert info["revision"] == "0123abc"
+    assert {**info, "checkpoint": str(folder)} == {**checkpoint_info(str(folder)), "revision": "0123abc"}
+
+
+def test_of_a_hub_repository_no_weights_are_fetched(folder, tmp_path):
+    """Over HTTP in a process of its own: the same answer as for the folder, and a cache without weights."""
+    files = {p.name: File(p.read_bytes(), p.suffix == ".safetensors") for p in folder.iterdir()}
+    repo = Repo(private=False)
+    sha = repo.add("main", "Upload", None, files)
+    home = tmp_path / "home"
+    code = "from hf_vlm.cli import main; main()"
+    with LoopbackHub({}) as hub:
+        hub.repos["org/clip-tiny"] = repo
+        hub.storage |= {file.sha256: file.data for file in files.values() if file.is_large}
+        inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        env = {**inherited, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_COLOR": "1"}
+        command = [sys.executable, "-c", code, "info", "org/clip-tiny", "--json"]
+        found = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+        command[-2] = "org/absent"
+        absent = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    expected = {**checkpoint_info(str(folder)), "checkpoint": "org/clip-tiny", "revision": sha}
+    assert json.loads(found.stdout) == expected
+    assert expected["weights"]["bytes"] > 1000
+    assert list(home.rglob("config.json"))
+    assert not list(home.rglob("*.safetensors"))
+    assert absent.returncode == 1
+    assert "Traceback" not in absent.stderr
+    (line,) = [line for line in absent.stderr.splitlines() if line.startswith("Error")]
+    assert "org/absent is neither a folder nor a repository" in line
+
+
+def test_command(folder):
+    result = CliRunner().invoke(app, ["info", str(folder), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == checkpoint_info(str(folder))
+    assert CliRunner().invoke(app, ["info", str(folder)]).stdout == format_info(checkpoint_info(str(folder))) + "\n"
+    shown = CliRunner().invoke(app, ["info", "--help"])
+    assert "hf-vlm info" in shown.stdout.split("Example")[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "config.json is not valid JSON"),
+        ("config.json", None, "no config.json"),
+        ("config.json", '{"model_type": "vlm_clip", "architectures": ["Other"]}', "names the class Other"),
+        ("config.json", '{"model_type": "resnet"}', "resnet checkpoint, not one of this package"),
+        (RECORD_NAME, '{"data": 3}', "training_record.json: 'data'"),
+        (RESULTS_NAME, "[]", "results.json holds no JSON object"),
+        ("model.safetensors", "short", "weights are broken"),
+    ],
+)
+def test_broken_files_are_one_line(folder, name, content, message):
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint_info(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "./nothing", "org/not-cached"])
+def test_what_is_not_there_is_one_line(source):
+    with pytest.raises(ValueError, match=source) as caught:
+        checkpoint_info(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_architecture_is_one_line(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="bert checkpoint") as caught:
+        checkpoint_info(str(tmp_path))
+    assert "\n" not in str(caught.value)
