@@ -1,4 +1,4 @@
-"""The command line: `hf-vlm quickstart | evaluate | convert`."""
+"""The command line: `hf-vlm quickstart | evaluate | convert | push | info | index ...`."""
 
 import json
 import logging
@@ -11,6 +11,8 @@ import typer
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging as transformers_logging
 
+from .commands.index_cli import index_app
+
 app = typer.Typer(
     name="hf-vlm",
     help="Train, evaluate and convert vision-language models of the CLIP -> BLIP -> LLaVA lineage.",
@@ -19,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.add_typer(index_app, name="index")
 
 
 class Format(StrEnum):
@@ -74,6 +77,51 @@ def convert(
 
     convert_folder(source, destination, to.value)
     typer.echo(f"Wrote {destination}")
+
+
+@app.command(epilog="Example: `hf-vlm push my-clip org/clip-small --private`")
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, its processor and its card.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Push the code too: loads with trust_remote_code where hf_vlm is not.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Summary of the commit.")] = None,
+) -> None:
+    """Push a checkpoint to the Hub: one commit, or nothing.
+
+    The token is that of HF_TOKEN or of `hf auth login`.
+    """
+    from .hub.push import push_folder
+
+    url = push_folder(
+        folder,
+        repo_id,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        with_code=with_code,
+        commit_message=message,
+    )
+    typer.echo(url)
+
+
+@app.command(epilog="Examples: `hf-vlm info my-clip` and `hf-vlm info org/clip-small --json`")
+def info(
+    checkpoint: Annotated[str, typer.Argument(metavar="ID_OR_FOLDER", help="Folder or Hub id of a checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Show what a checkpoint is: architecture, parameters by part, what it was trained on, its numbers.
+
+    Of a repository on the Hub nothing large is downloaded.
+    """
+    from .commands.info import checkpoint_info, format_info
+
+    found = checkpoint_info(checkpoint)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else format_info(found))
 
 
 def main() -> None:

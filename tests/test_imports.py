@@ -24,7 +24,7 @@ ALLOWED = {
     "evaluation": {"evaluation"},
     "metrics": {"metrics", "evaluation"},
     "training": {"training", "models", "data"},
-    "retrieval": {"retrieval", "models"},
+    "retrieval": {"retrieval", "models", "data", "evaluation"},
     "hub": {"hub", "models"},
     "commands": ANYTHING,
     "cli": ANYTHING,

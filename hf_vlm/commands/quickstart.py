@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import DatasetDict, concatenate_datasets
+from PIL import Image
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
 from ..data.augment import Augmentation
@@ -16,9 +17,8 @@ from ..data.emoji import load_emoji
 from ..data.emoji_pairs import emoji_pairs
 from ..data.pairs import PairDataset
 from ..data.wheels import resolve_part
-from ..evaluation import embed_images, embed_texts
 from ..models import VlmClipModel, VlmClipProcessor, VlmTowerConfig, VlmTowerModel
-from ..retrieval import Hit, Result, write_sheet
+from ..retrieval import DatasetItems, EmbeddingIndex, Hit, Result, write_sheet
 from ..training import ContrastiveTrainer, ContrastiveTrainingArguments, cache_text_features
 from .evaluate import emoji_report, format_report, retrieval_table
 
@@ -27,6 +27,8 @@ MAX_STEPS = 1200
 BATCH_SIZE = 256
 TEXT_QUERIES = ("a red fruit", "an animal with wings", "a vehicle on rails", "a musical instrument", "something cold")
 IMAGE_QUERIES = ("🐬", "🍕")
+BOTH_QUERIES = (("🚗", "police"),)
+MINUS_QUERIES = (("a musical instrument", "a guitar"),)
 NUM_HITS = 8
 
 
@@ -100,23 +102,28 @@ def train(model: VlmClipModel, processor: ProcessorMixin, splits: DatasetDict, o
     return trainer.state.global_step, time.perf_counter() - start
 
 
-def search(model: PreTrainedModel, processor: ProcessorMixin, splits: DatasetDict) -> list[Result]:
-    """Answers the text and picture queries with pictures in the style that training never showed."""
-    pool = [row for name in ("unseen_style", "unseen_both") for row in splits[name]]
-    images = [row["image"] for row in pool]
-    embeds = embed_images(model, processor, images, progress=False)
+def search(model: PreTrainedModel, processor: ProcessorMixin, splits: DatasetDict, folder: Path) -> list[Result]:
+    """Indexes the pictures in the style that training never showed, and answers the queries from the index."""
+    pool = concatenate_datasets([splits["unseen_style"], splits["unseen_both"]])
+    index = EmbeddingIndex.create(folder, model, processor, replace=True)
+    index.add(DatasetItems(pool, {"caption": "name"}), progress=False)
 
-    def hits(query: torch.Tensor) -> list[Hit]:
-        scores, best = (embeds @ query).topk(NUM_HITS)
-        found = zip(best.tolist(), scores.tolist(), strict=True)
-        return [Hit(f"{pool[i]['emoji']} {pool[i]['name']}", score, images[i]) for i, score in found]
+    def answer(label: str, image: Image.Image | None = None, **query: Any) -> Result:
+        found = index.search(image=image, k=NUM_HITS, **query)
+        return Result(
+            label, [Hit(f"{each.metadata['emoji']} {each.text}", each.score, each.image) for each in found], image
+        )
 
-    texts = embed_texts(model, processor, TEXT_QUERIES, progress=False)
-    results = [Result(query, hits(embed)) for query, embed in zip(TEXT_QUERIES, texts, strict=True)]
-    for emoji in IMAGE_QUERIES:
-        row = next(row for name in ("train", "unseen_emoji") for row in splits[name] if row["emoji"] == emoji)
-        query = embed_images(model, processor, [row["image"]], progress=False)[0]
-        results.append(Result(f"pictures like this {row['style']} drawing", hits(query), row["image"]))
+    def drawing(emoji: str) -> dict[str, Any]:
+        return next(row for name in ("train", "unseen_emoji") for row in splits[name] if row["emoji"] == emoji)
+
+    results = [answer(text, text=text) for text in TEXT_QUERIES]
+    for row in map(drawing, IMAGE_QUERIES):
+        results.append(answer(f"pictures like this {row['style']} drawing", row["image"]))
+    for emoji, text in BOTH_QUERIES:
+        results.append(answer(f"pictures like this, and: {text}", drawing(emoji)["image"], text=text, text_weight=2.0))
+    for text, minus in MINUS_QUERIES:
+        results.append(answer(f"{text}, but not {minus}", text=text, minus=minus, minus_weight=0.3))
     return results
 
 
@@ -124,7 +131,7 @@ def run(output: Path, max_minutes: float = 7.5, seed: int = 0) -> dict[str, Any]
     """The whole quickstart.
 
     Args:
-        output: Folder for the model, `results.json` and `results.html`.
+        output: Folder for the model, the index, `results.json` and `results.html`.
         max_minutes: Longest training time; the number of steps is fitted into it.
         seed: Seed of weights, data order and augmentation.
 
@@ -149,12 +156,13 @@ def run(output: Path, max_minutes: float = 7.5, seed: int = 0) -> dict[str, Any]
     report = emoji_report(loaded.eval(), loaded_processor)
     print(format_report(report))
     print("5/5  Search.")
-    results = search(loaded, loaded_processor, splits)
+    results = search(loaded, loaded_processor, splits, output / "index")
     note = f"{steps} steps in {seconds / 60:.1f} minutes; what is found are Noto's drawings, a style never trained on."
     sheet = write_sheet(output / "results.html", "hf_vlm quickstart", note, results, retrieval_table(report))
     record = {"steps": steps, "training_seconds": seconds, "retrieval": report}
     (output / "results.json").write_text(json.dumps(record, indent=2))
-    print(f"Model: {output / 'model'}\nSheet: {sheet}")
+    print(f"Model: {output / 'model'}\nIndex: {output / 'index'}\nSheet: {sheet}")
+    print(f'Search: hf-vlm index search {output / "index"} "a red fruit"')
     return record
 
 

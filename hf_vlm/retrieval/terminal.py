@@ -1,0 +1,55 @@
+"""Matches as an aligned table for the terminal; nothing from data reaches the terminal as a command."""
+
+import unicodedata
+from collections.abc import Sequence
+
+from .match import Match
+
+MAX_WIDTH = 60
+JOINERS = ("\u200d", "\ufe0f", "\ufe0e")  # within emoji
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, and those that reverse the direction of writing, are written as escapes."""
+    return "".join(each if each.isprintable() or each in JOINERS else _escape(each) for each in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def width(text: str) -> int:
+    """How many cells of a terminal a text takes, to the best of Unicode's tables."""
+    total = 0
+    joined = False
+    for each in text:
+        if each in JOINERS or unicodedata.combining(each):
+            joined = each == "\u200d"
+            continue
+        total += 0 if joined else 1 + (unicodedata.east_asian_width(each) in "WF")
+        joined = False
+    return total
+
+
+def cell(text: str) -> str:
+    """A printable text of at most `MAX_WIDTH` cells."""
+    text = printable(text)
+    if width(text) <= MAX_WIDTH:
+        return text
+    while width(text) > MAX_WIDTH - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def matches_table(matches: Sequence[Match]) -> str:
+    """A table of score, kind, text or caption, and id, best first."""
+    lines = [["score", "kind", "text", "id"]]
+    lines += [[f"{each.score:.3f}", each.kind, cell(each.text), cell(each.id)] for each in matches]
+    widths = [max(width(line[column]) for line in lines) for column in range(4)]
+    return "\n".join(
+        "  ".join(text + " " * (widths[column] - width(text)) for column, text in enumerate(line)).rstrip()
+        for line in lines
+    )
+
+
+__all__ = ["matches_table", "printable"]
