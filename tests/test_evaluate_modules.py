@@ -9,7 +9,13 @@ import pytest
 import torch
 
 import hf_vlm.metrics
-from hf_vlm.evaluation import hard_negative_metrics, retrieval_metrics, zero_shot_metrics
+from hf_vlm.evaluation import (
+    caption_metrics,
+    hard_negative_metrics,
+    retrieval_metrics,
+    vqa_metrics,
+    zero_shot_metrics,
+)
 
 METRICS = Path(next(iter(hf_vlm.metrics.__path__)))
 
@@ -64,3 +70,26 @@ def test_hard_negative_module(load) -> None:
     result = load("hard_negative_accuracy").compute(positive_scores=positive, negative_scores=negative, kinds=kinds)
     assert result == hard_negative_metrics(positive, negative, kinds)
     assert result["accuracy_colour"] != result["accuracy_number"]
+
+
+def test_caption_module(load) -> None:
+    module = load("caption_scores")
+    predictions = ["a red cat on a mat", "two dogs run", "a tree"]
+    references = [["a cat on a red mat", "Cat."], ["two dogs are running"], ["a big tree", "one tree", "a tree's leaf"]]
+    expected = caption_metrics(predictions, references)
+    assert module.compute(predictions=predictions, references=references) == expected
+    for prediction, texts in zip(predictions, references, strict=True):
+        module.add(predictions=prediction, references=texts)
+    assert module.compute() == expected
+    assert 0 < expected["bleu_4"] < expected["rouge_l"] < 1 < expected["cider"] < 10
+
+
+def test_vqa_module(load) -> None:
+    module = load("vqa_accuracy")
+    predictions, answers = ["Yes", "two"], [["yes"] * 3 + ["no"] * 7, ["2"] * 10]
+    result = module.compute(predictions=predictions, references=answers)
+    assert result == vqa_metrics(predictions, answers)
+    assert result["vqa_accuracy"] == pytest.approx(0.95)
+    result = module.compute(predictions=predictions, references=answers, question_types=["is", "how many"])
+    assert result == vqa_metrics(predictions, answers, ["is", "how many"])
+    assert result["vqa_accuracy_question_is"] == pytest.approx(0.9)

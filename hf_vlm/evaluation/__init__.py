@@ -4,26 +4,37 @@
 - `retrieval`: recall at k both ways, and what chance gives.
 - `zero_shot`: classification by prompt ensembles.
 - `hard_negatives`: the true caption against one that differs in a word.
+- `captioning`: CIDEr, BLEU and ROUGE-L; `text`: the words that they count.
+- `vqa`: soft accuracy and exact match of answers, and the majority's answer.
 - `suites`: the above on whole data sets, model and data in, report out.
 """
 
+from .captioning import caption_metrics
 from .embed import embed_images, embed_texts
 from .hard_negatives import hard_negative_metrics
 from .retrieval import chance, retrieval_metrics, similarity_metrics
 from .suites import hard_negative_report, retrieval_report
+from .text import ptb_tokenize
+from .vqa import majority_answer, majority_answers, normalize_answer, vqa_metrics
 from .zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
 
 __all__ = [
     "PROMPTS",
+    "caption_metrics",
     "chance",
     "class_prompts",
     "embed_images",
     "embed_texts",
     "hard_negative_metrics",
     "hard_negative_report",
+    "majority_answer",
+    "majority_answers",
+    "normalize_answer",
+    "ptb_tokenize",
     "retrieval_metrics",
     "retrieval_report",
     "similarity_metrics",
+    "vqa_metrics",
     "zero_shot_classifier",
     "zero_shot_metrics",
 ]
