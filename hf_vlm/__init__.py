@@ -5,6 +5,14 @@ Importing the package registers its classes with transformers' Auto classes.
 
 from . import auto
 from .models import (
+    VlmBlipConfig,
+    VlmBlipForConditionalGeneration,
+    VlmBlipForImageTextRetrieval,
+    VlmBlipForPreTraining,
+    VlmBlipForQuestionAnswering,
+    VlmBlipModel,
+    VlmBlipProcessor,
+    VlmBlipTextConfig,
     VlmClipConfig,
     VlmClipModel,
     VlmClipProcessor,
@@ -20,6 +28,14 @@ __version__ = "0.1.0"
 auto.register()
 
 __all__ = [
+    "VlmBlipConfig",
+    "VlmBlipForConditionalGeneration",
+    "VlmBlipForImageTextRetrieval",
+    "VlmBlipForPreTraining",
+    "VlmBlipForQuestionAnswering",
+    "VlmBlipModel",
+    "VlmBlipProcessor",
+    "VlmBlipTextConfig",
     "VlmClipConfig",
     "VlmClipModel",
     "VlmClipProcessor",

@@ -6,6 +6,8 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     PreTrainedConfig,
@@ -14,6 +16,11 @@ from transformers import (
 )
 
 from .models import (
+    VlmBlipConfig,
+    VlmBlipForConditionalGeneration,
+    VlmBlipForPreTraining,
+    VlmBlipModel,
+    VlmBlipProcessor,
     VlmClipConfig,
     VlmClipModel,
     VlmClipProcessor,
@@ -28,8 +35,16 @@ MODELS: dict[type[PreTrainedConfig], dict[Any, type[PreTrainedModel]]] = {
     VlmTowerConfig: {AutoModel: VlmTowerModel},
     VlmTextTowerConfig: {AutoModel: VlmTextTowerModel},
     VlmClipConfig: {AutoModel: VlmClipModel, AutoModelForZeroShotImageClassification: VlmClipModel},
+    VlmBlipConfig: {
+        AutoModel: VlmBlipModel,
+        AutoModelForPreTraining: VlmBlipForPreTraining,
+        AutoModelForImageTextToText: VlmBlipForConditionalGeneration,
+    },
 }
-PROCESSORS: dict[type[PreTrainedConfig], type[ProcessorMixin]] = {VlmClipConfig: VlmClipProcessor}
+PROCESSORS: dict[type[PreTrainedConfig], type[ProcessorMixin]] = {
+    VlmClipConfig: VlmClipProcessor,
+    VlmBlipConfig: VlmBlipProcessor,
+}
 
 
 def register() -> None:

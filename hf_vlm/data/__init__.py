@@ -1,12 +1,14 @@
 """Data: the built-in pictures and scenes, sources of the user's own, pairs, augmentation, collators."""
 
 from .augment import Augmentation
-from .collators import ContrastiveCollator
+from .collators import CaptionCollator, ContrastiveCollator, QuestionCollator
 from .emoji import EMOJI_SPLITS, LICENCES, load_emoji
 from .emoji_pairs import TEST_SPLITS, emoji_captions, emoji_pairs
 from .images import ImageError, load_image
 from .mixing import mix, split_stream
 from .pairs import Pair, PairDataset, PairStream, load_pairs
+from .questions import Question, QuestionDataset
+from .scene_rows import SceneRows
 from .scenes import SceneStream, load_scenes
 from .sources import DataSource, load_source
 from .wheels import WHEELS, resolve_part
@@ -17,12 +19,17 @@ __all__ = [
     "TEST_SPLITS",
     "WHEELS",
     "Augmentation",
+    "CaptionCollator",
     "ContrastiveCollator",
     "DataSource",
     "ImageError",
     "Pair",
     "PairDataset",
     "PairStream",
+    "Question",
+    "QuestionCollator",
+    "QuestionDataset",
+    "SceneRows",
     "SceneStream",
     "emoji_captions",
     "emoji_pairs",

@@ -84,6 +84,23 @@ class Augmentation:
         return cls(hue=0.03, saturation=0.4, brightness=0.3, contrast=0.3, grey=0.05)
 
     @classmethod
+    def scene(cls) -> "Augmentation":
+        """For scenes whose captions say what is left, above or red: nothing moves, mirrors or changes its hue."""
+        return cls(
+            crop_scale=(1.0, 1.0),
+            crop_ratio=(1.0, 1.0),
+            flip=0.0,
+            saturation=0.2,
+            brightness=0.15,
+            contrast=0.2,
+            shade=0.15,
+            unline=0.3,
+            ink=0.2,
+            blur=0.2,
+            noise=0.03,
+        )
+
+    @classmethod
     def drawing(cls) -> "Augmentation":
         """For drawings on a transparent or white ground that are to be recognised when another hand drew them."""
         return cls(

@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 from .augment import Augmentation
 from .images import load_image
 from .pairs import Pair
+from .questions import Question
 
 
 def pair_id(value: Any) -> int:
@@ -21,8 +22,8 @@ def pair_id(value: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
 
 
-class ContrastiveCollator:
-    """Turns [`Pair`]s into the inputs of a contrastive model.
+class ImageTextCollator:
+    """What the collators share: pictures to pixels, texts to tokens, and features from a cache in place of either.
 
     Args:
         processor: The model's processor.
@@ -31,10 +32,6 @@ class ContrastiveCollator:
             captions are all there carries `text_features` instead of `input_ids`.
         vision_features (`torch.FloatTensor` of shape `(rows, hidden)`): Pooled outputs of a locked image tower by row,
             which replace `pixel_values`. Refused together with an augmentation, which would change them.
-
-    Returns:
-        On call: `pixel_values` (or `vision_features`), `input_ids` and `attention_mask` (or `text_features`), and
-        `pair_ids` of shape `(batch,)`.
 
     Raises:
         ValueError: for cached image features together with an augmentation.
@@ -54,11 +51,6 @@ class ContrastiveCollator:
         self.text_features = text_features or {}
         self.vision_features = vision_features
 
-    def __call__(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
-        batch = self.images(pairs) | self.texts([pair["caption"] for pair in pairs])
-        batch["pair_ids"] = torch.tensor([pair_id(pair["id"]) for pair in pairs])
-        return batch
-
     def texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """Tokens, or the cached features of all captions."""
         if all(caption in self.text_features for caption in captions):
@@ -66,7 +58,7 @@ class ContrastiveCollator:
         tokens = self.processor(text=captions)
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
-    def images(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+    def images(self, pairs: Sequence[Pair] | Sequence[Question]) -> dict[str, torch.Tensor]:
         """Pixels (augmented where asked), or the cached features of all rows."""
         if self.vision_features is not None:
             return {"vision_features": self.vision_features[[pair["index"] for pair in pairs]]}
@@ -85,4 +77,77 @@ class ContrastiveCollator:
         return (pixels - mean) / std
 
 
-__all__ = ["ContrastiveCollator", "pair_id"]
+class ContrastiveCollator(ImageTextCollator):
+    """Turns [`Pair`]s into the inputs of a contrastive model; arguments as of [`ImageTextCollator`].
+
+    Returns:
+        On call: `pixel_values` (or `vision_features`), `input_ids` and `attention_mask` (or `text_features`), and
+        `pair_ids` of shape `(batch,)`.
+    """
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+        batch = self.images(pairs) | self.texts([pair["caption"] for pair in pairs])
+        batch["pair_ids"] = torch.tensor([pair_id(pair["id"]) for pair in pairs])
+        return batch
+
+
+class CaptionCollator(ImageTextCollator):
+    """Turns [`Pair`]s into the inputs of a model that writes captions: [`ContrastiveCollator`]'s, with `labels`.
+
+    Labels are the captions' tokens, -100 at padding and at the prompt.
+
+    Args:
+        processor: The model's processor.
+        augmentation: See [`ImageTextCollator`].
+        prompt: Begins every caption and is not learned (BLIP, section 5.2: "a picture of ").
+        pair_ids: Whether to give `pair_ids`, for models that contrast the captions as well.
+        vision_features: See [`ImageTextCollator`].
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        augmentation: Augmentation | None = None,
+        prompt: str = "",
+        pair_ids: bool = True,
+        vision_features: torch.Tensor | None = None,
+    ):
+        super().__init__(processor, augmentation, vision_features=vision_features)
+        self.prompt = prompt
+        self.pair_ids = pair_ids
+        # Without the [SEP] at its end.
+        self.prompt_length = processor(text=[prompt])["input_ids"].shape[1] - 1 if prompt else 0
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+        batch = self.images(pairs) | self.texts([self.prompt + pair["caption"] for pair in pairs])
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        labels[:, : self.prompt_length] = -100
+        batch["labels"] = labels
+        if self.pair_ids:
+            batch["pair_ids"] = torch.tensor([pair_id(pair["id"]) for pair in pairs])
+        return batch
+
+
+class QuestionCollator(ImageTextCollator):
+    """Turns [`Question`]s into the inputs of a model that answers them.
+
+    Args:
+        processor: The model's processor.
+        augmentation: See [`ImageTextCollator`].
+
+    Returns:
+        On call: `pixel_values`, the questions' `input_ids` and `attention_mask`, and of all answers `labels` of shape
+        `(answers, length)`, -100 at padding, `answer_index` and `answer_weights` of shape `(answers,)`.
+    """
+
+    def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        batch = self.images(questions) | self.texts([question["question"] for question in questions])
+        answers = self.processor(text=[answer for question in questions for answer in question["answers"]])
+        batch["labels"] = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
+        counts = torch.tensor([len(question["answers"]) for question in questions])
+        batch["answer_index"] = torch.arange(len(questions)).repeat_interleave(counts)
+        batch["answer_weights"] = torch.tensor([w for question in questions for w in question["weights"]])
+        return batch
+
+
+__all__ = ["CaptionCollator", "ContrastiveCollator", "QuestionCollator", "pair_id"]

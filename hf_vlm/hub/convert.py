@@ -13,17 +13,15 @@ from types import ModuleType
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ..models.configuration_clip import VlmClipConfig
-from ..models.modeling_clip import VlmClipModel
-from . import convert_clip, convert_open_clip
+from . import convert_blip, convert_blip_original, convert_clip, convert_open_clip
 from .state_dict import load_complete, read_state_dict
 
-NATIVE = {"clip": convert_clip}
-OWN = {"vlm_clip": convert_clip}
-NATIVE_PROCESSORS = {"CLIPProcessor": convert_clip}
-OWN_PROCESSORS = {"VlmClipProcessor": convert_clip}
+NATIVE = {"clip": convert_clip, "blip": convert_blip}
+OWN = {"vlm_clip": convert_clip, "vlm_blip": convert_blip}
+NATIVE_PROCESSORS = {"CLIPProcessor": convert_clip, "BlipProcessor": convert_blip}
+OWN_PROCESSORS = {"VlmClipProcessor": convert_clip, "VlmBlipProcessor": convert_blip}
 
 
 def _family(table: dict[str, ModuleType], name: str, source: object) -> ModuleType:
@@ -39,27 +37,36 @@ def _model_type(model_or_path: str | Path | PreTrainedModel) -> str:
     return AutoConfig.from_pretrained(model_or_path).model_type
 
 
+def _load(classes: tuple[type[PreTrainedModel], ...], path: str | Path) -> PreTrainedModel:
+    """The model of a folder or Hub id, as the class that its config names, or the only one there is."""
+    names = AutoConfig.from_pretrained(path).architectures or [classes[0].__name__]
+    by_name = {model_class.__name__: model_class for model_class in classes}
+    if names[0] not in by_name:
+        raise ValueError(f"{path} holds a {names[0]}, which cannot be converted here; {', '.join(by_name)} can.")
+    return load_complete(by_name[names[0]], path)
+
+
 def _processor(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
     if isinstance(path_or_processor, ProcessorMixin):
         return path_or_processor
     return AutoProcessor.from_pretrained(path_or_processor)
 
 
-def from_transformers(model_or_path: str | Path | PreTrainedModel) -> VlmClipModel:
+def from_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedModel:
     """Our model of one of transformers' own, with the same outputs.
 
     Args:
-        model_or_path: A `CLIPModel`, or the folder or Hub id of one.
+        model_or_path: A `CLIPModel` or a BLIP for captions, questions or retrieval, or the folder or Hub id of one.
 
     Returns:
-        [`VlmClipModel`] in eval mode, with copies of the weights in their dtype.
+        [`VlmClipModel`] or the head of our BLIP, in eval mode, with copies of the weights in their dtype.
 
     Raises:
         ValueError: if it is of another architecture, or its weights are not exactly those of its class.
     """
     family = _family(NATIVE, _model_type(model_or_path), model_or_path)
     if isinstance(model_or_path, str | Path):
-        model_or_path = load_complete(family.NATIVE_MODEL, model_or_path)
+        model_or_path = _load(family.NATIVE_MODELS, model_or_path)
     return family.from_transformers(model_or_path)
 
 
@@ -67,10 +74,11 @@ def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedMo
     """The model of transformers that computes the same as ours, so that everything which knows it can serve it.
 
     Args:
-        model_or_path: A [`VlmClipModel`], or the folder or Hub id of one.
+        model_or_path: A [`VlmClipModel`] or a head of our BLIP, or the folder or Hub id of one.
 
     Returns:
-        `CLIPModel` in eval mode, with copies of the weights in their dtype.
+        `CLIPModel` or BLIP's class for captions, questions or retrieval, in eval mode, with copies of the weights in
+            their dtype.
 
     Raises:
         ValueError: if it is of another architecture, or an option (named) has no equivalent there: another text
@@ -78,7 +86,7 @@ def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedMo
     """
     family = _family(OWN, _model_type(model_or_path), model_or_path)
     if isinstance(model_or_path, str | Path):
-        model_or_path = load_complete(family.OWN_MODEL, model_or_path)
+        model_or_path = _load(family.OWN_MODELS, model_or_path)
     return family.to_transformers(model_or_path)
 
 
@@ -118,25 +126,30 @@ def processor_to_transformers(path_or_processor: str | Path | ProcessorMixin) ->
 
 def from_original(
     state_dict_or_path: Mapping[str, torch.Tensor] | str | Path,
-    config: VlmClipConfig | None = None,
+    config: PreTrainedConfig | None = None,
     hidden_act: str | None = None,
-) -> VlmClipModel:
-    """Our model of weights in the layout of the code they were published with: open_clip's, which is OpenAI's too.
+    image_size: int | None = None,
+) -> PreTrainedModel:
+    """Our model of weights in the layout of the code they were published with: open_clip's (OpenAI's too), or BLIP's
+    (LAVIS's too).
 
     Args:
         state_dict_or_path: The tensors by name, or a `.safetensors`, `.pt`, `.pth` or `.bin` file of them (also a
-            training checkpoint of open_clip). A pickle is read as plain tensors only.
-        config: The config; without it, the sizes are read from the tensors, and heads are as wide as in open_clip (64,
+            training checkpoint). A pickle is read as plain tensors only.
+        config: The config; without it, the sizes are read from the tensors, and heads are as wide as in that code (64,
             but in ViT-H, ViT-g and ViT-bigG).
-        hidden_act: The activation, where no config says it: `"quick_gelu"` for OpenAI's weights, `"gelu"` for most
-            others.
+        hidden_act: CLIP only: the activation, where no config says it: `"quick_gelu"` for OpenAI's weights, `"gelu"`
+            for most others.
+        image_size: BLIP only: another side of the images in pixels, to which position embeddings are interpolated.
 
     Returns:
-        [`VlmClipModel`] in eval mode and float32.
+        [`VlmClipModel`], or the head of BLIP that the weights are, in eval mode and float32. A BLIP of pretraining has
+            its
+        momentum encoders and queue.
 
     Raises:
-        ValueError: if the layout is another one, neither or both of `config` and `hidden_act` are given, or tensors are
-            missing, unexpected or of another shape (the first few are named).
+        ValueError: if the layout is another one, CLIP's activation is not said or said twice, or tensors are missing,
+            unexpected or of another shape (the first few are named).
     """
     if isinstance(state_dict_or_path, str | Path):
         state_dict_or_path = read_state_dict(state_dict_or_path)
@@ -144,8 +157,12 @@ def from_original(
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict_or_path.items()}
     if convert_open_clip.is_open_clip(state_dict):
         return convert_open_clip.from_original(state_dict, config, hidden_act)
+    if convert_blip_original.is_blip(state_dict):
+        return convert_blip_original.from_original(state_dict, config, image_size)
     names = ", ".join(list(state_dict)[:3])
-    raise ValueError(f"Not a known layout: its tensors are {names}, ...; open_clip's vision transformers are known.")
+    raise ValueError(
+        f"Not a known layout: its tensors are {names}, ...; open_clip's vision transformers and BLIP are known."
+    )
 
 
 def convert_folder(src: str | Path, dst: str | Path, to: Literal["native", "hf_vlm"]) -> None:

@@ -12,7 +12,7 @@ from ..models.processing_clip import VlmClipProcessor
 from .convert_images import from_clip_image_processor, to_clip_image_processor
 from .state_dict import Names, flipped, fuse, prefixed, rename, split, with_weights
 
-NATIVE_MODEL, OWN_MODEL = CLIPModel, VlmClipModel
+NATIVE_MODELS, OWN_MODELS = (CLIPModel,), (VlmClipModel,)
 
 QKV = ("q_proj", "k_proj", "v_proj")
 # Ours on the left. `qkv_proj` is what the three projections of transformers are called once fused.
@@ -89,13 +89,15 @@ def chosen(config: PreTrainedConfig, fields: tuple[str, ...]) -> dict:
     return {name: values[name] for name in fields}
 
 
-def check_allowed(config: PreTrainedConfig, allowed: dict[str, tuple], prefix: str = "") -> None:
-    """Raises a one-line ValueError that names the first option whose value `CLIPModel` cannot express."""
+def check_allowed(
+    config: PreTrainedConfig, allowed: dict[str, tuple], prefix: str = "", owner: str = "CLIPModel"
+) -> None:
+    """Raises a one-line ValueError that names the first option whose value `owner` cannot express."""
     values = config.to_dict()
     for name, choices in allowed.items():
         if name in values and values[name] not in choices:
             option = f"{prefix}{name}={values[name]!r}"
-            raise ValueError(f"CLIPModel has no equivalent of {option}; it needs {choices[0]!r}.")
+            raise ValueError(f"{owner} has no equivalent of {option}; it needs {choices[0]!r}.")
 
 
 def from_transformers(model: PreTrainedModel) -> VlmClipModel:
@@ -140,8 +142,8 @@ def processor_to_transformers(processor: VlmClipProcessor) -> CLIPProcessor:
 
 
 __all__ = [
-    "NATIVE_MODEL",
-    "OWN_MODEL",
+    "NATIVE_MODELS",
+    "OWN_MODELS",
     "from_transformers",
     "processor_from_transformers",
     "processor_to_transformers",

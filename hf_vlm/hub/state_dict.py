@@ -113,13 +113,14 @@ def with_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor])
         if tensor.numel() == 1 and name in copies:
             copies[name] = copies[name].reshape(tensor.shape)
     model.load_state_dict(copies, assign=True)
+    model.tie_weights()  # assigned, tied weights are two
     return model.eval()
 
 
 def read_state_dict(path: str | Path) -> StateDict:
     """Reads the tensors of a `.safetensors`, `.pt`, `.pth` or `.bin` file on the CPU; code in a pickle is never run.
 
-    Of a training checkpoint, which holds its weights under "state_dict", only these are returned.
+    Of a training checkpoint, which holds its weights under "state_dict" or "model", only these are returned.
 
     Raises:
         ValueError: if the file is of another kind, damaged, or holds more than plain tensors.
@@ -136,7 +137,7 @@ def read_state_dict(path: str | Path) -> StateDict:
             f"{path} cannot be read as plain tensors (damaged, a TorchScript archive, or code inside): save its state "
             "dict as safetensors with the code that it came from."
         ) from error
-    return loaded.get("state_dict", loaded)
+    return loaded.get("state_dict", loaded.get("model", loaded))
 
 
 __all__ = [

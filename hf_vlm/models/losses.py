@@ -1,4 +1,4 @@
-"""Losses as pure functions: embeddings in, scalar out.
+"""Losses as pure functions: embeddings, similarities or states in, scalar out.
 
 - The batch is the *global* one: every rank compares its own rows with the columns of all ranks ("local loss" of
   open_clip), so memory is O(local x global), and averaging the ranks' gradients gives exactly one process's gradient.
@@ -7,6 +7,8 @@
 
 Shapes: B local rows, G = ranks x B global rows, E embedding size.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -43,6 +45,52 @@ def gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
     return torch.cat(all_gather(tensor.contiguous()))
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows sent to and received from every rank, in the order of the ranks; gradients take the way back."""
+
+    @staticmethod
+    def forward(ctx, rows, num_sent, num_received):
+        ctx.counts = num_sent, num_received
+        received = rows.new_empty(sum(num_received), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), num_received, num_sent)
+        return received
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        num_sent, num_received = ctx.counts
+        returned = gradients[0].new_empty(sum(num_sent), *gradients[0].shape[1:])
+        dist.all_to_all_single(returned, gradients[0].contiguous(), num_sent, num_received)
+        return returned, None, None
+
+
+def fetch_rows(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the other ranks' tensors, of which only those asked for travel, with gradients back to their owners.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(B, ...)`): This rank's rows; the same shape on every rank.
+        index (`torch.LongTensor` of shape `(N,)`): Rows of the global batch; as many on every rank.
+
+    Returns:
+        This rank's rows with those fetched after them, `(B + fetched, ...)`, and the places in it of the rows asked
+        for, `(N,)`. Without a process group, the two arguments.
+    """
+    if world_size() == 1:
+        return tensor, index
+    num_rows = len(tensor)
+    wanted = gather_with_grad(index).view(world_size(), -1)  # by rank
+    owner = wanted // num_rows
+    travels = owner != torch.arange(world_size(), device=index.device)[:, None]
+    sent = travels & (owner == rank())
+    remote, its_owner = travels[rank()], owner[rank()]
+    num_received = torch.bincount(its_owner[remote], minlength=world_size()).tolist()
+    fetched = _Exchange.apply(tensor[wanted[sent] - rank() * num_rows], sent.sum(dim=1).tolist(), num_received)
+    # They arrive by owner, and by owner in the order asked for.
+    arrival = its_owner[remote].argsort(stable=True).argsort()
+    places = index - rank() * num_rows
+    places[remote] = num_rows + arrival
+    return torch.cat([tensor, fetched]), places
 
 
 def positive_pairs(pair_ids: torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
@@ -130,4 +178,101 @@ def sigmoid_loss(
     )
 
 
-__all__ = ["contrastive_loss", "gather_with_grad", "positive_pairs", "rank", "sigmoid_loss", "world_size"]
+def soft_contrastive_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against soft targets (BLIP, arXiv 2201.12086, section 3.2, after ALBEF, arXiv 2107.07651).
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, candidates)`): Similarities divided by the temperature.
+        targets (`torch.Tensor` of shape `(B, candidates)`): A distribution a row.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the mean over rows.
+    """
+    return -(logits.log_softmax(dim=-1) * targets).sum(dim=-1).mean()
+
+
+@torch.no_grad()
+def sample_negatives(
+    logits: torch.Tensor, positives: torch.Tensor, seed: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws a hard negative for each row: the more similar, the more likely.
+
+    With a seed, row i of the global batch draws the same whatever the number of ranks.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, G)`): Similarities of this rank's rows to all ranks' candidates.
+        positives (`torch.BoolTensor` of shape `(B, G)`): What must not be drawn.
+        seed: Seed of the draw, the same on all ranks; None takes the process's own generator.
+
+    Returns:
+        `torch.LongTensor` of shape `(B,)`, global indices; and `torch.BoolTensor` of shape `(B,)`, False where there is
+        nothing to draw from (a batch of one, or of nothing but positives).
+    """
+    rows, candidates = logits.shape
+    weights = (logits.float().softmax(dim=-1) + 1e-4).masked_fill(positives, 0.0)
+    if seed is None:
+        uniform = torch.rand(rows, device=logits.device)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(rows * world_size(), generator=generator)[rank() * rows :][:rows].to(logits.device)
+    cumulative = weights.cumsum(dim=-1)
+    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    # Rounding may point past the last candidate, or at one of weight zero just below the bound.
+    last = candidates - 1 - (weights > 0).flip(-1).int().argmax(dim=-1)
+    return torch.minimum(drawn, last), (weights > 0).any(dim=-1)
+
+
+def language_modeling_loss(
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    label_smoothing: float = 0.0,
+    row_weights: torch.Tensor | None = None,
+    tokens_per_block: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token cross-entropy; logits are made at supervised positions only, a block at a time.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, L, H)`): Final states.
+        labels (`torch.LongTensor` of shape `(B, L)`): Token ids in the places of the inputs (the shift happens here),
+            -100 where nothing is to be learned.
+        head: Gives logits `(tokens, vocabulary)` of states `(tokens, H)`.
+        label_smoothing: Share of the target spread evenly over the vocabulary.
+        row_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor on each row's loss.
+        tokens_per_block: The logits of more tokens than this are recomputed in the backward pass.
+
+    Returns:
+        The sum over supervised tokens and their number, both `torch.Tensor` of shape `()`. Without any, the sum is 0
+        and has a graph.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != -100
+    states, targets = hidden_states[:, :-1][supervised], targets[supervised]
+    weights = (
+        torch.ones_like(labels[:, 1:], dtype=torch.float32) if row_weights is None else row_weights[:, None].float()
+    )
+    weights = weights.expand(supervised.shape)[supervised]
+
+    def block_loss(states, targets, weights):
+        losses = F.cross_entropy(head(states).float(), targets, reduction="none", label_smoothing=label_smoothing)
+        return (losses * weights).sum()
+
+    if len(targets) <= tokens_per_block:
+        return block_loss(states, targets, weights), supervised.sum()
+    blocks = zip(*(tensor.split(tokens_per_block) for tensor in (states, targets, weights)), strict=True)
+    total = sum(checkpoint(block_loss, *block, use_reentrant=False) for block in blocks)
+    return total, supervised.sum()
+
+
+__all__ = [
+    "contrastive_loss",
+    "fetch_rows",
+    "gather_with_grad",
+    "language_modeling_loss",
+    "positive_pairs",
+    "rank",
+    "sample_negatives",
+    "sigmoid_loss",
+    "soft_contrastive_loss",
+    "world_size",
+]

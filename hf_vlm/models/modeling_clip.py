@@ -187,12 +187,12 @@ class VlmClipModel(PreTrainedModel):
         Returns:
             `VlmClipModel` in float32 unless a part's kwargs say otherwise.
         """
-        vision_model = _load_tower(vision, "vision", vision_kwargs or {})
-        text_model = _load_tower(text, "text", text_kwargs or {})
+        vision_model = load_tower(vision, "vision", vision_kwargs or {})
+        text_model = load_tower(text, "text", text_kwargs or {})
         config_kwargs.setdefault("vision_pooling", default_pooling(vision_model.config))
         config_kwargs.setdefault("text_pooling", default_pooling(text_model.config))
         config = VlmClipConfig(
-            vision_config=vision_model.config.to_dict(), text_config=text_model.config.to_dict(), **config_kwargs
+            vision_config=published_config(vision_model), text_config=published_config(text_model), **config_kwargs
         )
         model = cls(config)
         model.vision_model, model.text_model = vision_model, text_model
@@ -330,6 +330,7 @@ class VlmClipModel(PreTrainedModel):
         text_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         return_loss: bool | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> VlmClipOutput:
         """Compares images with texts.
 
@@ -343,6 +344,7 @@ class VlmClipModel(PreTrainedModel):
             interpolate_pos_encoding: Accept another image size than the tower's.
             return_loss: Whether to compute the loss over the pairs of all ranks; row i of the images belongs to row i
                 of the texts.
+            token_type_ids: Not used; BERT's tokenizers give them, and pipelines pass on what a tokenizer gives.
 
         Returns:
             [`VlmClipOutput`]; logits are of this rank's images and texts. Of images alone, only `image_embeds`: what
@@ -377,7 +379,7 @@ def default_pooling(config: PreTrainedConfig) -> str:
     return "tower" if has_trained_pooler else "mean"
 
 
-def _load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTrainedModel:
+def load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTrainedModel:
     """A tower from an id, a folder or an instance; of a two-tower model, the tower called `name`.
 
     Raises:
@@ -395,4 +397,11 @@ def _load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTr
     return model
 
 
-__all__ = ["VlmClipModel", "VlmClipOutput"]
+def published_config(tower: PreTrainedModel) -> dict:
+    """A tower's config without the folder that it was loaded from, which is nobody else's business."""
+    config = tower.config.to_dict()
+    config.pop("_name_or_path", None)
+    return config
+
+
+__all__ = ["VlmClipModel", "VlmClipOutput", "load_tower", "published_config"]

@@ -45,7 +45,9 @@ def eager_attention(
     """Attention written out, which also returns its weights of shape `(B, A, N, S)`."""
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is None and is_causal:
-        attention_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
+        num_queries, num_keys = weights.shape[-2:]  # cached keys come before the queries
+        attention_mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=weights.device)
+        attention_mask = attention_mask.tril(num_keys - num_queries)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
     elif attention_mask is not None:
@@ -307,6 +309,17 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    @torch.no_grad()
+    def resize_images(self, image_size: int) -> None:
+        """Takes images of another size from now on: position embeddings are interpolated, the config follows.
+
+        Args:
+            image_size: Side of the images in pixels; a multiple of the patch size.
+        """
+        positions = self.embeddings.positions(image_size, image_size).clone()
+        self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
+        self.config.image_size = image_size
+
     def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
         """The pooled output of shape `(B, H)` of a last hidden state of shape `(B, N, H)`."""
         if self.config.pooling == "class":
@@ -428,4 +441,4 @@ class VlmTextTowerModel(VlmTowerPreTrainedModel):
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
 
 
-__all__ = ["VlmTextTowerModel", "VlmTowerModel", "VlmTowerPreTrainedModel"]
+__all__ = ["VlmTextTowerModel", "VlmTowerModel", "VlmTowerPreTrainedModel", "attention_function"]

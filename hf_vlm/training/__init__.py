@@ -1,6 +1,7 @@
 """Trainers, stages and callbacks."""
 
 from .arguments import ContrastiveTrainingArguments, VlmTrainingArguments
+from .blip import BlipTrainer, BlipTrainingArguments
 from .checkpoints import last_checkpoint
 from .contrastive import ContrastiveTrainer
 from .lit import cache_text_features, cache_vision_features
@@ -8,6 +9,8 @@ from .precision import choose_bf16
 from .trainer import VlmTrainer
 
 __all__ = [
+    "BlipTrainer",
+    "BlipTrainingArguments",
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",
     "VlmTrainer",

@@ -2,14 +2,17 @@
 
 import time
 from collections import defaultdict
+from typing import NoReturn
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollator, Trainer, TrainerCallback
 
 from ..data.pairs import PairDataset, PairStream
+from ..data.questions import QuestionDataset
 from .muon import MuonAdamW
 
 
@@ -21,7 +24,7 @@ class TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Called by the Trainer before the first batch of an epoch, or of the rest of one."""
-        if isinstance(train_dataloader.dataset, PairDataset):
+        if isinstance(train_dataloader.dataset, PairDataset | QuestionDataset):
             train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
@@ -49,6 +52,8 @@ class VlmTrainer(Trainer):
     - Weight decay acts on matrices only: not on gains, biases, or a temperature (CLIP, appendix F).
     - What a subclass hands to `record` is averaged over the steps between two log lines.
     - `samples_per_second` counts the training samples of all ranks between two log lines.
+    - `push_to_hub` makes it ask for the token's owner at the start, nothing more: at the end of a recipe, when results
+      and card are there, [`~hf_vlm.hub.push.push_run`] pushes them all in one commit.
 
     Args:
         eval_collator: Collator of the evaluation data, which is not augmented; `data_collator` by default.
@@ -106,6 +111,23 @@ class VlmTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator, self.args.dataloader_drop_last = before
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Lets a wrong token end the run before it begins; the repository is made by the push itself."""
+        if self.is_world_process_zero():
+            HfApi(token=token or self.args.hub_token).whoami()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves, and never pushes."""
+        super().save_model(output_dir, _internal_call=True)
+
+    def push_to_hub(self, *args, **kwargs) -> NoReturn:
+        """Refused: it would push training_args.bin, a pickle, and replace the card.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("Save the model, then push its folder by hf_vlm.hub.push.push_folder or `hf-vlm push`.")
 
     def record(self, name: str, value: torch.Tensor) -> None:
         """Keeps a scalar for the next log line."""

@@ -1,0 +1,85 @@
+"""Questions about images, whose random choices depend only on seed, epoch and row, as those of `pairs.py` do."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .pairs import Rows
+
+
+class Question(TypedDict):
+    """One example: a picture, a question, its answers with weights that sum to 1, and where it came from."""
+
+    image: Image.Image
+    question: str
+    answers: list[str]
+    weights: list[float]
+    index: int
+    seed: int
+
+
+def weigh_answers(answers: str | Sequence[str]) -> tuple[list[str], list[float]]:
+    """The different answers that people gave, and the share of people who gave each (BLIP, section 5.3)."""
+    counts = Counter([answers] if isinstance(answers, str) else answers)
+    total = sum(counts.values())
+    return list(counts), [count / total for count in counts.values()]
+
+
+def make_question(row: dict[str, Any], index: int, seed: int, epoch: int) -> Question:
+    """Chooses a question of a row.
+
+    Args:
+        row: `image`, and `question` with `answer` (a string, or what several people said), or `questions`, a list of
+            dicts of the two, of which one is chosen.
+        index: The row's number.
+        seed: Decides, together with epoch and index, the question and the example's seed.
+        epoch: The number of the pass.
+
+    Raises:
+        ValueError: if question or answers are missing or empty.
+    """
+    rng = np.random.default_rng((seed, epoch, index))
+    asked = row["questions"][int(rng.integers(len(row["questions"])))] if row.get("questions") else row
+    question, (answers, weights) = asked.get("question"), weigh_answers(asked.get("answer") or [])
+    if not question or not question.strip() or not answers or not all(answer.strip() for answer in answers):
+        raise ValueError(f"Row {index} lacks a question or an answer: {question!r}, {answers}. Remove or mend it.")
+    return {
+        "image": row["image"],
+        "question": question,
+        "answers": answers,
+        "weights": weights,
+        "index": index,
+        "seed": int(rng.integers(2**63)),
+    }
+
+
+class QuestionDataset(Dataset):
+    """Chooses one question of each row, anew each epoch.
+
+    Args:
+        rows: A sequence of the dicts that [`make_question`] takes.
+        seed: Decides questions and augmentation.
+    """
+
+    def __init__(self, rows: Rows, seed: int = 0):
+        self.rows = rows
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer at the start of each epoch."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Question:
+        return make_question(self.rows[index], index, self.seed, int(self.epoch))
+
+
+__all__ = ["Question", "QuestionDataset", "make_question", "weigh_answers"]

@@ -1,0 +1,146 @@
+"""Configuration of BLIP: an image tower, a text encoder and a text decoder that share what they can."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from .configuration_tower import VlmTowerConfig
+
+# What sets BLIP's vision transformer apart from CLIP's, which VlmTowerConfig describes by default.
+BLIP_VISION = {
+    "use_pre_norm": False,
+    "use_patch_bias": True,
+    "final_norm": "sequence",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+}
+
+
+@strict
+class VlmBlipTextConfig(PreTrainedConfig):
+    """Configuration of BLIP's text transformers, which have BERT's shape. The defaults are BLIP-base.
+
+    Args:
+        vocab_size: Size of the vocabulary, the two added tokens included.
+        hidden_size: Width of the transformer.
+        intermediate_size: Width of the feed-forward layers.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Number of heads; must divide `hidden_size`.
+        max_position_embeddings: The longest text in tokens.
+        hidden_act: Activation of the feed-forward layers.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        hidden_dropout: Dropout probability of embeddings and residual branches.
+        attention_dropout: Dropout probability of the attention weights.
+        pad_token_id: Id of the padding token.
+        sep_token_id: Id of `[SEP]`, which ends a text.
+        bos_token_id: Id of `[DEC]`, which takes the place of `[CLS]` in the decoder.
+        enc_token_id: Id of `[ENC]`, which takes the place of `[CLS]` in the image-grounded encoder.
+        initializer_range: Standard deviation of the normal initialisation.
+    """
+
+    model_type = "vlm_blip_text"
+    base_config_key = "text_config"
+
+    vocab_size: int = 30524
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 512
+    hidden_act: str = "gelu"
+    layer_norm_eps: float | int = 1e-12
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    pad_token_id: int = 0
+    sep_token_id: int = 102
+    bos_token_id: int = 30522
+    enc_token_id: int = 30523
+    initializer_range: float | int = 0.02
+
+    def validate_architecture(self):
+        """Checks that the heads divide the width and the added tokens are in the vocabulary."""
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if max(self.bos_token_id, self.enc_token_id) >= self.vocab_size:
+            raise ValueError(
+                f"vocab_size ({self.vocab_size}) has no room for [DEC] ({self.bos_token_id}) and [ENC] "
+                f"({self.enc_token_id})."
+            )
+
+
+@strict
+class VlmBlipConfig(PreTrainedConfig):
+    """Configuration of [`VlmBlipModel`] and its heads.
+
+    Args:
+        vision_config: Config of the image tower: a [`VlmTowerConfig`] (by default in BLIP's layout), or that of any
+            vision encoder of transformers.
+        text_config: A [`VlmBlipTextConfig`], for encoder and decoder alike.
+        use_text_encoder: Whether there is a text encoder.
+        use_text_decoder: Whether there is a text decoder.
+        share_encoder_decoder: Whether the two are one but for their self-attention (section 3.2 of the paper).
+        decoder_memory: What the decoder's cross-attention looks at: `"image"`, or `"question"`, the encoder's states.
+        vision_pooling: What of an image is projected: `"class"` its first token, `"mean"` the mean of all (for towers
+            without a class token).
+        tie_word_embeddings: Whether the decoder's output matrix is the word embedding. The paper's checkpoints have one
+            of its own; LAVIS and transformers tie it.
+        projection_dim: Size of the embedding that images and texts share.
+        temperature_init_value: Initial temperature, which similarities are divided by.
+        min_temperature: The temperature is clamped to at least this after each optimiser step,
+        max_temperature: and to at most this.
+        itc_weight: Weight of the image-text contrastive loss; 0 leaves it out.
+        itm_weight: Weight of the image-text matching loss; 0 leaves it out.
+        lm_weight: Weight of the language-modelling loss; 0 leaves it out.
+        label_smoothing: Label smoothing of the language-modelling loss.
+        momentum: Decay of the averaged encoders.
+        queue_size: Embeddings of earlier steps that the contrastive loss compares with; 0 for none.
+        soft_target_weight: Share of the averaged encoders' similarities in the contrastive targets.
+        initializer_range: Standard deviation of the heads' initialisation.
+    """
+
+    model_type = "vlm_blip"
+    sub_configs_defaults = {"vision_config": VlmTowerConfig, "text_config": VlmBlipTextConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    use_text_encoder: bool = True
+    use_text_decoder: bool = True
+    share_encoder_decoder: bool = True
+    decoder_memory: Literal["image", "question"] = "image"
+    vision_pooling: Literal["class", "mean"] = "class"
+    tie_word_embeddings: bool = False
+    projection_dim: int = 256
+    temperature_init_value: float | int = 0.07
+    min_temperature: float | int = 0.001
+    max_temperature: float | int = 0.5
+    itc_weight: float | int = 1.0
+    itm_weight: float | int = 1.0
+    lm_weight: float | int = 1.0
+    label_smoothing: float | int = 0.1
+    momentum: float | int = 0.995
+    queue_size: int = 57600
+    soft_target_weight: float | int = 0.4
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = VlmTowerConfig(**BLIP_VISION)
+        elif isinstance(self.vision_config, dict):
+            model_type = self.vision_config.get("model_type", VlmTowerConfig.model_type)
+            if model_type != VlmTowerConfig.model_type:
+                self.vision_config = AutoConfig.for_model(**self.vision_config)
+        super().__post_init__(**kwargs)
+
+    def validate_parts(self):
+        """Checks that the parts fit each other."""
+        if not (self.use_text_encoder or self.use_text_decoder):
+            raise ValueError("BLIP needs a text encoder or a text decoder: set use_text_encoder or use_text_decoder.")
+        if self.decoder_memory == "question" and not self.use_text_encoder:
+            raise ValueError('decoder_memory="question" needs the text encoder: set use_text_encoder=True.')
+
+
+__all__ = ["BLIP_VISION", "VlmBlipConfig", "VlmBlipTextConfig"]

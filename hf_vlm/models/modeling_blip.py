@@ -1,0 +1,565 @@
+"""BLIP: one image tower and a text transformer used three ways (arXiv 2201.12086).
+
+- *Unimodal encoder*: text alone, for the contrastive loss (ITC). *Image-grounded encoder*: the same with
+  cross-attention, `[ENC]` in place of `[CLS]`, for matching (ITM). *Image-grounded decoder*: causal self-attention,
+  `[DEC]` first, for language modelling (LM). Encoder and decoder share everything but self-attention (section 3.2).
+- Keys and values of an image are projected once and shared by ITM, its hard negatives, LM, and all beams.
+- The contrastive loss has soft targets and a queue by momentum encoders, which are no part of the weights: a training
+  loop calls `update_momentum()` before the first micro-batch of a step and `enqueue()` after the last.
+- Batch and candidates are those of all ranks; a hard negative from another rank is fetched alone.
+- A pretrained model goes on as any other head: `VlmBlipForQuestionAnswering.from_pretraining(model)`.
+
+Shapes: B rows, L tokens, H text width, I images, P patches (with the class token), E shared embedding, Q queue,
+G = ranks x B.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_blip import VlmBlipConfig
+from .configuration_tower import VlmTowerConfig
+from .losses import (
+    fetch_rows,
+    gather_with_grad,
+    language_modeling_loss,
+    positive_pairs,
+    rank,
+    sample_negatives,
+    soft_contrastive_loss,
+)
+from .modeling_blip_text import (
+    Memory,
+    VlmBlipLMHead,
+    VlmBlipPreTrainedModel,
+    VlmBlipTextModel,
+    bert_text_config,
+    copy_bert,
+    with_first_token,
+)
+from .modeling_clip import load_tower, published_config
+from .modeling_tower import VlmTowerModel
+from .momentum import FeatureQueue, MomentumEncoders
+
+
+@dataclass
+class VlmBlipOutput(ModelOutput):
+    """Output of BLIP's heads; a head fills what it computes.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): The weighted sum of the parts.
+        loss_itc (`torch.FloatTensor` of shape `()`): Image-text contrastive loss.
+        loss_itm (`torch.FloatTensor` of shape `()`): Image-text matching loss.
+        loss_lm (`torch.FloatTensor` of shape `()`): Language-modelling loss.
+        parts: Sum and count of each part, `torch.FloatTensor` of shape `(2,)`, for a trainer that divides by the count
+            of all ranks and micro-batches.
+        logits (`torch.FloatTensor` of shape `(batch, length, vocabulary)`): Of the decoder.
+        itm_logits (`torch.FloatTensor` of shape `(pairs, 2)`): No match and match; in training of the pairs, then of
+            the texts with a hard negative image, then of the images with a hard negative text.
+        logits_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): Similarities over the temperature.
+        logits_per_text (`torch.FloatTensor` of shape `(B, G + Q)`): The same from the texts.
+        targets_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): What the contrastive loss compares with.
+        targets_per_text (`torch.FloatTensor` of shape `(B, G + Q)`): The same for the texts.
+        image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`): L2-normalised.
+        text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, length, H)`): Text states.
+        past_key_values: Cache of the decoder's self-attention.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_lm: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    targets_per_image: torch.Tensor | None = None
+    targets_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+def gather_texts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and masks `(G, L)` of all ranks, padded to the longest of any."""
+    longest = int(gather_with_grad(torch.tensor([input_ids.shape[1]], device=input_ids.device)).max())
+    padding = (0, longest - input_ids.shape[1])
+    input_ids = F.pad(input_ids, padding, value=pad_token_id)
+    return gather_with_grad(input_ids), gather_with_grad(F.pad(attention_mask, padding))
+
+
+class VlmBlipModel(VlmBlipPreTrainedModel):
+    """The image tower, and the text encoder and decoder that the config asks for."""
+
+    def __init__(self, config: VlmBlipConfig):
+        super().__init__(config)
+        vision, text = config.vision_config, config.text_config
+        is_own = vision.model_type == VlmTowerConfig.model_type
+        self.vision_model = VlmTowerModel._from_config(vision) if is_own else AutoModel.from_config(vision)
+        self.text_encoder = VlmBlipTextModel(text, vision.hidden_size) if config.use_text_encoder else None
+        self.text_decoder = None
+        if config.use_text_decoder:
+            memory_size = vision.hidden_size if config.decoder_memory == "image" else text.hidden_size
+            shared = self.text_encoder if self.shares_parts else None
+            self.text_decoder = VlmBlipTextModel(text, memory_size, is_causal=True, shared=shared)
+        self.post_init()
+
+    @property
+    def shares_parts(self) -> bool:
+        """Whether encoder and decoder are one but for their self-attention, so that a memory serves both."""
+        has_both = self.config.use_text_encoder and self.config.use_text_decoder
+        return has_both and self.config.share_encoder_decoder and self.config.decoder_memory == "image"
+
+    def get_input_embeddings(self) -> nn.Module:
+        return (self.text_encoder or self.text_decoder).get_input_embeddings()
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """Patch states of shape `(I, P, width)`; `vision_features` of that shape take the place of the tower.
+
+        Raises:
+            ValueError: unless exactly one of the two is given.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Pass either pixel_values or vision_features.")
+        if vision_features is not None:
+            return vision_features
+        options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+        return self.vision_model(pixel_values=pixel_values, **options).last_hidden_state
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Text states that have seen the image: the encoder's, or the decoder's where there is no encoder.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Token ids as the tokenizer gives them; B is a multiple of
+                I.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
+            interpolate_pos_encoding: Accept another image size than the tower's.
+
+        Returns:
+            `last_hidden_state` of shape `(B, L, H)`; of images alone, their patch states.
+        """
+        states = self.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+        if input_ids is None:
+            return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=states[:, 0])
+        if self.text_encoder is not None:
+            text_model, token_id = self.text_encoder, self.config.text_config.enc_token_id
+        else:
+            text_model, token_id = self.text_decoder, self.config.text_config.bos_token_id
+        return text_model(
+            with_first_token(input_ids, token_id), attention_mask, text_model.project_memory(states), **kwargs
+        )
+
+
+class VlmBlipSimilarity(nn.Module):
+    """The projections into the shared space, and the temperature."""
+
+    def __init__(self, config: VlmBlipConfig):
+        super().__init__()
+        self.config = config
+        self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+        self.text_proj = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        # Of one dimension, since FSDP2 does not shard scalars.
+        self.temperature = nn.Parameter(torch.empty(1))
+
+    def embed_images(self, states: torch.Tensor) -> torch.Tensor:
+        """L2-normalised `(I, E)` of patch states `(I, P, width)`."""
+        pooled = states[:, 0] if self.config.vision_pooling == "class" else states.mean(dim=1)
+        return F.normalize(self.vision_proj(pooled.to(self.vision_proj.weight.dtype)).float(), dim=-1)
+
+    def embed_texts(self, states: torch.Tensor) -> torch.Tensor:
+        """L2-normalised `(B, E)` of text states `(B, L, H)`: those of the first token."""
+        return F.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
+
+    def forward(self, embeds: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """Similarities `(rows, candidates)` over the temperature, in float32 even under autocast."""
+        with torch.autocast(embeds.device.type, enabled=False):
+            return embeds @ candidates.T / self.temperature.float()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keeps the temperature within the config's bounds; the trainer calls it after each step."""
+        self.temperature.clamp_(self.config.min_temperature, self.config.max_temperature)
+
+
+class VlmBlipHead(VlmBlipPreTrainedModel):
+    """What the heads share: the body, and the way from one head to another.
+
+    `needs` are the parts of the body that a head cannot do without; `layout` is how it sets its config when it is made
+    of a pretrained model.
+    """
+
+    needs: tuple[str, ...] = ()
+    layout: dict = {}
+
+    def __init__(self, config: VlmBlipConfig):
+        super().__init__(config)
+        missing = [part for part in self.needs if not getattr(config, f"use_{part}")]
+        if missing:
+            raise ValueError(f"{type(self).__name__} needs a {missing[0]}, which this checkpoint has not.")
+        self.model = VlmBlipModel(config)
+        if config.use_text_decoder:
+            owner = "text_encoder" if self.model.shares_parts else "text_decoder"
+            self._tied_weights_keys = {"lm_head.decoder.weight": f"model.{owner}.embeddings.word_embedding.weight"}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, VlmBlipSimilarity):
+            init.constant_(module.temperature, module.config.temperature_init_value)
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision: str | PreTrainedModel,
+        text: str | PreTrainedModel,
+        vision_kwargs: dict | None = None,
+        text_kwargs: dict | None = None,
+        **config_kwargs,
+    ) -> "VlmBlipHead":
+        """Builds the head on a pretrained image tower and a BERT, as BLIP does (section 4.1); all else is new.
+
+        Args:
+            vision: Hub id, folder or instance of a vision encoder, or of a model with a vision tower.
+            text: The same of a BERT, whose weights encoder and decoder begin with.
+            vision_kwargs: `from_pretrained` options of the vision tower (`dtype`, `device_map`, `revision`).
+            text_kwargs: The same for the BERT.
+            **config_kwargs: Fields of [`VlmBlipConfig`].
+
+        Raises:
+            ValueError: if `text` is no BERT.
+        """
+        vision_model = load_tower(vision, "vision", vision_kwargs or {})
+        bert = load_tower(text, "text", text_kwargs or {})
+        if vision_model.config.model_type == VlmTowerConfig.model_type:
+            vision_model.config.final_norm = "sequence"  # CLIP normalises the pooled token alone; here all are read
+        parts = {"vision_config": published_config(vision_model), "text_config": bert_text_config(bert.config)}
+        head = cls(VlmBlipConfig(**{**cls.layout, **parts, **config_kwargs}))
+        head.model.vision_model = vision_model
+        for text_model in (head.model.text_encoder, head.model.text_decoder):
+            if text_model is not None:
+                copy_bert(text_model, bert)
+        return head
+
+    @classmethod
+    def from_pretraining(cls, model: "VlmBlipHead", image_size: int | None = None, **config_kwargs) -> "VlmBlipHead":
+        """The next stage: this head on the weights of another one.
+
+        Args:
+            model: A trained head, such as [`VlmBlipForPreTraining`]; its weights are copied.
+            image_size: Side of the images in pixels from now on; position embeddings are interpolated.
+            **config_kwargs: Fields of [`VlmBlipConfig`] that differ.
+
+        Raises:
+            ValueError: if the other head lacks a part of the body that this one needs.
+        """
+        head = cls(VlmBlipConfig.from_dict({**model.config.to_dict(), **cls.layout, **config_kwargs}))
+        given = model.state_dict()
+        if model.model.shares_parts:
+            of_encoder = {name: t for name, t in given.items() if name.startswith("model.text_encoder.")}
+            given = {name.replace("text_encoder", "text_decoder"): t for name, t in of_encoder.items()} | given
+        lacking = [name for name in head.state_dict() if name.startswith("model.") and name not in given]
+        if lacking:
+            raise ValueError(f"{cls.__name__} needs {lacking[0]}, which a {type(model).__name__} has not.")
+        own = head.state_dict()
+        head.load_state_dict({n: t for n, t in given.items() if n in own and own[n].shape == t.shape}, strict=False)
+        if image_size is not None:
+            head.model.vision_model.resize_images(image_size)
+        return head.to(dtype=model.dtype, device=model.device)
+
+    def language_modeling(
+        self, states: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sum and count, `(2,)`, of the language-modelling loss of decoder states."""
+        total, count = language_modeling_loss(states, labels, self.lm_head, self.config.label_smoothing, row_weights)
+        return torch.stack([total, count.to(total.dtype)])
+
+
+class VlmBlipForPreTraining(VlmBlipHead):
+    """BLIP with its three objectives, each with a weight in the config (section 3.2).
+
+    Example:
+        ```python
+        >>> model.update_momentum()
+        >>> model(pixel_values, input_ids, attention_mask, return_loss=True).loss.backward()
+        >>> model.enqueue()
+        ```
+    """
+
+    needs: tuple[str, ...] = ("text_encoder", "text_decoder")
+    layout = {"use_text_encoder": True, "use_text_decoder": True, "decoder_memory": "image"}
+
+    def __init__(self, config: VlmBlipConfig):
+        super().__init__(config)
+        self.similarity = VlmBlipSimilarity(config)
+        self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
+        self.lm_head = VlmBlipLMHead(config.text_config) if config.use_text_decoder else None
+        # In a list, so that neither weights, optimisers nor data parallelism know of it.
+        self._momentum: list[MomentumEncoders] = []
+        self.post_init()
+
+    def averaged_modules(self) -> dict[str, nn.Module]:
+        """What the momentum encoders are averages of."""
+        return {
+            "vision_model": self.model.vision_model,
+            "text_encoder": self.model.text_encoder,
+            "similarity": self.similarity,
+        }
+
+    @property
+    def momentum(self) -> MomentumEncoders:
+        """Momentum encoders and queue, made from the current weights when first asked for."""
+        if not self._momentum:
+            queue = FeatureQueue(self.config.queue_size, self.config.projection_dim)
+            averages = MomentumEncoders(self.averaged_modules(), self.config.momentum, queue)
+            for layer in averages.encoders["text_encoder"].layers:
+                layer.cross_attention = None  # the contrastive loss has texts alone
+            self._momentum.append(averages.to(self.device))
+        return self._momentum[0]
+
+    def update_momentum(self) -> None:
+        """Moves the momentum encoders: once a step, before its first micro-batch."""
+        self.momentum.update(self.averaged_modules())
+
+    def enqueue(self) -> None:
+        """Puts the features of the step's micro-batches into the queue: once a step, after its last micro-batch."""
+        self.momentum.enqueue()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output`: L2-normalised embeddings `(I, E)`; `last_hidden_state`: patch states `(I, P, width)`."""
+        states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_images(states))
+
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output`: L2-normalised text embeddings `(B, E)` of texts as the tokenizer gives them."""
+        states = self.model.text_encoder(input_ids, attention_mask, first_only=True).last_hidden_state
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
+
+    def match(
+        self,
+        memory: Memory,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        memory_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits `(B, 2)`, no match and match, of texts with the images of `model.text_encoder.project_memory`."""
+        input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
+        states = self.model.text_encoder(input_ids, attention_mask, memory, memory_index, first_only=True)
+        return self.itm_head(states.last_hidden_state[:, 0])
+
+    @torch.no_grad()
+    def _momentum_features(self, pixel_values, vision_features, input_ids, attention_mask):
+        """Embeddings of this rank's images and texts by the averaged encoders."""
+        encoders = self.momentum.encoders
+        if vision_features is None:
+            pooled_only = self.config.vision_pooling == "class" and isinstance(self.model.vision_model, VlmTowerModel)
+            options = {"pooled_only": True} if pooled_only else {}
+            vision_features = encoders["vision_model"](pixel_values=pixel_values, **options).last_hidden_state
+        texts = encoders["text_encoder"](input_ids, attention_mask, first_only=True).last_hidden_state
+        similarity = encoders["similarity"]
+        return similarity.embed_images(vision_features), similarity.embed_texts(texts)
+
+    def _contrast(self, output: VlmBlipOutput, momentum_features, pair_ids, soft_target_weight: float) -> None:
+        """Section 3.2, ITC: fills logits, targets and the loss."""
+        images_m, texts_m = momentum_features
+        queued_images, queued_texts, queued_ids = self.momentum.queue.filled()
+        all_images = torch.cat([gather_with_grad(images_m), queued_images])
+        all_texts = torch.cat([gather_with_grad(texts_m), queued_texts])
+        positives = positive_pairs(pair_ids, len(images_m), images_m.device)
+        if pair_ids is None:
+            positives = F.pad(positives, (0, len(queued_ids)))
+            pair_ids = images_m.new_full((len(images_m),), -1, dtype=torch.long)
+        else:
+            positives = torch.cat([positives, pair_ids[:, None] == queued_ids], dim=1)
+        hard = positives / positives.sum(dim=-1, keepdim=True)
+        with torch.no_grad():
+            soft_images = self.similarity(images_m, all_texts).softmax(dim=-1)
+            soft_texts = self.similarity(texts_m, all_images).softmax(dim=-1)
+        output.targets_per_image = soft_target_weight * soft_images + (1 - soft_target_weight) * hard
+        output.targets_per_text = soft_target_weight * soft_texts + (1 - soft_target_weight) * hard
+        output.logits_per_image = self.similarity(output.image_embeds, all_texts)
+        output.logits_per_text = self.similarity(output.text_embeds, all_images)
+        of_images = soft_contrastive_loss(output.logits_per_image, output.targets_per_image)
+        output.loss_itc = (of_images + soft_contrastive_loss(output.logits_per_text, output.targets_per_text)) / 2
+        if self.training and torch.is_grad_enabled():
+            self.momentum.keep(images_m, texts_m, pair_ids)
+
+    def _hard_negatives(self, output: VlmBlipOutput, pair_ids, seed: int | None):
+        """A negative image for each text and a negative text for each image, and whether there is one."""
+        batch = len(output.image_embeds)
+        positives = positive_pairs(pair_ids, batch, output.image_embeds.device)
+        if output.logits_per_image is None:
+            per_image = self.similarity(output.image_embeds, gather_with_grad(output.text_embeds.detach()))
+            per_text = self.similarity(output.text_embeds, gather_with_grad(output.image_embeds.detach()))
+        else:
+            per_image, per_text = output.logits_per_image, output.logits_per_text
+        images, has_image = sample_negatives(per_text[:, : positives.shape[1]], positives, seed)
+        texts, has_text = sample_negatives(
+            per_image[:, : positives.shape[1]], positives, None if seed is None else seed + 1
+        )
+        return images, texts, torch.cat([torch.ones_like(has_image), has_image, has_text])
+
+    def _match_pairs(self, output, states, input_ids, attention_mask, pair_ids, seed) -> Memory:
+        """Section 3.2, ITM: fills logits and the part; returns the memory of the images, those of this rank first."""
+        batch = len(states)
+        own = torch.arange(batch, device=states.device)
+        negative_images, negative_texts, exists = self._hard_negatives(output, pair_ids, seed)
+        states, image_places = fetch_rows(states, negative_images)
+        memory = self.model.text_encoder.project_memory(states)
+        all_ids, all_masks = gather_texts(input_ids, attention_mask, self.config.text_config.pad_token_id)
+        input_ids, attention_mask = all_ids[rank() * batch :][:batch], all_masks[rank() * batch :][:batch]
+        output.itm_logits = self.match(
+            memory,
+            torch.cat([input_ids, input_ids, all_ids[negative_texts]]),
+            torch.cat([attention_mask, attention_mask, all_masks[negative_texts]]),
+            torch.cat([own, image_places, own]),
+        )
+        labels = (torch.arange(3 * batch, device=states.device) < batch).long()
+        losses = F.cross_entropy(output.itm_logits.float(), labels, reduction="none")
+        output.parts["itm"] = torch.stack([(losses * exists).sum(), exists.sum().float()])
+        return tuple((key[:batch], value[:batch]) for key, value in memory)
+
+    def _losses(self, output, states, momentum_features, inputs, pair_ids, soft_target_weight, seed) -> None:
+        """Fills the three losses, each where its weight asks for it, and their sum."""
+        config, batch = self.config, len(states)
+        input_ids, attention_mask, labels = inputs
+        output.parts, memory = {}, None
+        if config.itc_weight:
+            weight = config.soft_target_weight if soft_target_weight is None else soft_target_weight
+            self._contrast(output, momentum_features, pair_ids, weight)
+            output.parts["itc"] = torch.stack([output.loss_itc * batch, output.loss_itc.new_tensor(batch)])
+        if config.itm_weight:
+            memory = self._match_pairs(output, states, input_ids, attention_mask, pair_ids, seed)
+            total, count = output.parts["itm"]
+            output.loss_itm = total / count.clamp(min=1)
+        if config.lm_weight and self.lm_head is not None:
+            if memory is None or not self.model.shares_parts:
+                memory = self.model.text_decoder.project_memory(states)
+            if labels is None:
+                labels = input_ids.masked_fill(attention_mask == 0, -100)
+            decoder_ids = with_first_token(input_ids, config.text_config.bos_token_id)
+            text_states = self.model.text_decoder(decoder_ids, attention_mask, memory).last_hidden_state
+            output.parts["lm"] = self.language_modeling(text_states, labels)
+            total, count = output.parts["lm"]
+            output.loss_lm = total / count.clamp(min=1)
+        weighted = (
+            (config.itc_weight, output.loss_itc),
+            (config.itm_weight, output.loss_itm),
+            (config.lm_weight, output.loss_lm),
+        )
+        output.loss = sum(weight * loss for weight, loss in weighted if loss is not None)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pair_ids: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        soft_target_weight: float | None = None,
+        sample_seed: int | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_loss: bool = False,
+    ) -> VlmBlipOutput:
+        """Compares images with texts, or computes the objectives that have a weight.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, channels, height, width)`): The images.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts as the tokenizer gives them, `[CLS]` first and
+                padded to the right; row i belongs to image i. `[ENC]` and `[DEC]` are put in here.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
+            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere; by default all
+                unpadded ones.
+            pair_ids (`torch.LongTensor` of shape `(B,)`): Pairs of equal id are positives of each other.
+            vision_features (`torch.FloatTensor` of shape `(B, P, width)`): The tower's output in place of images.
+            soft_target_weight: Share of the momentum encoders in the contrastive targets; the config's by default. The
+                trainer ramps it.
+            sample_seed: Seed of the hard negatives, the same on all ranks.
+            interpolate_pos_encoding: Accept another image size than the tower's.
+            return_loss: Whether to compute the losses; otherwise only matching logits and embeddings.
+
+        Returns:
+            [`VlmBlipOutput`] with `itm_logits`, embeddings and, with `return_loss`, the losses and what they compare.
+
+        Raises:
+            ValueError: if images or texts are missing, or the loss is asked for unequal numbers of them.
+        """
+        if input_ids is None:
+            raise ValueError("Pass the texts as input_ids.")
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        images = self.get_image_features(pixel_values, vision_features, interpolate_pos_encoding)
+        output = VlmBlipOutput(image_embeds=images.pooler_output)
+        output.text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
+        if not return_loss:
+            memory = self.model.text_encoder.project_memory(images.last_hidden_state)
+            output.itm_logits = self.match(memory, input_ids, attention_mask)
+            return output
+        if len(input_ids) != len(images.last_hidden_state):
+            raise ValueError(
+                f"The loss needs pairs, not {len(images.last_hidden_state)} images and {len(input_ids)} texts."
+            )
+        momentum_features = None
+        if self.config.itc_weight:
+            momentum_features = self._momentum_features(pixel_values, vision_features, input_ids, attention_mask)
+        inputs = (input_ids, attention_mask, labels)
+        self._losses(
+            output, images.last_hidden_state, momentum_features, inputs, pair_ids, soft_target_weight, sample_seed
+        )
+        return output
+
+
+class VlmBlipForImageTextRetrieval(VlmBlipForPreTraining):
+    """Finds texts for images and images for texts: by embeddings (ITC), then re-ranked by matching (ITM).
+
+    Trained by the same two objectives; with `pair_ids`, several captions of one image are positives (section 5.1).
+    """
+
+    needs = ("text_encoder",)
+    layout = {"use_text_encoder": True, "use_text_decoder": False, "tie_word_embeddings": False}
+
+
+__all__ = [
+    "VlmBlipForImageTextRetrieval",
+    "VlmBlipForPreTraining",
+    "VlmBlipHead",
+    "VlmBlipModel",
+    "VlmBlipOutput",
+]

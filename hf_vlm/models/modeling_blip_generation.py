@@ -1,0 +1,292 @@
+"""BLIP's writing heads: captions, and answers to questions (arXiv 2201.12086, sections 5.2 and 5.3).
+
+- The decoder's cross-attention looks at keys and values that are projected once per image (or question) and serve
+  every token and every beam.
+- `[DEC]` begins every text, in training as in generation, and `[ENC]` every question: both are put in here, so texts
+  come as the tokenizer gives them.
+
+Shapes: B rows, L tokens, I images, P patches (with the class token), N answers.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_blip import VlmBlipConfig
+from .modeling_blip import VlmBlipHead, VlmBlipOutput
+from .modeling_blip_text import Memory, VlmBlipLMHead, prompts, text_generation_config, with_first_token
+
+
+class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
+    """Writes captions, with a prompt before them if one is given (section 5.2)."""
+
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True
+
+    needs = ("text_decoder",)
+    layout = {"use_text_encoder": False, "use_text_decoder": True, "decoder_memory": "image"}
+
+    def __init__(self, config: VlmBlipConfig):
+        super().__init__(config)
+        self.lm_head = VlmBlipLMHead(config.text_config)
+        self.post_init()
+        self.generation_config = text_generation_config(config.text_config)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        memory: Memory | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        interpolate_pos_encoding: bool = False,
+        logits_to_keep: int = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VlmBlipOutput:
+        """Language modelling of captions.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Captions as the tokenizer gives them; `[DEC]` takes the
+                place of their first token. B is a multiple of I.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
+            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere (padding,
+                prompt).
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
+            memory: The images' keys and values in place of either, from `model.text_decoder.project_memory`; the token
+                ids are then taken as they are.
+            position_ids: See [`VlmBlipTextModel`]; generation sets them.
+            past_key_values: Cache of the decoder.
+            num_items_in_batch: What the summed loss is divided by; the number of supervised tokens by default.
+            interpolate_pos_encoding: Accept another image size than the tower's.
+            logits_to_keep: Compute the logits of so many last positions only; 0 for all.
+
+        Returns:
+            [`VlmBlipOutput`] with `loss`, or, without labels, `logits`.
+        """
+        if memory is None:
+            states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+            memory = self.model.text_decoder.project_memory(states)
+            input_ids = with_first_token(input_ids, self.config.text_config.bos_token_id)
+        states = self.model.text_decoder(
+            input_ids, attention_mask, memory, None, None, position_ids, past_key_values, **kwargs
+        ).last_hidden_state
+        if labels is None:
+            logits = self.lm_head(states[:, -logits_to_keep:])
+            return VlmBlipOutput(logits=logits, last_hidden_state=states, past_key_values=past_key_values)
+        part = self.language_modeling(states, labels)
+        count = part[1].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return VlmBlipOutput(loss=part[0] / count, parts={"lm": part}, last_hidden_state=states)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Writes a caption for each image.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Prompts as the tokenizer gives them, padded on either
+                side; B is a multiple of I.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
+            interpolate_pos_encoding: Accept another image size than the tower's.
+            **kwargs: Options of transformers' `generate`: `num_beams`, `do_sample`, `top_p`, `max_new_tokens`, ...
+
+        Returns:
+            `torch.LongTensor` of shape `(B, length)`: `[DEC]`, the prompt and what follows, prompts padded on the left.
+        """
+        states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+        memory = self.model.text_decoder.project_memory(states)
+        input_ids, attention_mask = prompts(self.config.text_config, input_ids, attention_mask, states)
+        return super().generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **kwargs)
+
+
+class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
+    """Answers questions: the encoder reads image and question, the decoder what it made of them (section 5.3)."""
+
+    main_input_name = "input_ids"
+    needs = ("text_encoder", "text_decoder")
+    layout = {
+        "use_text_encoder": True,
+        "use_text_decoder": True,
+        "share_encoder_decoder": False,
+        "decoder_memory": "question",
+    }
+
+    def __init__(self, config: VlmBlipConfig):
+        super().__init__(config)
+        if config.decoder_memory != "question":
+            raise ValueError('VlmBlipForQuestionAnswering needs decoder_memory="question": see from_pretraining.')
+        self.lm_head = VlmBlipLMHead(config.text_config)
+        self.post_init()
+        self.generation_config = text_generation_config(config.text_config)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def read(
+        self,
+        pixel_values: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> tuple[Memory, torch.Tensor | None]:
+        """What the decoder looks at: keys and values of the questions' states, and False at their padding."""
+        states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+        encoder = self.model.text_encoder
+        input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
+        questions = encoder(input_ids, attention_mask, encoder.project_memory(states)).last_hidden_state
+        mask = None if attention_mask is None else attention_mask.bool()
+        return self.model.text_decoder.project_memory(questions), mask
+
+    def decoder_inputs(self, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids that begin with `[DEC]`, and False at padding, of answers with -100 or padding after them."""
+        pad_token_id = self.config.text_config.pad_token_id
+        mask = (answers != -100) & (answers != pad_token_id)
+        return with_first_token(answers.masked_fill(~mask, pad_token_id), self.config.text_config.bos_token_id), mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        answer_index: torch.Tensor | None = None,
+        answer_weights: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        question_memory: tuple[Memory, torch.Tensor | None] | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        interpolate_pos_encoding: bool = False,
+        logits_to_keep: int = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VlmBlipOutput:
+        """Language modelling of answers.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Questions as the tokenizer gives them; B is a multiple of
+                I. `[ENC]` is put in here.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
+            labels (`torch.LongTensor` of shape `(N, length)`): Answers as the tokenizer gives them, -100 at padding;
+                `[DEC]` is put in here.
+            answer_index (`torch.LongTensor` of shape `(N,)`): The question of each answer; by default N / B each, in
+                order.
+            answer_weights (`torch.FloatTensor` of shape `(N,)`): Such as the share of people who gave it; 1 by default.
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
+            decoder_input_ids (`torch.LongTensor` of shape `(N, length)`): Answers so far, without labels, for `logits`.
+            question_memory: What [`read`] returns, in place of images and questions; `input_ids` are then the answers
+                so far: the way of `generate`.
+            position_ids: See [`VlmBlipTextModel`]; generation sets them.
+            past_key_values: Cache of the decoder.
+            interpolate_pos_encoding: Accept another image size than the tower's.
+            logits_to_keep: Compute the logits of so many last positions only; 0 for all.
+
+        Returns:
+            [`VlmBlipOutput`] with `loss`: the weighted sum over answers of their negative log-likelihood, divided by
+            the number of questions; or, without labels, `logits`.
+        """
+        if question_memory is not None:
+            answer_ids, answer_mask = input_ids, attention_mask
+        else:
+            question_memory = self.read(
+                pixel_values, input_ids, attention_mask, vision_features, interpolate_pos_encoding
+            )
+            answer_ids = decoder_input_ids if labels is None else labels
+            if answer_ids is None:
+                raise ValueError("Pass the answers as labels, or as decoder_input_ids, or call generate().")
+            answer_ids, answer_mask = self.decoder_inputs(answer_ids)
+        memory, memory_mask = question_memory
+        states = self.model.text_decoder(
+            answer_ids, answer_mask, memory, answer_index, memory_mask, position_ids, past_key_values, **kwargs
+        ).last_hidden_state
+        if labels is None:
+            logits = self.lm_head(states[:, -logits_to_keep:])
+            return VlmBlipOutput(logits=logits, last_hidden_state=states, past_key_values=past_key_values)
+        total, _ = self.language_modeling(states, labels, answer_weights)
+        part = torch.stack([total, total.new_tensor(len(input_ids))])
+        return VlmBlipOutput(loss=part[0] / part[1], parts={"lm": part}, last_hidden_state=states)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Writes an answer to each question; arguments as in [`forward`], `**kwargs` as in transformers' `generate`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, length)`: `[DEC]` and the answers.
+        """
+        memory = self.read(pixel_values, input_ids, attention_mask, vision_features, interpolate_pos_encoding)
+        start = torch.full((len(input_ids), 1), self.config.text_config.bos_token_id, device=input_ids.device)
+        return super().generate(
+            input_ids=start, attention_mask=torch.ones_like(start), question_memory=memory, **kwargs
+        )
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        answer_ids: torch.Tensor,
+        answer_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        num_candidates: int = 128,
+    ) -> torch.Tensor:
+        """The likeliest of a closed list of answers (section 5.3).
+
+        The answers whose first token is likeliest are compared by the log-likelihood of the whole.
+
+        Args:
+            answer_ids (`torch.LongTensor` of shape `(A, length)`): All answers as the tokenizer gives them.
+            answer_mask (`torch.LongTensor` of shape `(A, length)`): 0 at padding.
+            num_candidates: How many answers a question are compared whole.
+
+        Returns:
+            `torch.LongTensor` of shape `(B,)`: rows of `answer_ids`.
+        """
+        (memory, memory_mask), batch = (
+            self.read(pixel_values, input_ids, attention_mask, vision_features),
+            len(input_ids),
+        )
+        count = min(num_candidates, len(answer_ids))
+        answer_ids = with_first_token(answer_ids, self.config.text_config.bos_token_id)
+        start = answer_ids[:1, :1].expand(batch, 1)
+        first = self.lm_head(self.model.text_decoder(start, None, memory, None, memory_mask).last_hidden_state[:, 0])
+        candidates = first.log_softmax(dim=-1)[:, answer_ids[:, 1]].topk(count).indices  # (B, count)
+        ids, mask = answer_ids[candidates.flatten()], answer_mask[candidates.flatten()]
+        states = self.model.text_decoder(ids, mask, memory, None, memory_mask).last_hidden_state
+        log_probs = self.lm_head(states[:, :-1]).float().log_softmax(dim=-1)
+        likelihood = log_probs.gather(2, ids[:, 1:, None])[..., 0].masked_fill(mask[:, 1:] == 0, 0.0).sum(dim=1)
+        return candidates.gather(1, likelihood.view(batch, count).argmax(dim=1, keepdim=True))[:, 0]
+
+
+__all__ = ["VlmBlipForConditionalGeneration", "VlmBlipForQuestionAnswering"]

@@ -1,0 +1,283 @@
+"""BLIP's text transformers: BERT's shape, with cross-attention to an image; encoder or decoder (arXiv 2201.12086).
+
+- The encoder reads text alone, or with an image; the decoder sees only what precedes a token.
+- The decoder can hold the encoder's modules in place of its own, all but self-attention (section 3.2).
+- What cross-attention looks at is projected once per image: see `modeling_fusion.py`.
+
+Shapes: B rows, L tokens, H text width, I images, P patches (with the class token), S positions of a memory.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_blip import VlmBlipConfig, VlmBlipTextConfig
+from .modeling_fusion import LayerMemory, VlmFusionCrossAttention, VlmFusionLayer, VlmFusionSelfAttention
+
+# Keys and values of every layer.
+Memory = tuple[LayerMemory, ...]
+
+
+class VlmBlipTextEmbeddings(nn.Module):
+    """Words and positions."""
+
+    def __init__(self, config: VlmBlipTextConfig):
+        super().__init__()
+        self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        longest = self.position_embedding.num_embeddings
+        if input_ids.shape[1] > longest:
+            raise ValueError(
+                f"Texts of {input_ids.shape[1]} tokens do not fit {longest} positions: tokenize with truncation=True."
+            )
+        if position_ids is None:
+            positions = self.position_embedding.weight[: input_ids.shape[1]]
+        else:
+            positions = self.position_embedding(position_ids)
+        return self.dropout(self.norm(self.word_embedding(input_ids) + positions))
+
+
+class VlmBlipLMHead(nn.Module):
+    """Vocabulary logits of decoder states: BERT's transform, then a matrix, the word embedding where tied."""
+
+    def __init__(self, config: VlmBlipTextConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.norm(self.act(self.dense(hidden_states))))
+
+
+class VlmBlipPreTrainedModel(PreTrainedModel):
+    """Initialisation and capabilities shared by all of BLIP's models."""
+
+    config: VlmBlipConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VlmTowerLayer", "VlmTowerEmbeddings", "VlmFusionLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": VlmFusionLayer,
+        "attentions": OutputRecorder(VlmFusionSelfAttention, index=1),
+        "cross_attentions": OutputRecorder(VlmFusionCrossAttention, index=1),
+    }
+    # Losses are means over the batch: the Trainer must not divide them by a token count as well.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, VlmBlipLMHead):
+            init.zeros_(module.decoder.bias)
+
+
+class VlmBlipTextModel(VlmBlipPreTrainedModel):
+    """A text transformer: the encoder (with or without an image), or with `is_causal` the decoder's body."""
+
+    config: VlmBlipTextConfig
+    main_input_name = "input_ids"
+
+    def __init__(
+        self,
+        config: VlmBlipTextConfig,
+        memory_size: int = 768,
+        is_causal: bool = False,
+        shared: "VlmBlipTextModel | None" = None,
+    ):
+        super().__init__(config)
+        self.is_causal = is_causal
+        self._shared = (shared,)  # see VlmFusionLayer
+        if shared is None:
+            self.embeddings = VlmBlipTextEmbeddings(config)
+        others = [None] * config.num_hidden_layers if shared is None else shared.layers
+        self.layers = nn.ModuleList(VlmFusionLayer(config, i, memory_size, other) for i, other in enumerate(others))
+        self.post_init()
+
+    @property
+    def owner(self) -> "VlmBlipTextModel":
+        """The model that has the embeddings of this one."""
+        return self if self._shared[0] is None else self._shared[0]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.owner.embeddings.word_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.owner.embeddings.word_embedding = value
+
+    def project_memory(self, states: torch.Tensor) -> Memory:
+        """Keys and values of every layer for states of shape `(I, S, memory_size)`: once per image."""
+        return tuple(layer.owner.cross_attention.project(states) for layer in self.layers)
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        memory: Memory | None = None,
+        memory_index: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        first_only: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes texts.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Token ids; the caller has put the right token first.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
+            memory: What cross-attention looks at, from [`project_memory`]; None leaves it out.
+            memory_index (`torch.LongTensor` of shape `(B,)`): See [`VlmFusionLayer`].
+            memory_mask (`torch.BoolTensor` of shape `(I, S)`): False at padding of the memory.
+            position_ids (`torch.LongTensor` of shape `(B, L)`): 0, 1, 2, ... by default.
+            past_key_values: Cache of a decoder.
+            first_only: Return only the first token's state.
+
+        Returns:
+            `last_hidden_state` of shape `(B, L, H)`, or `(B, 1, H)` with `first_only`.
+        """
+        hidden_states = self.owner.embeddings(input_ids, position_ids)
+        if self.is_causal:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+            )
+        else:
+            mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
+        for i, layer in enumerate(self.layers):
+            key, value = (None, None) if memory is None else memory[i]
+            is_last = i == len(self.layers) - 1
+            hidden_states = layer(
+                hidden_states,
+                mask,
+                key,
+                value,
+                memory_index,
+                memory_mask,
+                self.is_causal,
+                first_only and is_last,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states)
+
+
+def with_first_token(input_ids: torch.Tensor, token_id: int) -> torch.Tensor:
+    """Token ids with another first token: `[ENC]` or `[DEC]` in place of `[CLS]`."""
+    input_ids = input_ids.clone()
+    input_ids[:, 0] = token_id
+    return input_ids
+
+
+# Ours, and what BERT calls it, within a layer.
+BERT_NAMES = (
+    ("self_attention.proj", "attention.output.dense"),
+    ("self_attention.norm", "attention.output.LayerNorm"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
+    ("mlp.norm", "output.LayerNorm"),
+)
+
+
+def bert_text_config(bert: PreTrainedConfig) -> VlmBlipTextConfig:
+    """The config of a text transformer that begins as a BERT; `[DEC]` and `[ENC]` follow its vocabulary.
+
+    Raises:
+        ValueError: if it is the config of another architecture.
+    """
+    if bert.model_type != "bert":
+        raise ValueError(f"BLIP's text transformers begin as a BERT, not as a {bert.model_type}: choose another text.")
+    shared = "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act"
+    return VlmBlipTextConfig(
+        **{name: bert.to_dict()[name] for name in shared.split()},
+        layer_norm_eps=bert.layer_norm_eps,
+        hidden_dropout=bert.hidden_dropout_prob,
+        attention_dropout=bert.attention_probs_dropout_prob,
+        vocab_size=bert.vocab_size + 2,
+        bos_token_id=bert.vocab_size,
+        enc_token_id=bert.vocab_size + 1,
+        pad_token_id=bert.pad_token_id,
+    )
+
+
+@torch.no_grad()
+def copy_bert(text_model: VlmBlipTextModel, bert: PreTrainedModel) -> None:
+    """Copies the weights of a BERT: without an image, and but for the two new words, the same function.
+
+    Cross-attention stays new. BLIP has no token types: that of a first sentence is added to every position.
+    """
+    if text_model.owner is text_model:
+        ours, theirs = text_model.embeddings, bert.embeddings
+        ours.word_embedding.weight[: bert.config.vocab_size] = theirs.word_embeddings.weight
+        ours.position_embedding.weight.copy_(theirs.position_embeddings.weight + theirs.token_type_embeddings.weight[0])
+        ours.norm.load_state_dict(theirs.LayerNorm.state_dict())
+    for own, its in zip(text_model.layers, bert.encoder.layer, strict=True):
+        qkv = [its.attention.self.query, its.attention.self.key, its.attention.self.value]
+        own.self_attention.qkv.weight.copy_(torch.cat([part.weight for part in qkv]))
+        own.self_attention.qkv.bias.copy_(torch.cat([part.bias for part in qkv]))
+        for name, bert_name in BERT_NAMES:
+            if own.owner is own or name.startswith("self_attention"):
+                own.get_submodule(name).load_state_dict(its.get_submodule(bert_name).state_dict())
+
+
+def text_generation_config(config: VlmBlipTextConfig) -> GenerationConfig:
+    """Texts begin with `[DEC]` and end with `[SEP]`."""
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id
+    )
+
+
+def prompts(
+    config: VlmBlipTextConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    states: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts to continue and their mask: `[DEC]` first, without their `[SEP]`, padded on the left."""
+    if input_ids is None:
+        input_ids = torch.full((len(states), 1), config.bos_token_id, device=states.device)
+        return input_ids, torch.ones_like(input_ids)
+    kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    kept = kept * (input_ids != config.sep_token_id)
+    order = kept.argsort(dim=1, stable=True)  # padding first
+    kept = kept.gather(1, order)
+    input_ids = input_ids.gather(1, order).masked_fill(kept == 0, config.pad_token_id)
+    width = int(kept.sum(dim=1).max())
+    input_ids, kept = input_ids[:, -width:], kept[:, -width:]
+    first = kept.argmax(dim=1, keepdim=True)
+    return input_ids.scatter(1, first, config.bos_token_id), kept
+
+
+__all__ = [
+    "Memory",
+    "VlmBlipLMHead",
+    "VlmBlipPreTrainedModel",
+    "VlmBlipTextModel",
+    "bert_text_config",
+    "copy_bert",
+    "prompts",
+    "text_generation_config",
+    "with_first_token",
+]

@@ -1,0 +1,215 @@
+"""The fusion layer: BERT's post-LayerNorm layer, with cross-attention to an image (or any other memory).
+
+Papers: BERT (arXiv 1810.04805) for the layer, BLIP (arXiv 2201.12086, section 3.1) for the cross-attention in it.
+
+- What cross-attention looks at is its *memory*: keys and values, projected once per image and handed in as tensors. All
+  passes over an image (matching, its hard negatives, language modelling, every beam) share them.
+- Rows find their image by `memory_index`. Without it, image i belongs to the i-th group of consecutive rows; a group
+  then asks its image together, as one longer row of queries, and nothing is copied.
+- Where only the first token is needed (`first_only`), a layer computes nothing else; its keys and values still come
+  from every token.
+
+Shapes: B rows, L tokens, H hidden size, A heads, D = H / A, I images (memories), S positions of a memory.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .modeling_tower import attention_function
+
+# Keys and values of one layer, each of shape (I, A, S, D).
+LayerMemory = tuple[torch.Tensor, torch.Tensor]
+
+
+class VlmFusionSelfAttention(nn.Module):
+    """Self-attention, residual and LayerNorm."""
+
+    def __init__(self, config: PreTrainedConfig, layer_index: int):
+        super().__init__()
+        self.config = config
+        self.layer_index = layer_index
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        is_causal: bool,
+        first_only: bool,
+        past_key_values: Cache | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, _, hidden = hidden_states.shape
+        if first_only:
+            weight_q, weight_kv = self.qkv.weight.split([hidden, 2 * hidden])
+            bias_q, bias_kv = self.qkv.bias.split([hidden, 2 * hidden])
+            key_value = nn.functional.linear(hidden_states, weight_kv, bias_kv)
+            key, value = key_value.view(batch, -1, 2, self.config.num_attention_heads, self.head_dim).unbind(2)
+            hidden_states = hidden_states[:, :1]
+            query = nn.functional.linear(hidden_states, weight_q, bias_q)
+            query = query.view(batch, 1, self.config.num_attention_heads, self.head_dim)
+            attention_mask = None if attention_mask is None else attention_mask[:, :, :1]
+        else:
+            qkv = self.qkv(hidden_states).view(batch, -1, 3, self.config.num_attention_heads, self.head_dim)
+            query, key, value = qkv.unbind(2)  # 3 x (B, L, A, D)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_index)
+        attend = attention_function(self.config._attn_implementation, query)
+        attended, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.head_dim**-0.5,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        attended = self.proj(attended.reshape(batch, -1, hidden))
+        return self.norm(hidden_states + self.dropout(attended)), weights
+
+
+class VlmFusionCrossAttention(nn.Module):
+    """Cross-attention to a memory, residual and LayerNorm."""
+
+    def __init__(self, config: PreTrainedConfig, memory_size: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key_value = nn.Linear(memory_size, 2 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def project(self, states: torch.Tensor) -> LayerMemory:
+        """Keys and values, each `(I, A, S, D)`, of states of shape `(I, S, memory_size)`."""
+        key_value = self.key_value(states.to(self.key_value.weight.dtype))
+        key_value = key_value.view(*states.shape[:2], 2, self.config.num_attention_heads, self.head_dim)
+        key, value = key_value.permute(2, 0, 3, 1, 4)
+        return key, value
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        memory_index: torch.Tensor | None,
+        memory_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, hidden = hidden_states.shape
+        if memory_index is not None:
+            key, value = key[memory_index], value[memory_index]
+            memory_mask = None if memory_mask is None else memory_mask[memory_index]
+        images = len(key)
+        query = self.query(hidden_states).view(images, -1, self.config.num_attention_heads, self.head_dim)
+        attend = attention_function(self.config._attn_implementation, query)
+        attended, weights = attend(
+            self,
+            query.transpose(1, 2),  # (I, A, B / I * L, D)
+            key,
+            value,
+            None if memory_mask is None else memory_mask[:, None, None],
+            scaling=self.head_dim**-0.5,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            is_causal=False,
+            **kwargs,
+        )
+        attended = self.proj(attended.reshape(batch, length, hidden))
+        return self.norm(hidden_states + self.dropout(attended)), weights
+
+
+class VlmFusionMLP(nn.Module):
+    """Feed-forward layer, residual and LayerNorm."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden_states + self.dropout(self.fc2(self.act(self.fc1(hidden_states)))))
+
+
+class VlmFusionLayer(GradientCheckpointingLayer):
+    """A layer with cross-attention where `memory_size` says how wide a memory is.
+
+    With `shared`, it has only self-attention of its own and uses all else of that layer. The config is that of the
+    model it is part of; it has the fields `hidden_size`, `intermediate_size`, `num_attention_heads`, `hidden_act`,
+    `layer_norm_eps`, `hidden_dropout` and `attention_dropout`.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        layer_index: int,
+        memory_size: int | None,
+        shared: "VlmFusionLayer | None" = None,
+    ):
+        super().__init__()
+        self.self_attention = VlmFusionSelfAttention(config, layer_index)
+        # In a tuple, so that the other layer's weights are not counted, saved or moved as this one's as well.
+        self._shared = (shared,)
+        if shared is None:
+            self.cross_attention = None if memory_size is None else VlmFusionCrossAttention(config, memory_size)
+            self.mlp = VlmFusionMLP(config)
+
+    @property
+    def owner(self) -> "VlmFusionLayer":
+        """The layer that has the cross-attention and the feed-forward layer of this one."""
+        return self if self._shared[0] is None else self._shared[0]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        memory_key: torch.Tensor | None = None,
+        memory_value: torch.Tensor | None = None,
+        memory_index: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        first_only: bool = False,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """One layer.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, L, H)`): The tokens.
+            attention_mask (`torch.Tensor` of shape `(B, 1, L, positions)`): In the form of the attention in use.
+            memory_key (`torch.Tensor` of shape `(I, A, S, D)`): None leaves cross-attention out.
+            memory_value: The same for the values.
+            memory_index (`torch.LongTensor` of shape `(B,)`): The memory of each row; without it, B must be a multiple
+                of I, and each memory belongs to B / I consecutive rows.
+            memory_mask (`torch.BoolTensor` of shape `(I, S)`): False at padding of the memory.
+            is_causal: Whether tokens see only what precedes them.
+            first_only: Return only the first token, `(B, 1, H)`.
+            past_key_values: Cache of the self-attention.
+        """
+        hidden_states, _ = self.self_attention(
+            hidden_states, attention_mask, is_causal, first_only, past_key_values, **kwargs
+        )
+        if memory_key is not None:
+            hidden_states, _ = self.owner.cross_attention(
+                hidden_states, memory_key, memory_value, memory_index, memory_mask, **kwargs
+            )
+        return self.owner.mlp(hidden_states)
+
+
+__all__ = ["LayerMemory", "VlmFusionCrossAttention", "VlmFusionLayer", "VlmFusionSelfAttention"]

@@ -1,0 +1,92 @@
+"""Momentum encoders and the queue of their features (MoCo, arXiv 1911.05722; ALBEF, arXiv 2107.07651).
+
+Neither is part of a model's weights: they are made from the weights when training first asks for them, and only a
+checkpoint to resume from holds them. Nothing happens to them in `forward`: the trainer updates the averages before the
+first micro-batch of a step and the queue after the last.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .losses import gather_with_grad
+
+
+class FeatureQueue(nn.Module):
+    """The image and text embeddings of the latest rows of all ranks, and their ids.
+
+    Args:
+        size: How many rows it holds.
+        dim: Size of an embedding.
+    """
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.size = size
+        self.images = nn.Buffer(torch.zeros(size, dim))
+        self.texts = nn.Buffer(torch.zeros(size, dim))
+        self.ids = nn.Buffer(torch.zeros(size, dtype=torch.long))
+        self.end = nn.Buffer(torch.zeros((), dtype=torch.long))  # where the next row goes
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.long))  # rows that hold features yet
+
+    def filled(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images and texts of shape `(count, dim)` and ids of shape `(count,)`; no empty slot among them."""
+        count = int(self.count)
+        return self.images[:count], self.texts[:count], self.ids[:count]
+
+    @torch.no_grad()
+    def add(self, images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor) -> None:
+        """Puts any number of rows in the place of the oldest ones."""
+        if self.size == 0:
+            return
+        images, texts, ids = images[-self.size :], texts[-self.size :], ids[-self.size :]
+        places = (self.end + torch.arange(len(ids), device=self.ids.device)) % self.size
+        self.images[places], self.texts[places], self.ids[places] = images.float(), texts.float(), ids
+        self.end.copy_((self.end + len(ids)) % self.size)
+        self.count.add_(len(ids)).clamp_(max=self.size)
+
+
+class MomentumEncoders(nn.Module):
+    """Averaged copies of some modules, and the queue of the features that they made.
+
+    Args:
+        modules: The modules to average, by name; the copies are frozen and in eval mode.
+        decay: Share of the old average that an update keeps.
+        queue: The queue that [`enqueue`] fills.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float, queue: FeatureQueue):
+        super().__init__()
+        self.encoders = nn.ModuleDict({name: copy.deepcopy(module) for name, module in modules.items()})
+        self.encoders.requires_grad_(False).eval()
+        self.decay = decay
+        self.queue = queue
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def update(self, modules: Mapping[str, nn.Module]) -> None:
+        """Moves every average towards the current weights."""
+        for name, module in modules.items():
+            averages = dict(self.encoders[name].named_parameters())
+            weights = dict(module.named_parameters())
+            current = [weights[key].to(average.dtype) for key, average in averages.items()]
+            torch._foreach_lerp_(list(averages.values()), current, 1 - self.decay)
+
+    def keep(self, images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor) -> None:
+        """Keeps a micro-batch's features until [`enqueue`]; of rows never enqueued only the latest are kept."""
+        rows = sum(len(kept[2]) for kept in self.waiting)
+        while self.waiting and rows > self.queue.size:
+            rows -= len(self.waiting.pop(0)[2])
+        self.waiting.append((images.detach(), texts.detach(), ids))
+
+    def enqueue(self) -> None:
+        """Puts the features of all ranks' micro-batches since the last call into the queue."""
+        if self.waiting:
+            images, texts, ids = (gather_with_grad(torch.cat(kept)) for kept in zip(*self.waiting, strict=True))
+            self.queue.add(images, texts, ids)
+        self.waiting.clear()
+
+
+__all__ = ["FeatureQueue", "MomentumEncoders"]

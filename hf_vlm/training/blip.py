@@ -1,0 +1,170 @@
+"""Training of BLIP: every part of the loss over its own global count, momentum and queue once a step, exact resume."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import TrainerCallback
+
+from ..models.losses import gather_with_grad
+from ..models.modeling_blip import VlmBlipForPreTraining, VlmBlipHead, VlmBlipOutput
+from ..models.modeling_blip_generation import VlmBlipForQuestionAnswering
+from .arguments import VlmTrainingArguments
+from .trainer import VlmTrainer
+
+MOMENTUM_NAME = "momentum.safetensors"
+
+
+@dataclass
+class BlipTrainingArguments(VlmTrainingArguments):
+    """Arguments of [`BlipTrainer`]."""
+
+    soft_target_ramp_epochs: float = field(
+        default=2.0, metadata={"help": "Epochs over which the momentum encoders' share of the targets rises from 0."}
+    )
+    lr_decay_per_epoch: float | None = field(
+        default=None,
+        metadata={"help": "Factor on the rate after each epoch (BLIP: 0.9), in place of lr_scheduler_type."},
+    )
+    min_learning_rate: float = field(
+        default=1e-6, metadata={"help": "Where lr_decay_per_epoch ends, and warm-up begins."}
+    )
+
+
+class BlipStep(TrainerCallback):
+    """What happens once a step: momentum before its first micro-batch, queue after its last, temperature after it."""
+
+    def __init__(self) -> None:
+        self.micro_batch = 0
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        """Called by the Trainer before the first micro-batch."""
+        self.micro_batch = 0
+        if model.config.itc_weight:
+            model.update_momentum()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Called by the Trainer after the last micro-batch."""
+        if model.config.itc_weight:
+            model.enqueue()
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Called by the Trainer after `optimizer.step()`."""
+        model.similarity.clamp()
+
+
+class BlipTrainer(VlmTrainer):
+    """Trains any head of BLIP on the batches of `CaptionCollator` or `QuestionCollator`.
+
+    - Language modelling is averaged over the supervised tokens (questions, for answers) of all micro-batches and ranks:
+      how a batch is split changes nothing.
+    - Contrastive and matching losses are averaged over ranks, with candidates from all of them. Micro-batches are
+      contrasted each for itself, since accumulation cannot do more.
+    - Momentum encoders and queue are in the checkpoints to resume from, not in the model that is saved.
+
+    Evaluation hands `compute_metrics` the predictions `(image_embeds, text_embeds)` and, as `label_ids`, the pair ids,
+    where the head contrasts; else the loss alone.
+    """
+
+    args: BlipTrainingArguments
+    lr_scheduler: LRScheduler | None
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.head: VlmBlipHead = self.accelerator.unwrap_model(self.model)
+        self.contrasts = isinstance(self.head, VlmBlipForPreTraining)
+        self._step = BlipStep()
+        if self.contrasts:
+            self.add_callback(self._step)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """What the language-modelling loss of a step is divided by: tokens, or questions, of all ranks."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        if isinstance(self.head, VlmBlipForQuestionAnswering):
+            count = torch.tensor(sum(len(batch["input_ids"]) for batch in batch_samples))
+        else:
+            count = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batch_samples]).sum()
+        return self.accelerator.gather(count.to(device).view(1)).sum().clamp(min=1)
+
+    def _forward(self, model, inputs: dict) -> VlmBlipOutput:
+        if not self.contrasts:
+            return model(**inputs)
+        micro_batches = self.args.gradient_accumulation_steps
+        seed = self.state.global_step * micro_batches + self._step.micro_batch
+        ramp = self.args.soft_target_ramp_epochs
+        share = min(1.0, (self.state.epoch or 0.0) / ramp) if ramp > 0 else 1.0
+        return model(
+            **inputs,
+            return_loss=True,
+            sample_seed=2 * (seed + self.args.seed * 2**32),  # two draws a micro-batch
+            soft_target_weight=share * self.head.config.soft_target_weight,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum of the parts, each divided by its global count and the number of micro-batches."""
+        outputs = self._forward(model, inputs)
+        if num_items_in_batch is None:
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+        self._step.micro_batch += 1
+        loss = torch.zeros((), device=self.args.device)
+        for name, (total, count) in outputs.parts.items():
+            if name == "lm":
+                part = total * self.args.world_size / num_items_in_batch
+            else:
+                mean_count = gather_with_grad(count.detach().view(1)).mean().clamp(min=1)
+                part = total / mean_count / self.current_gradient_accumulation_steps
+            loss = loss + (getattr(self.head.config, f"{name}_weight") if self.contrasts else 1.0) * part
+            self.record(f"loss_{name}", total / count.clamp(min=1))
+        if self.contrasts:
+            self.record("temperature", self.head.similarity.temperature[0])
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss and, where the head contrasts, `(image_embeds, text_embeds)` and pair ids of one evaluation batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = self._forward(model, inputs)
+        if prediction_loss_only or not self.contrasts:
+            return outputs.loss.detach(), None, None
+        return outputs.loss.detach(), (outputs.image_embeds, outputs.text_embeds), inputs["pair_ids"]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
+        """BLIP's schedule with `lr_decay_per_epoch`: linear warm-up, then a step down after each epoch."""
+        if self.lr_scheduler is None and self.args.lr_decay_per_epoch is not None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            steps_per_epoch = max(1, round(num_training_steps / self.args.num_train_epochs))
+            lowest = self.args.min_learning_rate / self.args.learning_rate
+            decay = self.args.lr_decay_per_epoch
+
+            def factor(step: int) -> float:
+                if step < warmup:
+                    return lowest + (1 - lowest) * step / warmup
+                return max(lowest, decay ** (step // steps_per_epoch))
+
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # the Trainer makes it first
+            self.lr_scheduler = LambdaLR(optimizer, factor)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.contrasts and self.head.config.itc_weight and self.args.should_save:
+            state = {name: tensor.contiguous() for name, tensor in self.head.momentum.state_dict().items()}
+            save_file(state, Path(output_dir) / MOMENTUM_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not (self.contrasts and self.head.config.itc_weight):
+            return
+        path = Path(checkpoint) / MOMENTUM_NAME
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: the run cannot go on without its momentum encoders and queue.")
+        self.head.momentum.load_state_dict(load_file(path))
+
+
+__all__ = ["BlipTrainer", "BlipTrainingArguments"]
