@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVision
 import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.data import ContrastiveCollator
+from hf_vlm.hub.card import write_card
 from hf_vlm.hub.push import PushError, push_folder
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
 from loopback_hub import ATTRIBUTES, Account, File, LoopbackHub
@@ -171,6 +172,20 @@ def test_one_commit_holds_what_belongs_to_the_model(hub, writer, folder):
     about = {"README.md", "training_record.json", "results.json"}
     assert set(hub.files("org/clip")) == {ATTRIBUTES, *CHECKPOINT, *about}
     assert hub.files("org/clip")["README.md"].decode() == CARD
+
+
+def test_a_card_that_nobody_edited_names_the_repository(hub, writer, folder):
+    for name in ("training_record.json", "results.json"):
+        (folder / name).unlink()
+    write_card(folder)
+    writer.result("push_folder", folder, "org/named")
+    card = hub.files("org/named")["README.md"].decode()
+    assert '"org/named"' in card
+    assert f'"{folder.name}"' not in card
+    edited = write_card(folder).read_text() + "More.\n"
+    (folder / "README.md").write_text(edited)
+    writer.result("push_folder", folder, "org/edited")
+    assert hub.files("org/edited")["README.md"].decode() == edited
 
 
 def test_model_and_processor_push_themselves(hub, writer, reader, folder):

@@ -34,6 +34,13 @@ def write_card(folder: str | Path, name: str | None = None) -> Path:
     Raises:
         ValueError: if the folder holds no checkpoint that cards are written for, or one of its files is broken.
     """
+    path = Path(folder) / "README.md"
+    path.write_text(render_card(folder, name), encoding="utf-8")
+    return path
+
+
+def render_card(folder: str | Path, name: str | None = None) -> str:
+    """The text of the card; see [`write_card`]."""
     folder = Path(folder)
     name = name or folder.resolve().name
     config, record, results = read_json(folder / "config.json"), read_record(folder), read_results(folder)
@@ -56,9 +63,16 @@ def write_card(folder: str | Path, name: str | None = None) -> Path:
         limits="\n".join(f"- {limit}" for limit in (*architecture.limits, *data_limits(record))),
         **training_sections(record),
     )
-    path = folder / "README.md"
-    path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
-    return path
+    return str(card).rstrip() + "\n"
+
+
+def card_under_name(folder: Path, source: Path, name: str) -> str:
+    """The card of a folder for a copy of it: under another name, unless somebody has edited what a recipe wrote."""
+    written = (folder / "README.md").read_text(encoding="utf-8")
+    try:
+        return render_card(source, name) if written == render_card(folder) else written
+    except ValueError:  # of a type that no recipe writes cards for
+        return written
 
 
 def card_metadata(name: str, model_type: str, record: Record, results: Results) -> ModelCardData:
@@ -269,4 +283,4 @@ def escape(text: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|!&~$])", r"\\\1", line)
 
 
-__all__ = ["RESULTS_NAME", "eval_results", "input_sizes", "read_results", "write_card"]
+__all__ = ["RESULTS_NAME", "card_under_name", "eval_results", "input_sizes", "read_results", "render_card", "write_card"]

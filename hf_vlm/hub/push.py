@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoProcessor, TrainingArguments
 
 from .. import models
+from .card import card_under_name
 from .export import save_with_code
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,8 @@ PROCESSOR = (
     "*.model",
     "chat_template.jinja",
 )
-ABOUT = ("README.md", "LICENSE", "training_record.json", "results.json")
+CARD = "README.md"
+ABOUT = (CARD, "LICENSE", "training_record.json", "results.json")
 PUSHED = ("config.json", "generation_config.json", *WEIGHTS, *PROCESSOR, *ABOUT)
 
 REASONS = {
@@ -94,10 +96,12 @@ def push_folder(
     api = HfApi(token=token)
     with TemporaryDirectory() as scratch:
         source = copy_with_code(folder, config, Path(scratch)) if with_code else folder
-        additions = [CommitOperationAdd(path.name, path) for path in files_to_push(source)]
+        additions = [CommitOperationAdd(path.name, path) for path in files_to_push(source) if path.name != CARD]
         with one_line_errors(repo_id) as undone, ExitStack() as undo:
             if "/" not in repo_id:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
+            if (folder / CARD).is_file():
+                additions.append(CommitOperationAdd(CARD, card_under_name(folder, source, repo_id).encode()))
             parent = prepare(api, repo_id, private, revision, create_pr, undo, undone)
             # Not upload_folder: where hf_xet is installed it commits in batches.
             commit = api.create_commit(
