@@ -31,6 +31,15 @@ class Format(StrEnum):
     hf_vlm = "hf_vlm"
 
 
+class Task(StrEnum):
+    """What a checkpoint is evaluated at."""
+
+    retrieval = "retrieval"
+    hard_negatives = "hard_negatives"
+    caption = "caption"
+    vqa = "vqa"
+
+
 @app.command(epilog="Example: `hf-vlm quickstart --output my-first-clip`")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the model, the results and the sheet.")] = Path(
@@ -48,22 +57,41 @@ def quickstart(
     run(output, max_minutes, seed)
 
 
-@app.command(epilog="Examples: `hf-vlm evaluate my-clip` and `hf-vlm evaluate org/clip-small --data scenes --json`")
+@app.command(epilog="Examples: `hf-vlm evaluate my-clip` and `hf-vlm evaluate org/blip-small --data scenes --task vqa`")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint.")],
     data: Annotated[
-        str, typer.Option(help="emoji, scenes, or a folder, file or Hub id of image-caption pairs.")
+        str, typer.Option(help="emoji, scenes, or a folder, file or Hub id of images with captions or questions.")
     ] = "emoji",
+    task: Annotated[Task | None, typer.Option(help="One task; by default all that the checkpoint can do.")] = None,
     split: Annotated[str, typer.Option(help="Split of a data set of your own.")] = "test",
-    columns: Annotated[str, typer.Option(help="Its columns, as image=NAME,caption=NAME[,id=NAME].")] = "",
+    columns: Annotated[
+        str,
+        typer.Option(help="Its columns: image=NAME,caption=NAME[,id=NAME] or image=NAME,question=NAME,answer=NAME."),
+    ] = "",
     limit: Annotated[int, typer.Option(help="Number of scenes, or of rows of your own data (0: all).")] = 1000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    rerank: Annotated[int, typer.Option(help="Candidates of each query that BLIP re-ranks (0: none).")] = 32,
+    beams: Annotated[int, typer.Option(help="Beams of captions (1: greedy).")] = 3,
+    train_split: Annotated[
+        str | None, typer.Option(help="Split whose answers the majority row counts, in data of your own.")
+    ] = None,
+    rank_answers: Annotated[
+        bool, typer.Option("--rank-answers", help="Choose among the training answers instead of writing.")
+    ] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Evaluate a two-tower checkpoint: retrieval, or true captions against hard negatives."""
-    from .commands.evaluate import evaluate_checkpoint, format_report
+    """Evaluate a CLIP or BLIP checkpoint: retrieval, hard negatives, captions, questions.
 
-    report = evaluate_checkpoint(model, data, split, columns, limit)
-    typer.echo(json.dumps(report, indent=2) if as_json else format_report(report))
+    Beside every number stands what chance, the model without seeing the image, or the most frequent answer gives.
+    """
+    from .commands.evaluate import evaluate_checkpoint, format_reports
+    from .commands.tasks import Settings
+
+    settings = Settings(rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16)
+    name = None if task is None else task.value
+    reports = evaluate_checkpoint(model, data, split, columns, limit, name, train_split, settings)
+    typer.echo(json.dumps(reports, indent=2) if as_json else format_reports(reports))
 
 
 @app.command(epilog="Example: `hf-vlm convert openai/clip-vit-base-patch32 my-clip --to hf_vlm`")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, BertConfig, BertModel, CLIPModel
 
 import tiny
-from hf_vlm.commands.evaluate import evaluate_checkpoint, format_report
+from hf_vlm.commands.evaluate import evaluate_checkpoint, format_reports
 
 
 def hf_vlm(*args: str) -> subprocess.CompletedProcess:
@@ -76,10 +76,12 @@ def test_evaluate_own_data(checkpoint, tmp_path):
         tiny.image(seed=i).save(folder / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "words": caption})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = evaluate_checkpoint(str(checkpoint), str(folder), "train", "image=image,caption=words", 0)
-    assert report["train"]["num_images"] == len(tiny.CAPTIONS)
-    assert report["train"]["chance"]["text_to_image_r1"] == pytest.approx(1 / len(tiny.CAPTIONS))
-    table = format_report(report).splitlines()
+    reports = evaluate_checkpoint(str(checkpoint), str(folder), "train", "image=image,caption=words", 0)
+    report = reports["train"]["retrieval"]
+    assert report["num_images"] == len(tiny.CAPTIONS)
+    assert report["chance"]["text_to_image_r1"] == pytest.approx(1 / len(tiny.CAPTIONS))
+    title, *table = format_reports(reports).splitlines()
+    assert title == "retrieval"
     assert len(table) == 2
     assert "text>image R@1" in table[0]
     with pytest.raises(ValueError, match="columns"):

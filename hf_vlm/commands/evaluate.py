@@ -1,37 +1,29 @@
-"""`hf-vlm evaluate`: a two-tower checkpoint on the built-in pictures, on scenes, or on a data set of the user's own."""
+"""`hf-vlm evaluate`: a checkpoint on the built-in pictures, on scenes, or on a data set of the user's own."""
 
 import json
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.collators import pair_id
 from ..data.emoji import load_emoji
 from ..data.emoji_pairs import TEST_SPLITS
 from ..data.images import load_image
-from ..data.scenes import load_scenes
+from ..data.questions import QuestionRows, question_source
+from ..data.scenes import SceneStream, load_scenes
 from ..data.sources import DataSource, load_source
 from ..evaluation import hard_negative_report, retrieval_report
-from ..models import VlmClipModel
+from .tables import by_task, format_report, format_reports, retrieval_table
+from .tasks import DEFAULTS, KS, TASKS, Evaluator, Reports, Settings, TestSet, chosen_tasks, load_checkpoint
 
-KS = (1, 5, 10)
+EMOJI_TASKS = ("retrieval", "caption")
+SCENE_TASKS = ("retrieval", "hard_negatives", "caption", "vqa")
+OWN_TASKS = ("retrieval", "caption", "vqa")
+TRAIN_SCENES = 1000  # whose questions the majority row counts
 Report = dict[str, dict[str, Any]]
-
-
-def load_two_tower(checkpoint: str) -> tuple[VlmClipModel, ProcessorMixin]:
-    """Model and processor of a checkpoint.
-
-    Raises:
-        ValueError: if it is of another architecture.
-    """
-    model = AutoModel.from_pretrained(checkpoint)
-    if not isinstance(model, VlmClipModel):
-        raise ValueError(
-            f"{checkpoint} is a {model.config.model_type} checkpoint, not vlm_clip: convert it first "
-            f"(hf-vlm convert {checkpoint} FOLDER) or evaluate another one."
-        )
-    return model.eval(), AutoProcessor.from_pretrained(checkpoint)
 
 
 def emoji_report(model: PreTrainedModel, processor: ProcessorMixin) -> Report:
@@ -56,7 +48,7 @@ def scenes_report(model: PreTrainedModel, processor: ProcessorMixin, num_scenes:
 
 def report_on_builtin_data(folder: str, num_scenes: int) -> None:
     """Evaluates a saved model on the built-in pictures and scenes, prints both tables and writes `results.json`."""
-    model, processor = load_two_tower(folder)
+    model, processor = load_checkpoint(folder)
     reports = {
         "retrieval": emoji_report(model, processor),
         "hard_negatives": scenes_report(model, processor, num_scenes),
@@ -66,62 +58,157 @@ def report_on_builtin_data(folder: str, num_scenes: int) -> None:
     Path(folder, "results.json").write_text(json.dumps(reports, indent=2))
 
 
-def evaluate_checkpoint(checkpoint: str, data: str, split: str, columns: str, limit: int) -> Report:
-    """The report behind `hf-vlm evaluate`; see the command's help for the arguments.
+def report_on_scenes(
+    model: PreTrainedModel | str | Path,
+    processor: ProcessorMixin | None = None,
+    num_scenes: int = 500,
+    *,
+    task: str | None = None,
+    splits: Sequence[str] = TEST_SPLITS,
+    size: int = 64,
+    settings: Settings = DEFAULTS,
+) -> Reports:
+    """All that a head can do, on scenes of each test set.
+
+    Args:
+        model: A head of `TASKS`, or the folder or Hub id of a checkpoint.
+        processor: Of a model; a checkpoint brings its own.
+        num_scenes: Scenes of each test set.
+        task: One of `SCENE_TASKS`; all that the head can do by default.
+        splits: Test sets, of `EMOJI_SPLITS`.
+        size: Pixels a side of a scene.
+        settings: How tasks are done.
+
+    Returns:
+        Metrics by test set and task, ready for JSON. Besides its own numbers a task's metrics hold dicts of the same
+        kind: `blind` (on a plain grey picture), `majority` (answers of training questions, for `vqa`), `reranked` and
+        `chance` (`retrieval`), `itm` and `itm_blind` (`hard_negatives`). Retrieval looks for the caption that names all
+        there is and the background; scenes of equal captions count as one.
 
     Raises:
-        ValueError: if the checkpoint is of another architecture or a column is missing.
+        ValueError: if the head cannot do the task, or a model comes without a processor.
     """
-    model, processor = load_two_tower(checkpoint)
-    if data == "emoji":
-        return emoji_report(model, processor)
+    if isinstance(model, str | Path):
+        model, processor = load_checkpoint(str(model))
+    if processor is None:
+        raise ValueError("A model needs its processor beside it; a folder brings its own.")
+    tasks = chosen_tasks(model, SCENE_TASKS, task, "scenes")
+    train_questions = None
+    if "vqa" in tasks:
+        stream = SceneStream("train", size=size)
+        train_questions = list(chain.from_iterable(stream.scene(i)["questions"] for i in range(TRAIN_SCENES)))
+    evaluator, reports = Evaluator(model, processor, settings), {}
+    for split in splits:
+        scenes = load_scenes(split, num_scenes, size=size)
+        captions = scenes["captions"]
+        test = TestSet(
+            images=scenes["image"],
+            captions=[texts[0] for texts in captions],
+            ids=[pair_id(texts[0]) for texts in captions],
+            references=list(captions),
+            hard_negatives=scenes["hard_negatives"],
+            questions=scenes["questions"],
+            train_questions=train_questions,
+        )
+        reports[split] = evaluator.run(tasks, test)
+    return reports
+
+
+def save_scene_report(
+    folder: str | Path, model: PreTrainedModel, processor: ProcessorMixin, num_scenes: int, size: int
+) -> None:
+    """The end of a recipe: all that its head can do on scenes, printed and written to `results.json` in the folder."""
+    reports = report_on_scenes(model.eval(), processor, num_scenes, size=size)
+    print(format_reports(reports))
+    Path(folder, "results.json").write_text(json.dumps(by_task(reports), indent=2))
+
+
+def evaluate_checkpoint(
+    checkpoint: str,
+    data: str,
+    split: str,
+    columns: str,
+    limit: int,
+    task: str | None = None,
+    train_split: str | None = None,
+    settings: Settings = DEFAULTS,
+) -> Reports:
+    """The reports behind `hf-vlm evaluate`, by test set and task; see the command's help for the arguments.
+
+    Raises:
+        ValueError: if the checkpoint is of another architecture, its head or the data do not serve for the task, or a
+            column is missing.
+    """
+    model, processor = load_checkpoint(checkpoint)
     if data == "scenes":
-        return scenes_report(model, processor, limit)
-    mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else None
-    rows = load_source(DataSource(data, split=split, columns=mapping))
-    rows = [rows[i] for i in range(len(rows) if limit == 0 else min(limit, len(rows)))]
+        return report_on_scenes(model, processor, limit, task=task, settings=settings)
+    if data == "emoji":
+        tasks = chosen_tasks(model, EMOJI_TASKS, task, "emoji")
+        evaluator, emoji = Evaluator(model, processor, settings), load_emoji()
+        return {
+            name: evaluator.run(
+                tasks, TestSet(rows["image"], captions=rows["name"], references=rows["name"], ids=rows["emoji_id"])
+            )
+            for name, rows in emoji.items()
+            if name in TEST_SPLITS
+        }
+    tasks = chosen_tasks(model, OWN_TASKS, task, data)
+    mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
+    if tasks == ["vqa"]:
+        test = own_questions(data, split, train_split, mapping, limit)
+    else:
+        test = own_captions(data, split, mapping, limit)
+    return {split: Evaluator(model, processor, settings).run(tasks, test)}
+
+
+def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
+    """Images and captions of the user's own."""
+    rows = _first(load_source(DataSource(data, split=split, columns=columns)), limit)
     images = [load_image(row["image"], where=f"row {i}") for i, row in enumerate(rows)]
     ids = [pair_id(row["id"]) for row in rows] if "id" in rows[0] else None
-    return {split: retrieval_report(model, processor, images, [row["caption"] for row in rows], ids, ks=KS)}
+    captions = [row["caption"] for row in rows]
+    return TestSet(images, captions=captions, references=captions, ids=ids)
 
 
-def format_report(report: Report) -> str:
-    """A report as a plain table: recall at k beside chance, or accuracy by kind of hard negative."""
-    if "accuracy" in next(iter(report.values())):
-        kinds = sorted({key for scores in report.values() for key in scores if key.startswith("accuracy_")})
-        table = [["test set", "pairs", "all", *(kind.removeprefix("accuracy_") for kind in kinds)]]
-        for name, scores in report.items():
-            cells = [f"{scores[kind]:.3f}" if kind in scores else "-" for kind in kinds]
-            table.append([name, f"{scores['pairs']:.0f}", f"{scores['accuracy']:.3f}", *cells])
-    else:
-        table = retrieval_table(report)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = []
-    for first, *others in table:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
+def own_questions(data: str, split: str, train_split: str | None, columns: dict[str, str], limit: int) -> TestSet:
+    """Images, questions and answers of the user's own; the training questions are those of `train_split`.
+
+    Raises:
+        ValueError: if a column is missing, or a row has no question or answer.
+    """
+    rows = _questions({"path": data, "split": split, "columns": columns})
+    questions = _first(rows, limit)
+    train_questions = None
+    if train_split is not None:
+        train = _questions({"path": data, "split": train_split, "columns": columns})
+        train_questions = [train[i] for i in range(len(train))]
+    images = [asked["image"] for asked in questions]
+    return TestSet(images, questions=[[asked] for asked in questions], train_questions=train_questions)
 
 
-def retrieval_table(report: Report) -> list[list[str]]:
-    """Rows of cells: a test set's size, recall both ways and what chance gives for text to image."""
-    head = ["test set", "images", "texts"]
-    head += [f"{direction} R@{k}" for direction in ("text>image", "image>text") for k in KS]
-    table = [[*head, *(f"chance R@{k}" for k in KS)]]
-    for name, scores in report.items():
-        recalls = [scores[f"{way}_r{k}"] for way in ("text_to_image", "image_to_text") for k in KS]
-        recalls += [scores["chance"][f"text_to_image_r{k}"] for k in KS]
-        counts = [str(scores["num_images"]), str(scores["num_texts"])]
-        table.append([name, *counts, *(f"{recall:.3f}" for recall in recalls)])
-    return table
+def _questions(source: dict[str, Any]) -> QuestionRows:
+    return QuestionRows(load_source(question_source(source)), f"{source['path']}, split {source['split']}")
+
+
+def _first(rows: Any, limit: int) -> list[dict[str, Any]]:
+    return [rows[i] for i in range(len(rows) if limit == 0 else min(limit, len(rows)))]
 
 
 __all__ = [
+    "EMOJI_TASKS",
+    "OWN_TASKS",
+    "SCENE_TASKS",
+    "TASKS",
     "emoji_report",
     "evaluate_checkpoint",
     "format_report",
-    "load_two_tower",
+    "format_reports",
+    "load_checkpoint",
+    "own_captions",
+    "own_questions",
     "report_on_builtin_data",
+    "report_on_scenes",
     "retrieval_table",
+    "save_scene_report",
     "scenes_report",
 ]

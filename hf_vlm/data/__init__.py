@@ -7,7 +7,7 @@ from .emoji_pairs import TEST_SPLITS, emoji_captions, emoji_pairs
 from .images import ImageError, load_image
 from .mixing import mix, split_stream
 from .pairs import Pair, PairDataset, PairStream, load_pairs
-from .questions import Question, QuestionDataset
+from .questions import Question, QuestionDataset, load_questions
 from .scene_rows import SceneRows
 from .scenes import SceneStream, load_scenes
 from .sources import DataSource, load_source
@@ -36,6 +36,7 @@ __all__ = [
     "load_emoji",
     "load_image",
     "load_pairs",
+    "load_questions",
     "load_scenes",
     "load_source",
     "mix",

@@ -11,14 +11,16 @@ class SceneRows:
     Args:
         stream: The stream.
         num_scenes: How many; a scene takes half a millisecond to make and no memory to keep.
+        max_words: Leave out longer captions; a batch is as long as its longest.
 
     Indexing gives dicts with `image`, `caption` (all true captions), `questions` (dicts with `question`, `answer` and
     `kind`) and `id`, the scene's number.
     """
 
-    def __init__(self, stream: SceneStream, num_scenes: int):
+    def __init__(self, stream: SceneStream, num_scenes: int, max_words: int | None = None):
         self.stream = stream
         self.num_scenes = num_scenes
+        self.max_words = max_words
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -29,10 +31,17 @@ class SceneRows:
         scene = self.stream.scene(index)
         return {
             "image": scene["image"],
-            "caption": scene["captions"],
+            "caption": self.short(scene["captions"]),
             "questions": scene["questions"],
             "id": index,
         }
+
+    def short(self, captions: list[str]) -> list[str]:
+        """The captions of at most `max_words`, or else the shortest."""
+        if self.max_words is None:
+            return captions
+        kept = [caption for caption in captions if len(caption.split()) <= self.max_words]
+        return kept or [min(captions, key=len)]
 
 
 __all__ = ["SceneRows"]

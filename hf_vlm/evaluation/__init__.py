@@ -6,22 +6,33 @@
 - `hard_negatives`: the true caption against one that differs in a word.
 - `captioning`: CIDEr, BLEU and ROUGE-L; `text`: the words that they count.
 - `vqa`: soft accuracy and exact match of answers, and the majority's answer.
+- `matching`: scores of image-text pairs by a model that sees both; `rerank`: retrieval with them.
+- `writing`: captions and answers for a whole test set; `blocks`: what each of its images is encoded for, once.
 - `suites`: the above on whole data sets, model and data in, report out.
 """
 
 from .captioning import caption_metrics
 from .embed import embed_images, embed_texts
 from .hard_negatives import hard_negative_metrics
+from .matching import MATCH_TOLERANCE, match_logits
+from .rerank import rerank_metrics
 from .retrieval import chance, retrieval_metrics, similarity_metrics
-from .suites import hard_negative_report, retrieval_report
+from .suites import GREY, caption_report, hard_negative_report, retrieval_report, vqa_report
 from .text import ptb_tokenize
 from .vqa import majority_answer, majority_answers, normalize_answer, vqa_metrics
+from .writing import answer_questions, caption_images, choose_answers
 from .zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
 
 __all__ = [
+    "GREY",
+    "MATCH_TOLERANCE",
     "PROMPTS",
+    "answer_questions",
+    "caption_images",
     "caption_metrics",
+    "caption_report",
     "chance",
+    "choose_answers",
     "class_prompts",
     "embed_images",
     "embed_texts",
@@ -29,12 +40,15 @@ __all__ = [
     "hard_negative_report",
     "majority_answer",
     "majority_answers",
+    "match_logits",
     "normalize_answer",
     "ptb_tokenize",
+    "rerank_metrics",
     "retrieval_metrics",
     "retrieval_report",
     "similarity_metrics",
     "vqa_metrics",
+    "vqa_report",
     "zero_shot_classifier",
     "zero_shot_metrics",
 ]

@@ -1,15 +1,32 @@
-"""Whole evaluations of a two-tower model on data: embed everything, compare, report beside chance."""
+"""Whole evaluations of a model on data: everything embedded, scored or written, beside chance and blind guessing.
 
-from collections.abc import Sequence
+- Two-tower models and BLIP's comparing heads: retrieval (with `rerank`, also re-ranked by ITM) and hard negatives.
+- BLIP's writing heads: captions and answers.
+- **Blind rows**: the same model on a plain grey picture in place of every image. What it still gets right it took from
+  the texts alone. Retrieval needs none: on equal images nothing beats `chance`.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .captioning import caption_metrics
 from .embed import embed_images, embed_texts
 from .hard_negatives import hard_negative_metrics
-from .retrieval import chance, retrieval_metrics
+from .matching import MATCH_TOLERANCE, match_logits
+from .rerank import rerank_metrics
+from .retrieval import COSINE_TOLERANCE, chance, retrieval_metrics
+from .vqa import majority_answer, majority_answers, vqa_metrics
+from .writing import answer_questions, caption_images, choose_answers
+
+GREY = Image.new("RGB", (64, 64), (128, 128, 128))
+"""What a blind model sees."""
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 def retrieval_report(
@@ -19,9 +36,11 @@ def retrieval_report(
     captions: Sequence[str | Sequence[str]],
     ids: Sequence[int] | None = None,
     *,
+    rerank: int | None = None,
     ks: Sequence[int] = (1, 5, 10),
     batch_size: int = 64,
     progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Retrieval both ways over one test set.
 
@@ -29,12 +48,15 @@ def retrieval_report(
         images: `(I,)` pictures.
         captions: `(I,)`, one caption or several of each picture; a caption that repeats within an id counts once.
         ids: `(I,)`, pictures of equal id share their captions; by default each is its own.
+        rerank: so many candidates of each query are re-ranked by matching, which the model must be capable of.
         ks: ranks at which recall is measured.
         batch_size: images a forward pass.
         progress: show progress bars.
+        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
 
     Returns:
-        The keys of `retrieval_metrics`, `num_images`, `num_texts`, and under `chance` the same metrics at random.
+        The keys of `retrieval_metrics`, `num_images`, `num_texts`, and under `chance` the same metrics at random; with
+        `rerank` that number, and under `reranked` the metrics of `rerank_metrics`.
 
     Raises:
         ValueError: the lengths differ or there are no images.
@@ -48,44 +70,175 @@ def retrieval_report(
         for text in ([texts] if isinstance(texts, str) else texts)
     }
     text_ids, texts = [image_id for image_id, _ in pairs], [text for _, text in pairs]
-    image_embeds = embed_images(model, processor, images, batch_size, progress=progress)
-    text_embeds = embed_texts(model, processor, texts, progress=progress)
+    shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+    image_embeds = embed_images(model, processor, images, batch_size, **shown)
+    text_embeds = embed_texts(model, processor, texts, **shown)
     report: dict[str, Any] = retrieval_metrics(image_embeds, text_embeds, text_ids, ids, ks=ks)
     report |= {"num_images": len(images), "num_texts": len(texts), "chance": chance(text_ids, ids, ks=ks)}
-    return report
+    if rerank is None:
+        return report
+
+    def score_pairs(candidates: torch.Tensor) -> torch.Tensor:
+        return match_logits(model, processor, images, texts, candidates, **shown)[:, 1]
+
+    reranked = rerank_metrics(image_embeds, text_embeds, score_pairs, text_ids, ids, k=rerank, ks=ks)
+    return report | {"rerank": rerank, "reranked": reranked}
 
 
 def hard_negative_report(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     images: Sequence[Image.Image],
-    hard_negatives: Sequence[Sequence[dict[str, str]]],
+    hard_negatives: Sequence[Sequence[Mapping[str, str]]],
     *,
+    matching: bool = False,
     batch_size: int = 64,
     progress: bool = True,
-) -> dict[str, float]:
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
     """How often a picture prefers its true caption to one that differs in a word.
 
     Args:
         images: `(I,)` pictures.
         hard_negatives: `(I,)`, for each picture dicts with `caption` (true), `negative` (false) and `kind`.
+        matching: also by the log-odds of matching (ITM), which the model must be capable of.
         batch_size: images a forward pass.
         progress: show progress bars.
+        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
 
     Returns:
-        The keys of `hard_negative_metrics`; chance is 0.5.
+        The keys of `hard_negative_metrics` by the similarity of embeddings (ITC), under `blind` the same on grey
+        pictures; with `matching` under `itm` and `itm_blind` the same by matching. Chance is 0.5.
     """
     rows = [(i, pair) for i, pairs in enumerate(hard_negatives) for pair in pairs]
     texts = sorted({pair[key] for _, pair in rows for key in ("caption", "negative")})
     position = {text: i for i, text in enumerate(texts)}
-    image_embeds = embed_images(model, processor, images, batch_size, progress=progress)
-    image_embeds = image_embeds[torch.tensor([i for i, _ in rows])]
-    text_embeds = embed_texts(model, processor, texts, progress=progress)
-    true, false = (
-        (image_embeds * text_embeds[torch.tensor([position[pair[key]] for _, pair in rows])]).sum(-1)
-        for key in ("caption", "negative")
-    )
-    return hard_negative_metrics(true, false, [pair["kind"] for _, pair in rows], tie_tolerance=1e-6)
+    owner = torch.tensor([i for i, _ in rows])
+    true, false = (torch.tensor([position[pair[key]] for _, pair in rows]) for key in ("caption", "negative"))
+    kinds = [pair["kind"] for _, pair in rows]
+    shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+    text_embeds = embed_texts(model, processor, texts, **shown)
+
+    def by_embeddings(images: Sequence[Image.Image], owner: torch.Tensor) -> dict[str, float]:
+        image_embeds = embed_images(model, processor, images, batch_size, **shown)[owner]
+        right, wrong = ((image_embeds * text_embeds[chosen]).sum(-1) for chosen in (true, false))
+        return hard_negative_metrics(right, wrong, kinds, tie_tolerance=COSINE_TOLERANCE)
+
+    def by_matching(images: Sequence[Image.Image], owner: torch.Tensor) -> dict[str, float]:
+        pairs, inverse = torch.stack([owner.repeat(2), torch.cat([true, false])], dim=1).unique(
+            dim=0, return_inverse=True
+        )
+        logits = match_logits(model, processor, images, texts, pairs, **shown)
+        right, wrong = (logits[:, 1] - logits[:, 0])[inverse].chunk(2)
+        return hard_negative_metrics(right, wrong, kinds, tie_tolerance=MATCH_TOLERANCE)
+
+    nowhere = torch.zeros_like(owner)
+    report: dict[str, Any] = {**by_embeddings(images, owner), "blind": by_embeddings([GREY], nowhere)}
+    if matching:
+        report |= {"itm": by_matching(images, owner), "itm_blind": by_matching([GREY], nowhere)}
+    return report
 
 
-__all__ = ["hard_negative_report", "retrieval_report"]
+def caption_report(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    references: Sequence[str | Sequence[str]],
+    *,
+    prompt: str | None = None,
+    generate_options: Mapping[str, Any] = NO_OPTIONS,
+    batch_size: int = 32,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Captions of all pictures against their references.
+
+    Args:
+        images: `(I,)` pictures.
+        references: `(I,)`, one true caption or several of each.
+        prompt: text that captions begin with and that is not scored.
+        generate_options: options of transformers' `generate`.
+        batch_size, progress, autocast_dtype: as in `caption_images`.
+
+    Returns:
+        The keys of `caption_metrics`, `images`, their number, and under `blind` the metrics of the caption that the
+        model gives a grey picture; and the captions.
+
+    Raises:
+        ValueError: the lengths differ, there are no images, or an image has no reference.
+    """
+    truths = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+    options: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype, **generate_options}
+    captions = caption_images(model, processor, images, prompt, batch_size, **options)
+    blind = caption_images(model, processor, [GREY], prompt, **options) * len(captions)
+    report = {**caption_metrics(captions, truths), "images": len(captions), "blind": caption_metrics(blind, truths)}
+    return report, captions
+
+
+def vqa_report(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    questions: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    train_questions: Sequence[Mapping[str, Any]] | None = None,
+    answer_list: Sequence[str] | None = None,
+    generate_options: Mapping[str, Any] = NO_OPTIONS,
+    batch_size: int = 64,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Answers to all questions about the pictures.
+
+    Args:
+        images: `(I,)` pictures.
+        questions: `(I,)`, for each picture dicts with `question`, `answer` (a string, or what several people said), and
+            in all or none `kind`.
+        train_questions: questions of the training set, for the row of the majority.
+        answer_list: a closed list of answers to choose from; by default answers are written.
+        generate_options: options of transformers' `generate`, where answers are written.
+        batch_size, progress, autocast_dtype: as in `answer_questions`.
+
+    Returns:
+        The keys of `vqa_metrics`, by kind of question where there are kinds; under `blind` the same for the questions
+        beside a grey picture; with `train_questions` under `majority` the same for the most frequent training answer,
+        of each kind where there are kinds. And the answers, picture by picture.
+
+    Raises:
+        ValueError: the lengths differ, there are no questions, or a question has no answer.
+    """
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images and questions about {len(questions)}: they must be equal")
+    rows = [(i, asked) for i, of_image in enumerate(questions) for asked in of_image]
+    texts = [asked["question"] for _, asked in rows]
+    people = [[asked["answer"]] if isinstance(asked["answer"], str) else asked["answer"] for _, asked in rows]
+    kinds = [asked["kind"] for _, asked in rows] if rows and "kind" in rows[0][1] else None
+    shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+
+    def answer(images: Sequence[Image.Image], texts: list[str], image_of_text: list[int]) -> list[str]:
+        if answer_list is not None:
+            return choose_answers(model, processor, images, texts, image_of_text, answer_list, **shown)
+        options = {**shown, **generate_options}
+        return answer_questions(model, processor, images, texts, image_of_text, batch_size, **options)
+
+    answers = answer(images, texts, [i for i, _ in rows])
+    asked_once = list(dict.fromkeys(texts))
+    blind = dict(zip(asked_once, answer([GREY], asked_once, [0] * len(asked_once)), strict=True))
+    report: dict[str, Any] = vqa_metrics(answers, people, kinds)
+    report["blind"] = vqa_metrics([blind[text] for text in texts], people, kinds)
+    if train_questions is not None:
+        report["majority"] = vqa_metrics(_majority(train_questions, kinds, len(rows)), people, kinds)
+    return report, answers
+
+
+def _majority(train_questions: Sequence[Mapping[str, Any]], kinds: list[str] | None, count: int) -> list[str]:
+    """What the majority answers to questions of these kinds; to a kind that training has not, the answer of all."""
+    given = [asked["answer"] for asked in train_questions]
+    of_all = majority_answer(given)
+    if kinds is None:
+        return [of_all] * count
+    by_kind = majority_answers(given, [asked["kind"] for asked in train_questions])
+    return [by_kind.get(kind, of_all) for kind in kinds]
+
+
+__all__ = ["GREY", "caption_report", "hard_negative_report", "retrieval_report", "vqa_report"]
