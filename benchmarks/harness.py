@@ -94,11 +94,16 @@ class TrainingStep:
         return counter.get_total_flops()
 
     def peak_memory(self) -> int:
-        """Most bytes held so far: resident in this process on the CPU, allocated on the device otherwise."""
-        if self.device != "cpu":
-            return torch.cuda.max_memory_allocated()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        """Most bytes held so far; see [`peak_memory`]."""
+        return peak_memory(self.device)
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes held so far: resident in this process on the CPU, allocated on the device otherwise."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # PyTorch counts its attention kernels for CUDA; this gives the one for the CPU the same formula.
@@ -118,7 +123,7 @@ class Worker:
         *args: Its arguments.
     """
 
-    def __init__(self, build: Callable[..., TrainingStep], *args: Any):
+    def __init__(self, build: Callable[..., Any], *args: Any):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["transformers.modeling_utils"])  # imported once for all, which saves seconds
         self.pipe, child_pipe = context.Pipe()
@@ -139,8 +144,8 @@ class Worker:
             self.process.join()
             raise ImportError(missing)
 
-    def ask(self, method: Callable[[TrainingStep], Any]) -> Any:
-        """Calls a method of `TrainingStep` in the child, once it is built, and returns what it returned."""
+    def ask(self, method: Callable[[Any], Any]) -> Any:
+        """Calls a function of the contender, such as `TrainingStep.run`, in the child and returns what it returned."""
         self.pipe.send(method)
         return self._receive()
 
@@ -157,7 +162,7 @@ class Worker:
             raise RuntimeError(f"A contender ended with exit code {self.process.exitcode}; see above.") from None
 
 
-def _serve(pipe: Any, num_threads: int, build: Callable[..., TrainingStep], args: tuple) -> None:
+def _serve(pipe: Any, num_threads: int, build: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(num_threads)
     try:
         contender = build(*args)
@@ -169,10 +174,12 @@ def _serve(pipe: Any, num_threads: int, build: Callable[..., TrainingStep], args
         pipe.send(method(contender))
 
 
-def interleave(workers: dict[str, Worker], repeats: int, title: str) -> dict[str, list[Times]]:
-    """Lets every contender take a step in turn, `repeats` times, after one round that does not count."""
+def interleave(
+    workers: dict[str, Worker], repeats: int, title: str, method: Callable[[Any], Any] = TrainingStep.run
+) -> dict[str, list[Any]]:
+    """Lets every contender run `method` in turn, `repeats` times, after one round that does not count."""
     rounds = [
-        {name: worker.ask(TrainingStep.run) for name, worker in workers.items()}
+        {name: worker.ask(method) for name, worker in workers.items()}
         for _ in tqdm(range(repeats + 1), desc=title, unit="round")
     ]
     return {name: [times[name] for times in rounds[1:]] for name in workers}

@@ -10,6 +10,7 @@ As published, on several GPUs:
     torchrun --nproc_per_node 8 recipes/blip_finetune.py --config recipes/blip_finetune/vqa_paper.yaml
 
 Every scalar key of the YAML is also an option (`--learning_rate 1e-5`). A stopped run continues when started again.
+By LoRA, the output folder holds the merged model, and `adapter` within it what was trained.
 """
 
 import copy
@@ -19,13 +20,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor, set_seed
 from trl import TrlParser
 
-from hf_vlm import (
-    VlmBlipForConditionalGeneration,
-    VlmBlipForImageTextRetrieval,
-    VlmBlipForPreTraining,
-    VlmBlipForQuestionAnswering,
-    VlmBlipProcessor,
-)
+import hf_vlm
+from hf_vlm import VlmBlipForPreTraining, VlmBlipProcessor
 from hf_vlm.commands.evaluate import save_scene_report
 from hf_vlm.commands.finish import finish_run
 from hf_vlm.data import (
@@ -43,9 +39,9 @@ from hf_vlm.data import (
 from hf_vlm.training import BlipTrainer, BlipTrainingArguments, last_checkpoint
 
 HEADS = {
-    "caption": VlmBlipForConditionalGeneration,
-    "vqa": VlmBlipForQuestionAnswering,
-    "retrieval": VlmBlipForImageTextRetrieval,
+    "caption": hf_vlm.VlmBlipForConditionalGeneration,
+    "vqa": hf_vlm.VlmBlipForQuestionAnswering,
+    "retrieval": hf_vlm.VlmBlipForImageTextRetrieval,
 }
 AUGMENTATIONS = {"photo": Augmentation.photo(), "scene": Augmentation.scene(), "none": None}
 
@@ -109,7 +105,7 @@ def build_data(args: DataArguments, task: str, size: int, seed: int) -> tuple:
     return dataset(rows, seed), dataset(watched, seed)
 
 
-def build_collator(task: str, processor: VlmBlipProcessor, augmentation: Augmentation | None, prompt: str):
+def build_collator(task: str, processor: VlmBlipProcessor, prompt: str, augmentation: Augmentation | None = None):
     """Examples to the batches of the task."""
     if task == "vqa":
         return QuestionCollator(processor, augmentation)
@@ -133,15 +129,19 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Bl
         training_args,
         train_dataset=train,
         eval_dataset=watched,
-        data_collator=build_collator(task, processor, AUGMENTATIONS[data_args.augmentation], model_args.prompt),
-        eval_collator=build_collator(task, processor, None, model_args.prompt),
+        data_collator=build_collator(task, processor, model_args.prompt, AUGMENTATIONS[data_args.augmentation]),
+        eval_collator=build_collator(task, processor, model_args.prompt),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
-    trainer.save_model()
-    if data_args.sources is None and trainer.is_world_process_zero():
-        whole = copy.deepcopy(model).merge_and_unload() if model_args.lora_r > 0 else model
-        save_scene_report(training_args.output_dir, whole, processor, data_args.num_scenes, size)
+    whole = copy.deepcopy(model).merge_and_unload() if model_args.lora_r > 0 else model
+    if trainer.is_world_process_zero():
+        if model_args.lora_r > 0:
+            model.save_pretrained(f"{training_args.output_dir}/adapter")
+        whole.save_pretrained(training_args.output_dir)
+        processor.save_pretrained(training_args.output_dir)
+        if data_args.sources is None:
+            save_scene_report(training_args.output_dir, whole, processor, data_args.num_scenes, size)
     finish_run(trainer, "blip_finetune", model_args, data_args)
 
 

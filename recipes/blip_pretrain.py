@@ -35,6 +35,7 @@ from hf_vlm.models import BLIP_VISION
 from hf_vlm.training import BlipTrainer, BlipTrainingArguments, last_checkpoint
 
 AUGMENTATIONS = {
+    "blip": Augmentation.blip(),
     "photo": Augmentation.photo(),
     "scene": Augmentation.scene(),
     "none": None,
@@ -71,7 +72,7 @@ class DataArguments:
     eval_sources: list[dict] | None = field(default=None, metadata={"help": "The same for evaluation while training."})
     mix: str = field(default="size", metadata={"help": "Mix sources by their size or its square root (sqrt)."})
     on_error: str = field(default="raise", metadata={"help": "raise or skip broken images."})
-    augmentation: str = field(default="photo", metadata={"help": "photo, scene or none."})
+    augmentation: str = field(default="blip", metadata={"help": "blip, photo, scene or none."})
     train_scenes: int = field(default=100_000, metadata={"help": "Scenes to train on."})
     max_words: int | None = field(default=None, metadata={"help": "Longest caption of a scene in words."})
     num_scenes: int = field(default=500, metadata={"help": "Scenes of each test set."})

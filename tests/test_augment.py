@@ -53,7 +53,7 @@ def on_white(image: Image.Image, size: int) -> torch.Tensor:
     return torch.from_numpy(np.array(white.convert("RGB"))).permute(2, 0, 1) / 255
 
 
-@pytest.mark.parametrize("augment", [Augmentation(), Augmentation.photo(), Augmentation.drawing()])
+@pytest.mark.parametrize("augment", [Augmentation(), Augmentation.blip(), Augmentation.photo(), Augmentation.drawing()])
 def test_any_sizes_and_both_modes_give_a_batch_in_range(augment: Augmentation) -> None:
     images = [drawing(), photo(), photo(20, 200), photo(200, 20), drawing(7), Image.new("RGB", (1, 1))]
     pixels = augment(images, 32, [1, 2, 3])
@@ -62,7 +62,7 @@ def test_any_sizes_and_both_modes_give_a_batch_in_range(augment: Augmentation) -
     assert 0 <= pixels.min() < pixels.max() <= 1
 
 
-@pytest.mark.parametrize("augment", [Augmentation(), Augmentation.photo(), Augmentation.drawing()])
+@pytest.mark.parametrize("augment", [Augmentation(), Augmentation.blip(), Augmentation.photo(), Augmentation.drawing()])
 def test_the_seed_alone_decides(augment: Augmentation) -> None:
     images = [drawing(), photo()]
     first = augment(images, 32, [5, 17])
@@ -93,7 +93,7 @@ def test_without_variations_a_picture_is_only_resized_and_laid_on_white() -> Non
 
 
 def test_every_field_is_covered_here() -> None:
-    assert {field.name for field in fields(Augmentation)} == {*VARIATIONS, "crop_scale", "crop_ratio"}
+    assert {field.name for field in fields(Augmentation)} == {*VARIATIONS, "crop_scale", "crop_ratio", "rand_augment"}
 
 
 @pytest.mark.parametrize("name", VARIATIONS)

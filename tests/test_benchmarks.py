@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import tiny
+from benchmarks.blip_plain import PlainBlip
 from benchmarks.harness import Spread, TrainingStep, _serve, matmul_peak, positive, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +43,57 @@ def test_clip_runs(tmp_path: Path) -> None:
         assert name in run.stdout
     assert 0 < results["hf_vlm"]["flops"] < results["transformers"]["flops"]
     assert results["transformers"]["flops"] < results.get("open_clip", {"flops": float("inf")})["flops"]
+
+
+@pytest.mark.slow
+def test_blip_runs(tmp_path: Path) -> None:
+    output = tmp_path / "blip.json"
+    command = [sys.executable, "benchmarks/blip.py", "--size", "tiny", "--repeats", "1", "--device", "cpu"]
+    command += ["--threads", "1", "--output", str(output)]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(output.read_text())
+    steps = {(each["image_size"], each["part"], each["contender"]): each for each in report["steps"]}
+    assert len(steps) == 8
+    for side in (32, 64):
+        own, plain = steps[side, "whole step", "hf_vlm"], steps[side, "whole step", "plain"]
+        own_text, plain_text = steps[side, "text side", "hf_vlm"], steps[side, "text side", "plain"]
+        # The towers differ by the averaged one's last layer alone, so most of what is saved is of the text side.
+        assert 0 < own["flops"] - own_text["flops"] < plain["flops"] - plain_text["flops"]
+        assert plain["flops"] - own["flops"] < 1.5 * (plain_text["flops"] - own_text["flops"])
+        assert plain_text["flops"] > 2 * own_text["flops"]
+        assert plain["last_loss"] == pytest.approx(own["last_loss"], rel=0.02)
+        assert 0 < own["differences_fp32"]["itm_logits"] < 1e-5
+    assert [each["precision"] for each in report["captions"]] == 4 * ["fp32"] + 4 * ["bf16"]
+    for each in report["captions"]:
+        assert each["images_per_second"]["low"] > 0
+        assert each["different_captions"] == each["batch"] == 2
+        assert each["same_tokens"] == 1 or each["precision"] == "bf16"
+
+
+def test_plain_blip_computes_the_same() -> None:
+    model = tiny.blip_model().train()
+    plain = PlainBlip(model.config).train()
+    plain.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    input_ids = torch.randint(5, tiny.DEC, (5, 7))
+    attention_mask = (torch.arange(7) < torch.tensor([[7], [3], [5], [4], [6]])).long()
+    batch = {"pixel_values": torch.randn(5, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE), "sample_seed": 3, "return_loss": True}
+    queue = F.normalize(torch.randn(2, 6, 16), dim=-1)
+    outputs = {}
+    for each, width in ((model, 7), (plain, 12)):
+        each.momentum.queue.add(*queue, torch.full((6,), -1))
+        texts = (F.pad(tensor, (0, width - 7)) for tensor in (input_ids, attention_mask))
+        outputs[width] = each(input_ids=next(texts), attention_mask=next(texts), **batch)
+        outputs[width].loss.backward()
+    for name in ("loss_itc", "loss_itm", "loss_lm", "itm_logits", "targets_per_image"):
+        torch.testing.assert_close(outputs[12][name], outputs[7][name], rtol=1e-4, atol=1e-5)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None), name
+        if parameter.grad is not None:
+            scale = gradients[name].abs().max().item()
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-3 * scale + 1e-7, msg=name)
 
 
 def linear_step() -> TrainingStep:

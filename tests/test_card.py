@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,16 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import BertConfig, BertModel, BertTokenizer, TrainerCallback
 
 import tiny
-from hf_vlm import VlmClipModel, VlmClipProcessor, VlmTowerModel
+from hf_vlm import (
+    VlmBlipForConditionalGeneration,
+    VlmBlipForImageTextRetrieval,
+    VlmBlipForPreTraining,
+    VlmBlipForQuestionAnswering,
+    VlmBlipModel,
+    VlmClipModel,
+    VlmClipProcessor,
+    VlmTowerModel,
+)
 from hf_vlm.auto import PROCESSORS
 from hf_vlm.commands.finish import finish_run, own_data, pretrained_parts
 from hf_vlm.data import ContrastiveCollator, PairDataset
@@ -24,8 +34,18 @@ from hf_vlm.hub.record import RECORD_NAME, count_parameters, published, read_rec
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, last_checkpoint
 from recipes.clip_pretrain import DataArguments, ModelArguments
 
-# A tiny model and processor of each type that cards are written for.
-BUILDERS = {"vlm_clip": (tiny.clip_model, tiny.clip_processor)}
+# A tiny model and processor of each type and head that cards are written for.
+BLIP_HEADS = (
+    VlmBlipModel,
+    VlmBlipForPreTraining,
+    VlmBlipForImageTextRetrieval,
+    VlmBlipForConditionalGeneration,
+    VlmBlipForQuestionAnswering,
+)
+BUILDERS = {
+    "vlm_clip": (tiny.clip_model, tiny.clip_processor),
+    **{f"vlm_blip {head.__name__}": (partial(tiny.blip_model, head), tiny.blip_processor) for head in BLIP_HEADS},
+}
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_" + "aBcDeFgH" * 4
 # What the small recipe's parts, data and choices can carry, out of the licences that the Hub lists.
@@ -52,9 +72,9 @@ RECORD = {
 }
 
 
-def save(folder: Path, model_type: str = "vlm_clip") -> Path:
-    """A tiny checkpoint of a type."""
-    for build in BUILDERS[model_type]:
+def save(folder: Path, name: str = "vlm_clip") -> Path:
+    """A tiny checkpoint of a type and head."""
+    for build in BUILDERS[name]:
         build().save_pretrained(folder)
     return folder
 
@@ -88,28 +108,32 @@ def values(content) -> set[str]:
 
 
 def test_every_card_has_a_test():
-    assert set(ARCHITECTURES) == set(BUILDERS)
+    assert set(ARCHITECTURES) == {name.split()[0] for name in BUILDERS}
+    heads = {name for architecture in ARCHITECTURES.values() for name in architecture.heads}
+    assert heads == {head.__name__ for head in BLIP_HEADS if head is not VlmBlipModel}
     assert {config.model_type for config in PROCESSORS} >= set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("model_type", BUILDERS)
-def test_card_without_record_or_results_claims_nothing(tmp_path, model_type):
+@pytest.mark.parametrize("name", BUILDERS)
+def test_card_without_record_or_results_claims_nothing(tmp_path, name):
     """Only the config and the processor: no section of results, training or data, no index, no licence."""
-    card = ModelCard.load(write_card(save(tmp_path / "model", model_type)))
-    metadata = card.data.to_dict()
+    card = ModelCard.load(write_card(save(tmp_path / "model", name)))
+    metadata, model_type = card.data.to_dict(), name.split()[0]
+    head = ARCHITECTURES[model_type].head({"architectures": [name.split()[-1]]})
     assert "model-index" not in metadata
     assert not {"license", "datasets", "base_model"} & set(metadata)
     assert metadata["library_name"] == "transformers"
-    assert metadata["pipeline_tag"] == ARCHITECTURES[model_type].pipeline_tag
+    assert metadata["pipeline_tag"] == head.pipeline_tag
+    assert set(metadata["tags"]) >= {model_type, *head.tags}
     assert model_type in metadata["tags"]
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", card.text, flags=re.DOTALL), flags=re.MULTILINE)
     assert headings == ["model", "How to use", "Licence", "Limits"]
 
 
-@pytest.mark.parametrize("model_type", BUILDERS)
-def test_usage_runs(tmp_path, model_type, monkeypatch, capsys):
+@pytest.mark.parametrize("name", BUILDERS)
+def test_usage_runs(tmp_path, name, monkeypatch, capsys):
     """The snippet, taken out of the card and run beside the folder and a picture."""
-    text = write_card(save(tmp_path / "model", model_type)).read_text()
+    text = write_card(save(tmp_path / "model", name)).read_text()
     (snippet,) = re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL)
     assert snippet.startswith("import hf_vlm")
     tiny.image().save(tmp_path / "picture.png")
@@ -194,6 +218,37 @@ def test_model_index_carries_the_numbers_unrounded(folder):
     assert metadata["datasets"] == ["some/pairs"]
     assert metadata["base_model"] == ["org/minilm"]
     assert '"org/clip-small"' in card.text
+
+
+def test_rows_of_a_blip(tmp_path):
+    """What re-ranking, matching, a grey picture and the majority give stands below; its own goes into the index."""
+    folder = save(tmp_path / "blip", "vlm_blip VlmBlipForPreTraining")
+    results = {
+        "retrieval": {
+            "unseen_both": {**RECALLS, "chance": CHANCE, "rerank": 32, "reranked": {"text_to_image_r1": 0.71}}
+        },
+        "hard_negatives": {
+            "unseen_both": {"accuracy": 0.61, "blind": {"accuracy": 0.41}, "itm": {"accuracy": 0.81, "pairs": 9.0}}
+        },
+        "caption": {"unseen_both": {"cider": 1.321, "images": 7, "blind": {"cider": 0.021}}},
+        "vqa": {"unseen_both": {"vqa_accuracy": 0.62, "majority": {"vqa_accuracy": 0.32}, "questions": 8.0}},
+        "caption_filter": {"unseen_both": {"roc_auc": 0.921, "pairs": 9.0, "bad": 4.0, "clip": {"roc_auc": 0.631}}},
+    }
+    (folder / RESULTS_NAME).write_text(json.dumps(results))
+    card = ModelCard.load(write_card(folder))
+    for line in (
+        "| re-ranked by ITM | 0.710 |",
+        "| by ITM | 0.810 |",
+        "| the same beside a grey picture | 0.410 |",
+        "| the same beside a grey picture |  | 0.021 |",
+        "| most frequent training answer of the kind |  | 0.320 |",
+        "| CLIP, threshold from validation |  |  | 0.631 |",
+    ):
+        assert line in card.text
+    index = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    expected = {**RECALLS, "reranked_text_to_image_r1": 0.71, "accuracy": 0.61, "itm_accuracy": 0.81}
+    assert index == expected | {"cider": 1.321, "vqa_accuracy": 0.62, "roc_auc": 0.921}
+    assert {result.dataset_type for result in card.data.eval_results} == {"hf_vlm_scenes"}
 
 
 def test_an_evaluation_without_texts_is_shown_as_it_is(folder):

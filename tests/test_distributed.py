@@ -59,6 +59,29 @@ def test_gradients_of_every_parameter(case: tuple[str, ...], one_rank: Results, 
     assert ("similarity.logit_bias" in errors) == (case[0] == "sigmoid")
 
 
+@pytest.mark.parametrize("case", distributed_steps.BLIP_CASES, ids=", ".join)
+def test_blip_losses_gradients_and_queue(case: tuple[str, ...], one_rank: Results, two_ranks: Results) -> None:
+    """Hard negatives come from the other rank too (with one pair a rank, only from there); texts are of unequal length
+    on the two ranks, and padded to the longest of each.
+    """
+    one, two = one_rank[case], two_ranks[case]
+    assert two.pop("longest text") < one.pop("longest text")
+    errors = relative_errors(two, one)
+    assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
+    count = int(case[3].split()[0])
+    assert one["queue"].shape == (min(12, 2 * count), 32)
+    assert one["loss_itm"] > 0
+    assert ("loss_lm" in one) == (case[1] == "pretraining")
+
+
+@pytest.mark.parametrize("ids", ["ids", "no ids"])
+def test_hard_negatives_do_not_depend_on_the_ranks(ids: str, one_rank: Results, two_ranks: Results) -> None:
+    one, two = one_rank["negatives", ids]["rows"], two_ranks["negatives", ids]["rows"]
+    assert torch.equal(one, two)
+    assert one.shape == (8, 50)
+    assert one.unique().numel() == 8
+
+
 @pytest.mark.parametrize("loss_type", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("ids", ["ids", "no ids"])
 def test_cached_and_blocked_gradients_are_the_plain_ones(loss_type: str, ids: str, one_rank: Results) -> None:

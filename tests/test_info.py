@@ -14,7 +14,14 @@ from transformers import AutoModel, BertConfig, BertModel
 from typer.testing import CliRunner
 
 import tiny
-from hf_vlm import VlmTextTowerModel, VlmTowerModel
+from hf_vlm import (
+    VlmBlipForImageTextRetrieval,
+    VlmBlipForPreTraining,
+    VlmBlipForQuestionAnswering,
+    VlmBlipModel,
+    VlmTextTowerModel,
+    VlmTowerModel,
+)
 from hf_vlm.cli import app
 from hf_vlm.commands.info import checkpoint_info, format_info
 from hf_vlm.hub.card import RESULTS_NAME, write_card
@@ -24,6 +31,7 @@ from loopback_hub import File, LoopbackHub, Repo
 MODELS = {
     "vlm_clip": tiny.clip_model,
     "vlm_clip with a sigmoid": lambda: tiny.clip_model(loss_type="sigmoid"),
+    "vlm_blip": lambda: tiny.blip_model(VlmBlipModel),
     "vlm_tower": lambda: VlmTowerModel(tiny.tower_config()),
     "vlm_text_tower": lambda: VlmTextTowerModel(tiny.text_config()),
 }
@@ -62,6 +70,25 @@ def test_counts_are_those_of_the_loaded_model(tmp_path, name):
     assert info["weights"] == {"bytes": 2 * loaded.num_parameters(), "dtypes": {"BF16": loaded.num_parameters()}}
     assert info["model_type"] == name.split()[0]
     assert info["head"] == type(loaded).__name__
+
+
+@pytest.mark.parametrize("head", [VlmBlipForPreTraining, VlmBlipForImageTextRetrieval, VlmBlipForQuestionAnswering])
+def test_heads_of_a_blip(tmp_path, head):
+    """Shared parts count once, the momentum encoders not at all; the scenes' numbers are called what they are."""
+    model = tiny.blip_model(head)
+    model.save_pretrained(tmp_path)
+    tiny.blip_processor().save_pretrained(tmp_path)
+    results = {"retrieval": {"unseen_both": {"text_to_image_r1": 0.5, "reranked": {"text_to_image_r1": 0.75}}}}
+    (tmp_path / RESULTS_NAME).write_text(json.dumps(results))
+    info = checkpoint_info(str(tmp_path))
+    assert (info["architecture"], info["head"]) == ("BLIP", head.__name__)
+    assert info["parameters"]["total"] == model.num_parameters()
+    assert [(found["metric"], found["value"]) for found in info["results"]] == [
+        ("text to image R@1", 0.5),
+        ("text to image R@1, re-ranked by ITM", 0.75),
+    ]
+    assert {found["dataset"] for found in info["results"]} == {"Scenes of built-in emoji drawings"}
+    assert head.__name__ in format_info(info)
 
 
 def test_weights_are_not_read(folder):

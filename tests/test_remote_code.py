@@ -10,11 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import tiny
-from hf_vlm import VlmClipModel
-from hf_vlm.hub.export import save_with_code
+from hf_vlm import (
+    VlmBlipForConditionalGeneration,
+    VlmBlipForImageTextRetrieval,
+    VlmBlipForPreTraining,
+    VlmBlipForQuestionAnswering,
+    VlmClipModel,
+)
+from hf_vlm.hub.export import OWN_AUTO_CLASS, save_with_code
 
 # Without site (-S) an editable install does not put hf_vlm on the path.
 LOAD = """
@@ -38,6 +50,53 @@ with torch.inference_mode():
 save_file({"logits": logits, "pixel_values": inputs["pixel_values"]}, f"{folder}/there.safetensors")
 """
 
+LOAD_BLIP = """
+import importlib.util, sys
+sys.path.append(sys.argv[1])
+assert importlib.util.find_spec("hf_vlm") is None
+import torch, transformers
+from PIL import Image
+from safetensors.torch import save_file
+
+for folder, head in zip(sys.argv[3::2], sys.argv[4::2]):
+    folder = f"{sys.argv[2]}/{folder}"
+    body, info = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert type(body).__name__ == "VlmBlipModel"
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    assert {name.split(".")[0] for name in info["unexpected_keys"]} <= {"similarity", "itm_head", "lm_head"}, info
+    auto_class = getattr(transformers, head)
+    model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()), info
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images=[Image.open(f"{sys.argv[2]}/picture.png")] * 2, text=["a red cat", "tree"])
+    found = {"states": body.eval()(**inputs).last_hidden_state.detach()}
+    if model.can_generate():
+        found["tokens"] = model.eval().generate(**inputs, max_new_tokens=5, num_beams=2).contiguous()
+    else:
+        model.train().update_momentum()
+        found["loss"] = model(**inputs, return_loss=True, sample_seed=0).loss.detach()
+    save_file(found, f"{folder}/there.safetensors")
+"""
+BLIP_HEADS: dict[type[PreTrainedModel], dict] = {
+    VlmBlipForPreTraining: {},
+    VlmBlipForImageTextRetrieval: {
+        "vision_config": SiglipVisionConfig(image_size=tiny.IMAGE_SIZE, patch_size=8, **tiny.layer_sizes()),
+        "vision_pooling": "mean",
+    },
+    VlmBlipForConditionalGeneration: {"tie_word_embeddings": True},
+    VlmBlipForQuestionAnswering: {},
+}
+
+
+def run_without_the_package(program: str, folder: Path, *arguments: str) -> None:
+    """Runs a program on checkpoints in the folder, with a picture beside them, where hf_vlm is not to be found."""
+    tiny.image().save(folder / "picture.png")
+    packages = sysconfig.get_paths()["purelib"]
+    env = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-S", "-c", program, packages, str(folder), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+
 
 def native_towers() -> VlmClipModel:
     """SigLIP's vision tower and BERT, as `from_parts` takes them."""
@@ -51,18 +110,34 @@ def native_towers() -> VlmClipModel:
 def test_loads_without_the_package(make, tmp_path: Path):
     model, processor = make(), tiny.clip_processor()
     save_with_code(model, processor, tmp_path)
-    tiny.image().save(tmp_path / "picture.png")
-    packages = sysconfig.get_paths()["purelib"]
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    command = [sys.executable, "-S", "-c", LOAD, packages, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_without_the_package(LOAD, tmp_path)
     found = load_file(tmp_path / "there.safetensors")
     inputs = processor(images=[tiny.image()], text=["a red cat", "tree"])
     with torch.inference_mode():
         expected = model(**inputs).logits_per_image
     assert torch.equal(found["pixel_values"], inputs["pixel_values"])
     torch.testing.assert_close(found["logits"], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_blip_loads_without_the_package(tmp_path: Path):
+    """AutoModel gives the body, the head's own Auto class the head: it writes, or learns with momentum and queue."""
+    processor = tiny.blip_processor()
+    models = {head.__name__: tiny.blip_model(head, **options) for head, options in BLIP_HEADS.items()}
+    for name, model in models.items():
+        save_with_code(model, processor, tmp_path / name)
+    run_without_the_package(LOAD_BLIP, tmp_path, *(word for name in models for word in (name, OWN_AUTO_CLASS[name])))
+    inputs = processor(images=[tiny.image()] * 2, text=["a red cat", "tree"])
+    for name, model in models.items():
+        found = load_file(tmp_path / name / "there.safetensors")
+        with torch.no_grad():
+            expected = {"states": model.model(**inputs).last_hidden_state}
+            if model.can_generate():
+                expected["tokens"] = model.generate(**inputs, max_new_tokens=5, num_beams=2)
+            else:
+                expected["loss"] = model(**inputs, return_loss=True, sample_seed=0).loss
+        assert found.keys() == expected.keys()
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-5)
 
 
 def test_saving_leaves_the_objects_as_they_were(tmp_path: Path):

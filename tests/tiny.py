@@ -8,6 +8,10 @@ from torch import nn
 from transformers import CLIPConfig, PreTrainedTokenizerFast
 
 from hf_vlm import (
+    VlmBlipConfig,
+    VlmBlipForPreTraining,
+    VlmBlipProcessor,
+    VlmBlipTextConfig,
     VlmClipConfig,
     VlmClipModel,
     VlmClipProcessor,
@@ -15,6 +19,8 @@ from hf_vlm import (
     VlmTextTowerConfig,
     VlmTowerConfig,
 )
+from hf_vlm.models.modeling_blip import VlmBlipHead
+from hf_vlm.models.modeling_blip_text import VlmBlipPreTrainedModel
 
 WORDS = ["a", "red", "green", "blue", "cat", "dog", "on", "the", "left", "right", "of", "and", "two", "house", "tree"]
 VOCABULARY = ["<pad>", "<unk>", ".", *WORDS, "<start>", "<end>"]
@@ -22,6 +28,10 @@ PAD, UNK, START, END = 0, 1, len(VOCABULARY) - 2, len(VOCABULARY) - 1
 MAX_LENGTH = 12
 CAPTIONS = ["a red cat", "two dog on the left of a green house", "tree", "the blue house and the red tree", "a dog"]
 IMAGE_SIZE = 32
+# BLIP's vocabulary; the last two are what BLIP adds to BERT's.
+BLIP_VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS, "[DEC]", "[ENC]"]
+CLS, SEP, DEC, ENC = (BLIP_VOCABULARY.index(token) for token in ("[CLS]", "[SEP]", "[DEC]", "[ENC]"))
+BLIP_LENGTH = 16
 
 TOKENS = {
     "vocab_size": len(VOCABULARY),
@@ -80,6 +90,62 @@ def native_clip_config(vision: dict | None = None, text: dict | None = None, **o
     return CLIPConfig(vision_config=vision, text_config=text, **{"projection_dim": 16, **options})
 
 
+def blip_config(vision: dict | None = None, text: dict | None = None, **options) -> VlmBlipConfig:
+    """BLIP without dropout, with images wider than texts; `vision` and `text` are options of the two."""
+    tokens = {"vocab_size": len(BLIP_VOCABULARY), "sep_token_id": SEP, "bos_token_id": DEC, "enc_token_id": ENC}
+    tokens |= {"max_position_embeddings": BLIP_LENGTH, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    parts = {
+        "vision_config": tower_config(**{"layout": "eva", **(vision or {})}),
+        "text_config": VlmBlipTextConfig(**{**layer_sizes(width=24, heads=2), **tokens, **(text or {})}),
+    }
+    return VlmBlipConfig(**{**parts, "projection_dim": 16, "queue_size": 8, **options})
+
+
+def blip_model(
+    head_class: type[VlmBlipPreTrainedModel] = VlmBlipForPreTraining, std: float = 0.2, **options
+) -> VlmBlipPreTrainedModel:
+    """A randomised BLIP in eval mode: a head in its own layout, or the body; for the options, see [`blip_config`]."""
+    layout = head_class.layout if issubclass(head_class, VlmBlipHead) else {}
+    return randomise(head_class(blip_config(**{**layout, **options})), std)
+
+
+def blip_tokenizer(max_length: int = BLIP_LENGTH) -> PreTrainedTokenizerFast:
+    """One token a word, between `[CLS]` and `[SEP]`, with `[DEC]` and `[ENC]` added as the last two."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(BLIP_VOCABULARY[:-2])}, unk_token="[UNK]"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="[DEC]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        additional_special_tokens=["[ENC]"],
+        model_max_length=max_length,
+    )
+
+
+def blip_processor(size: int = IMAGE_SIZE, **options) -> VlmBlipProcessor:
+    """The processor of [`blip_model`]; the options are the image processor's."""
+    return VlmBlipProcessor(VlmImageProcessor(size={"height": size, "width": size}, **options), blip_tokenizer())
+
+
+def blip_tokens(captions: list[str] = CAPTIONS, **options) -> dict[str, torch.Tensor]:
+    """Captions as BLIP's `input_ids` and `attention_mask`, padded to the longest."""
+    encoded = blip_tokenizer()(captions, return_tensors="pt", **{"padding": True, "truncation": True, **options})
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def blip_inputs(captions: list[str] = CAPTIONS, size: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
+    """A batch of random pictures with their captions, for BLIP."""
+    return {"pixel_values": pixels(len(captions), size), **blip_tokens(captions)}
+
+
 def tokenizer(max_length: int = MAX_LENGTH, pad_token: str = "<pad>") -> PreTrainedTokenizerFast:
     """One token a word, between a start and an end token, as CLIP's. The end token has the largest id."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
@@ -133,5 +199,5 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             is_gain = isinstance(module, nn.LayerNorm) and name == "weight"
-            parameter.normal_(mean=1.0 if is_gain or name == "logit_scale" else 0.0, std=std)
+            parameter.normal_(mean=1.0 if is_gain or name in ("logit_scale", "temperature") else 0.0, std=std)
     return model.eval()

@@ -70,7 +70,7 @@ def checkpoint_info(source: str) -> Info:
         "weights": stored_weights(folder, source if revision else None, revision),
         "inputs": input_sizes(folder),
         **{key: record.get(key) for key in ("recipe", "training", "data", "parts", "licence")},
-        "results": measured(folder),
+        "results": measured(folder, config.model_type),
     }
     return {key: value for key, value in info.items() if value not in (None, {}, [])}
 
@@ -144,10 +144,10 @@ def remote_headers(repo_id: str, revision: str | None) -> list[SafetensorsFileMe
         return []
 
 
-def measured(folder: Path) -> list[Info]:
+def measured(folder: Path, model_type: str) -> list[Info]:
     """The numbers of a checkpoint: those of its evaluation, else those that its model card carries."""
     card = folder / "README.md"
-    found: list[EvalResult] = eval_results(read_results(folder))
+    found: list[EvalResult] = eval_results(read_results(folder), model_type)
     if not found and card.is_file():
         found = ModelCard.load(card, ignore_metadata_errors=True).data.eval_results or []
     return [

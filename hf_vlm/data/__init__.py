@@ -2,6 +2,7 @@
 
 from .augment import Augmentation
 from .collators import CaptionCollator, ContrastiveCollator, QuestionCollator
+from .corruption import corrupt_captions
 from .emoji import EMOJI_SPLITS, LICENCES, load_emoji
 from .emoji_pairs import TEST_SPLITS, emoji_captions, emoji_pairs
 from .images import ImageError, load_image
@@ -31,6 +32,7 @@ __all__ = [
     "QuestionDataset",
     "SceneRows",
     "SceneStream",
+    "corrupt_captions",
     "emoji_captions",
     "emoji_pairs",
     "load_emoji",

@@ -3,6 +3,7 @@
 - One picture at a time only a random crop, resized by PIL as in BLIP; all else is done to the whole batch in torch.
 - Pixels are premultiplied with their opacity until the end, so that moving, bending and recolouring a drawing never mix
   in what its transparent parts hide. Then it is laid on white or on a random colour.
+- RandAugment, if asked for, comes last.
 - Three variations bridge styles of drawing: `unline` takes thin dark lines away, `ink` draws them along edges, `shade`
   puts a soft light over flat colours.
 - Everything follows from `seed` alone. The global random state is neither read nor changed, so a training that is
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+
+from .rand_augment import RandAugment
 
 # To luma and two chroma axes: YIQ (NTSC), whose chroma plane is where hue is an angle and saturation a length.
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -54,6 +57,7 @@ class Augmentation:
         blur: probability of blurring.
         noise: largest standard deviation of the noise on a picture, of the range [0, 1].
         erase: probability of replacing a rectangle, up to half of the side long, by one colour.
+        rand_augment: operations drawn at random, after all else.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -77,6 +81,12 @@ class Augmentation:
     blur: float = 0.0
     noise: float = 0.0
     erase: float = 0.0
+    rand_augment: RandAugment | None = None
+
+    @classmethod
+    def blip(cls) -> "Augmentation":
+        """What BLIP was pretrained with: crop, flip and RandAugment of two operations at magnitude 5 of 10."""
+        return cls(rand_augment=RandAugment(count=2, magnitude=5))
 
     @classmethod
     def photo(cls) -> "Augmentation":
@@ -147,7 +157,8 @@ class Augmentation:
         pixels = self._warp(self._crops(images, size, draw), draw)
         pixels = self._redraw(pixels, draw)
         pixels = self._recolour(pixels, draw)
-        return self._finish(self._lay_on_background(pixels, draw), draw)
+        pixels = self._finish(self._lay_on_background(pixels, draw), draw)
+        return pixels if self.rand_augment is None else self.rand_augment(pixels, draw.generator)
 
     def _crops(self, images: Sequence[Image.Image], size: int, draw: "_Draw") -> torch.Tensor:
         """A random crop of each picture, resized: premultiplied `(B, 4, S, S)`."""

@@ -113,10 +113,13 @@ class CaptionCollator(ImageTextCollator):
         vision_features: torch.Tensor | None = None,
     ):
         super().__init__(processor, augmentation, vision_features=vision_features)
-        self.prompt = prompt
+        self.prompt = f"{prompt.strip()} " if prompt.strip() else ""
         self.pair_ids = pair_ids
         # Without the [SEP] at its end.
-        self.prompt_length = processor(text=[prompt])["input_ids"].shape[1] - 1 if prompt else 0
+        self.prompt_length = processor(text=[self.prompt])["input_ids"].shape[1] - 1 if self.prompt else 0
+        longest = processor.tokenizer.model_max_length
+        if self.prompt_length + 1 >= longest:
+            raise ValueError(f"The prompt {prompt!r} leaves no room for captions in {longest} tokens: shorten it.")
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         batch = self.images(pairs) | self.texts([self.prompt + pair["caption"] for pair in pairs])

@@ -49,9 +49,11 @@ def make_question(row: dict[str, Any], index: int, seed: int, epoch: int) -> Que
     """
     rng = np.random.default_rng((seed, epoch, index))
     asked = row["questions"][int(rng.integers(len(row["questions"])))] if row.get("questions") else row
-    question, (answers, weights) = asked.get("question"), weigh_answers(asked.get("answer") or [])
-    if not question or not question.strip() or not answers or not all(answer.strip() for answer in answers):
-        raise ValueError(f"Row {index} lacks a question or an answer: {question!r}, {answers}. Remove or mend it.")
+    question, answer = asked.get("question", ""), asked.get("answer")
+    said = [answer] if isinstance(answer, str) else answer or []
+    if not said or not all(isinstance(text, str) and text.strip() for text in (question, *said)):
+        raise ValueError(f"Row {index} lacks a question or an answer: {question!r}, {answer!r}. Remove or mend it.")
+    answers, weights = weigh_answers(said)
     return {
         "image": row["image"],
         "question": question,

@@ -4,6 +4,7 @@
 - `retrieval`: recall at k both ways, and what chance gives.
 - `zero_shot`: classification by prompt ensembles.
 - `hard_negatives`: the true caption against one that differs in a word.
+- `filtering`: bad image-text pairs found by a score.
 - `captioning`: CIDEr, BLEU and ROUGE-L; `text`: the words that they count.
 - `vqa`: soft accuracy and exact match of answers, and the majority's answer.
 - `matching`: scores of image-text pairs by a model that sees both; `rerank`: retrieval with them.
@@ -13,6 +14,7 @@
 
 from .captioning import caption_metrics
 from .embed import embed_images, embed_texts
+from .filtering import best_threshold, filter_metrics
 from .hard_negatives import hard_negative_metrics
 from .matching import MATCH_TOLERANCE, match_logits
 from .rerank import rerank_metrics
@@ -28,6 +30,7 @@ __all__ = [
     "MATCH_TOLERANCE",
     "PROMPTS",
     "answer_questions",
+    "best_threshold",
     "caption_images",
     "caption_metrics",
     "caption_report",
@@ -36,6 +39,7 @@ __all__ = [
     "class_prompts",
     "embed_images",
     "embed_texts",
+    "filter_metrics",
     "hard_negative_metrics",
     "hard_negative_report",
     "majority_answer",

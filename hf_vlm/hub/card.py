@@ -13,7 +13,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .card_texts import ARCHITECTURES, CHECKPOINT, EVALUATIONS, TEST_SETS, Architecture, Evaluation
+from .card_texts import ARCHITECTURES, CHECKPOINT, EVALUATIONS, TEST_SETS
+from .card_types import Architecture, Evaluation, Head
 from .record import Record, read_json, read_record
 
 RESULTS_NAME = "results.json"
@@ -49,17 +50,19 @@ def render_card(folder: str | Path, name: str | None = None) -> str:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{folder}: no card can be written for a checkpoint of type {model_type}, only for {known}.")
     architecture = ARCHITECTURES[model_type]
+    head = architecture.head(config)
     card = ModelCard.from_template(
-        card_metadata(name, model_type, record, results),
+        card_metadata(name, model_type, head, record, results),
         template_path=str(TEMPLATE),
         title=escape(name.split("/")[-1]),
         description=architecture.description,
         paper=architecture.paper,
         arxiv=architecture.arxiv,
         facts=facts_table(folder, architecture, model_type),
-        usage=architecture.usage.replace(CHECKPOINT, json.dumps(name, ensure_ascii=False)),
-        carries_code="auto_map" in config,
-        results="\n\n".join(results_section(evaluation, by_set) for evaluation, by_set in results.items()),
+        usage=head.usage.replace(CHECKPOINT, json.dumps(name, ensure_ascii=False)),
+        # A snippet that takes a class from the package needs the package.
+        carries_code="auto_map" in config and "hf_vlm.Vlm" not in head.usage,
+        results="\n\n".join(results_section(key, by_set, model_type) for key, by_set in results.items()),
         limits="\n".join(f"- {limit}" for limit in (*architecture.limits, *data_limits(record))),
         **training_sections(record),
     )
@@ -75,19 +78,18 @@ def card_under_name(folder: Path, source: Path, name: str) -> str:
         return written
 
 
-def card_metadata(name: str, model_type: str, record: Record, results: Results) -> ModelCardData:
+def card_metadata(name: str, model_type: str, head: Head, record: Record, results: Results) -> ModelCardData:
     """The metadata of a card; see [`write_card`]."""
-    architecture = ARCHITECTURES[model_type]
-    evaluated = eval_results(results)
+    evaluated = eval_results(results, model_type)
     return ModelCardData(
         # Not hf_vlm: of a library that it does not know, the Hub shows no snippet. transformers' snippet is right as it
         # stands where the repository carries its code, else the line `import hf_vlm` comes first, as the card says.
         library_name="transformers",
-        pipeline_tag=architecture.pipeline_tag,
+        pipeline_tag=head.pipeline_tag,
         license=record.get("licence"),
         datasets=[entry["hub_id"] for entry in record["data"] if "hub_id" in entry] or None,
         base_model=[entry["hub_id"] for entry in record["parts"] if "hub_id" in entry] or None,
-        tags=["hf_vlm", model_type, *architecture.tags],
+        tags=["hf_vlm", model_type, *head.tags],
         model_name=name.split("/")[-1] if evaluated else None,
         eval_results=evaluated or None,
     )
@@ -107,41 +109,46 @@ def read_results(folder: str | Path) -> Results:
     return results
 
 
-def evaluation_of(name: str, by_set: dict[str, dict[str, Any]]) -> Evaluation:
+def evaluation_of(name: str, by_set: dict[str, dict[str, Any]], model_type: str) -> Evaluation:
     """How an evaluation is shown: as the table of texts says, else every number under its own name."""
-    if name in EVALUATIONS:
-        return EVALUATIONS[name]
+    known = EVALUATIONS | (ARCHITECTURES[model_type].evaluations if model_type in ARCHITECTURES else {})
+    if name in known:
+        return known[name]
     numbers = {key: key for scores in by_set.values() for key, value in scores.items() if not isinstance(value, dict)}
     title = name.replace("_", " ").capitalize()
     return Evaluation(title, (name, title), (name, title), {}, numbers, "")
 
 
-def eval_results(results: Results) -> list[EvalResult]:
+def eval_results(results: Results, model_type: str) -> list[EvalResult]:
     """The measured numbers as the Hub's model index has them, unrounded."""
     found = []
     for name, by_set in results.items():
-        evaluation = evaluation_of(name, by_set)
+        evaluation = evaluation_of(name, by_set, model_type)
         for test_set, scores in by_set.items():
-            for key, label in evaluation.metrics.items():
-                if key in scores:
-                    found.append(
-                        EvalResult(
-                            task_type=evaluation.task[0],
-                            task_name=evaluation.task[1],
-                            dataset_type=evaluation.dataset[0],
-                            dataset_name=evaluation.dataset[1],
-                            dataset_split=test_set,
-                            metric_type=key,
-                            metric_name=label,
-                            metric_value=scores[key],
-                        )
-                    )
+            values = [(key, label, scores.get(key)) for key, label in evaluation.metrics.items()]
+            for row in evaluation.own:
+                suffix, own = evaluation.rows[row], scores.get(row, {})
+                values += [(f"{row}_{k}", f"{label}, {suffix}", own.get(k)) for k, label in evaluation.metrics.items()]
+            found += [
+                EvalResult(
+                    task_type=evaluation.task[0],
+                    task_name=evaluation.task[1],
+                    dataset_type=evaluation.dataset[0],
+                    dataset_name=evaluation.dataset[1],
+                    dataset_split=test_set,
+                    metric_type=key,
+                    metric_name=label,
+                    metric_value=value,
+                )
+                for key, label, value in values
+                if value is not None
+            ]
     return found
 
 
-def results_section(name: str, by_set: dict[str, dict[str, Any]]) -> str:
-    """One evaluation as heading, note and table; where chance was computed, it is the row below each test set's."""
-    evaluation = evaluation_of(name, by_set)
+def results_section(name: str, by_set: dict[str, dict[str, Any]], model_type: str) -> str:
+    """One evaluation as heading, note and table; what was computed to compare with stands below each test set's row."""
+    evaluation = evaluation_of(name, by_set, model_type)
     used = {key for scores in by_set.values() for key in scores}
     sizes = {key: label for key, label in evaluation.sizes.items() if key in used}
     metrics = {key: label for key, label in evaluation.metrics.items() if key in used}
@@ -149,8 +156,9 @@ def results_section(name: str, by_set: dict[str, dict[str, Any]]) -> str:
     for test_set, scores in by_set.items():
         counts = [number(scores.get(key), digits=0) for key in sizes]
         rows.append([TEST_SETS.get(test_set, test_set), *counts, *(number(scores.get(key)) for key in metrics)])
-        if chance := scores.get("chance"):
-            rows.append(["chance", *("" for _ in sizes), *(number(chance.get(key)) for key in metrics)])
+        for row, label in evaluation.rows.items():
+            if nested := scores.get(row):
+                rows.append([label, *("" for _ in sizes), *(number(nested.get(key)) for key in metrics)])
     heading = f"### {escape(evaluation.title)}"
     return "\n\n".join(
         filter(None, [heading, evaluation.note, table(["test set", *sizes.values(), *metrics.values()], rows)])
@@ -283,4 +291,6 @@ def escape(text: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|!&~$])", r"\\\1", line)
 
 
-__all__ = ["RESULTS_NAME", "card_under_name", "eval_results", "input_sizes", "read_results", "render_card", "write_card"]
+__all__ = [
+    "RESULTS_NAME", "card_under_name", "eval_results", "input_sizes", "read_results", "render_card", "write_card"
+]  # fmt: skip

@@ -1,55 +1,7 @@
 """What a model card says of every architecture and evaluation; no number of a run is here."""
 
-from dataclasses import dataclass
-
-CHECKPOINT = "CHECKPOINT"  # stands in a usage snippet for the name to load, quotation marks included
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The texts of one model type.
-
-    Args:
-        title: Its name in the field.
-        paper: Title of the paper.
-        arxiv: The paper's number on arXiv.
-        pipeline_tag: The task under which the Hub lists it.
-        tags: More words to find it by.
-        description: One paragraph.
-        usage: A Python snippet that runs where `picture.png` is, with [`CHECKPOINT`] for the name to load.
-        limits: What it cannot do, whatever it was trained on.
-    """
-
-    title: str
-    paper: str
-    arxiv: str
-    pipeline_tag: str
-    tags: tuple[str, ...]
-    description: str
-    usage: str
-    limits: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How one evaluation of `results.json` is shown.
-
-    Args:
-        title: Heading of its table.
-        task: Task type and name in the model index.
-        dataset: Data set type and name in the model index.
-        sizes: Keys that count what was compared, with their column headings.
-        metrics: Keys of the measured numbers, with their column headings and names in the model index.
-        note: What the numbers are.
-    """
-
-    title: str
-    task: tuple[str, str]
-    dataset: tuple[str, str]
-    sizes: dict[str, str]
-    metrics: dict[str, str]
-    note: str
-
+from .card_texts_blip import BLIP
+from .card_types import BLIND, CHECKPOINT, RECALLS, SCENES, Architecture, Evaluation
 
 ARCHITECTURES = {
     "vlm_clip": Architecture(
@@ -85,6 +37,7 @@ print(embed(image))""",
             "It was not examined for bias or for safety; do not use it to judge people.",
         ),
     ),
+    "vlm_blip": BLIP,
 }
 
 EVALUATIONS = {
@@ -93,14 +46,7 @@ EVALUATIONS = {
         task=("image-text-retrieval", "Image-text retrieval"),
         dataset=("hf_vlm_emoji", "Built-in emoji drawings"),
         sizes={"num_images": "pictures", "num_texts": "texts"},
-        metrics={
-            "text_to_image_r1": "text to image R@1",
-            "text_to_image_r5": "text to image R@5",
-            "text_to_image_r10": "text to image R@10",
-            "image_to_text_r1": "image to text R@1",
-            "image_to_text_r5": "image to text R@5",
-            "image_to_text_r10": "image to text R@10",
-        },
+        metrics=RECALLS,
         note=(
             "On the built-in emoji drawings. R@k: how often a right one is among the first k; all pictures or all "
             "texts of the test set compete."
@@ -109,7 +55,7 @@ EVALUATIONS = {
     "hard_negatives": Evaluation(
         title="Captions that differ in a word",
         task=("image-text-matching", "True captions against hard negatives"),
-        dataset=("hf_vlm_scenes", "Scenes of built-in emoji drawings"),
+        dataset=SCENES,
         sizes={"pairs": "pairs"},
         metrics={
             "accuracy": "accuracy",
@@ -123,6 +69,64 @@ EVALUATIONS = {
             "On scenes composed of these drawings: how often a picture prefers its true caption to one that differs in "
             "a word, in all and by what the word says. Chance is one half."
         ),
+        rows={"itm": "by ITM", "blind": BLIND, "itm_blind": "by ITM, beside a grey picture"},
+        own=("itm",),
+    ),
+    "caption": Evaluation(
+        title="Captions",
+        task=("image-to-text", "Image captioning"),
+        dataset=SCENES,
+        sizes={"images": "pictures"},
+        metrics={"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"},
+        note="Against all true captions of each scene. CIDEr lies between 0 and 10; papers print it times 100.",
+        rows={"blind": BLIND},
+    ),
+    "vqa": Evaluation(
+        title="Questions",
+        task=("visual-question-answering", "Visual question answering"),
+        dataset=SCENES,
+        sizes={"questions": "questions"},
+        metrics={
+            "vqa_accuracy": "accuracy",
+            "exact_match": "exact match",
+            "vqa_accuracy_question_what": "accuracy, what",
+            "vqa_accuracy_question_where": "accuracy, where",
+            "vqa_accuracy_question_count": "accuracy, how many",
+            "vqa_accuracy_question_colour": "accuracy, colour",
+            "vqa_accuracy_question_yesno": "accuracy, yes or no",
+        },
+        note="Questions about scenes, each with one right answer, in all and by what they ask for.",
+        rows={"blind": BLIND, "majority": "most frequent training answer of the kind"},
+    ),
+    "caption_filter": Evaluation(
+        title="False captions found",
+        task=("image-text-matching", "Filtering of image-text pairs"),
+        dataset=SCENES,
+        sizes={"pairs": "captions", "bad": "of these false"},
+        metrics={
+            "average_precision": "average precision",
+            "roc_auc": "ROC AUC",
+            "precision": "precision",
+            "recall": "recall",
+            "f1": "F1",
+            "roc_auc_another_image": "ROC AUC, another image's",
+            "roc_auc_wrong_object": "ROC AUC, wrong object",
+            "roc_auc_wrong_colour": "ROC AUC, wrong colour",
+            "roc_auc_wrong_number": "ROC AUC, wrong number",
+            "roc_auc_wrong_left_right": "ROC AUC, left or right",
+            "roc_auc_wrong_above_below": "ROC AUC, above or below",
+        },
+        note=(
+            "Captions of scenes, some of them another scene's or with one wrong attribute; those that match with a "
+            "probability below one half are called false, or, in the rows below, those below the threshold that is "
+            "best on validation scenes."
+        ),
+        rows={
+            "itm": "ITM, threshold from validation",
+            "itc": "ITC, threshold from validation",
+            "clip": "CLIP, threshold from validation",
+            "blind": BLIND,
+        },
     ),
 }
 
@@ -132,4 +136,4 @@ TEST_SETS = {
     "unseen_both": "emoji held out of the training, in a style that it never showed",
 }
 
-__all__ = ["ARCHITECTURES", "CHECKPOINT", "EVALUATIONS", "TEST_SETS", "Architecture", "Evaluation"]
+__all__ = ["ARCHITECTURES", "CHECKPOINT", "EVALUATIONS", "TEST_SETS"]

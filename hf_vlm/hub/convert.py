@@ -144,8 +144,7 @@ def from_original(
 
     Returns:
         [`VlmClipModel`], or the head of BLIP that the weights are, in eval mode and float32. A BLIP of pretraining has
-            its
-        momentum encoders and queue.
+        its momentum encoders and queue, but not with another `image_size`.
 
     Raises:
         ValueError: if the layout is another one, CLIP's activation is not said or said twice, or tensors are missing,

@@ -171,6 +171,8 @@ def to_transformers(model: VlmBlipHead) -> PreTrainedModel:
     if type(model) not in natives:
         names = ", ".join(head.__name__ for head in natives)
         raise ValueError(f"transformers has no class for a {type(model).__name__}; make it one of {names} first.")
+    if any(getattr(model.config, name) != value for name, value in model.layout.items()):
+        model = type(model).from_pretraining(model)  # without the parts of another head's checkpoint
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
     check_allowed(vision, ALLOWED_VISION, "vision_config.", "BLIP")
     check_allowed(config, ALLOWED, owner="BLIP")

@@ -9,12 +9,20 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
-# What a checkpoint answers to besides AutoConfig and AutoModel, by model type.
-MORE_AUTO_CLASSES = {"vlm_clip": ("AutoModelForZeroShotImageClassification",)}
+# What a checkpoint answers to besides AutoConfig and AutoModel, by the class that saved it.
+OWN_AUTO_CLASS = {
+    "VlmClipModel": "AutoModelForZeroShotImageClassification",
+    "VlmBlipForPreTraining": "AutoModelForPreTraining",
+    "VlmBlipForImageTextRetrieval": "AutoModelForPreTraining",
+    "VlmBlipForConditionalGeneration": "AutoModelForImageTextToText",
+    "VlmBlipForQuestionAnswering": "AutoModelForImageTextToText",
+}
 
 
 def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
     """Saves model and processor together with the modules that define them.
+
+    `AutoModel` loads the body of a head, and the class of [`OWN_AUTO_CLASS`] the head itself.
 
     Args:
         model: A model of this package.
@@ -24,15 +32,14 @@ def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: st
     folder = Path(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    auto_classes = ("AutoModel", *MORE_AUTO_CLASSES.get(model.config.model_type, ()))
-    _edit_json(
-        folder / "config.json",
-        auto_map={"AutoConfig": reference(model.config), **dict.fromkeys(auto_classes, reference(model))},
-    )
+    auto_map = {"AutoConfig": reference(model.config), "AutoModel": reference(model.base_model)}
+    if type(model).__name__ in OWN_AUTO_CLASS:
+        auto_map[OWN_AUTO_CLASS[type(model).__name__]] = reference(model)
+    _edit_json(folder / "config.json", auto_map=auto_map)
     image_processor = {"AutoImageProcessor": reference(processor.image_processor)}
     with_code = {"AutoProcessor": reference(processor), **image_processor}
     _edit_json(folder / "processor_config.json", auto_map=with_code)
-    for part in (model, model.config, processor, processor.image_processor):
+    for part in (model, model.base_model, model.config, processor, processor.image_processor):
         file = inspect.getfile(type(part))
         for module in (file, *get_relative_import_files(file)):
             shutil.copy(module, folder)
@@ -51,4 +58,4 @@ def _edit_json(path: Path, **entries: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-__all__ = ["save_with_code"]
+__all__ = ["OWN_AUTO_CLASS", "save_with_code"]

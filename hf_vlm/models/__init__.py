@@ -4,9 +4,9 @@ from .configuration_blip import BLIP_VISION, VlmBlipConfig, VlmBlipTextConfig
 from .configuration_clip import VlmClipConfig
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .image_processing_vlm import VlmImageProcessor
-from .modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmBlipModel, VlmBlipOutput
+from .modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmBlipModel
 from .modeling_blip_generation import VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering
-from .modeling_blip_text import VlmBlipTextModel
+from .modeling_blip_text import VlmBlipOutput, VlmBlipTextModel
 from .modeling_clip import VlmClipModel, VlmClipOutput
 from .modeling_tower import VlmTextTowerModel, VlmTowerModel
 from .processing_blip import VlmBlipProcessor

@@ -131,7 +131,9 @@ class VlmBlipConfig(PreTrainedConfig):
             self.vision_config = VlmTowerConfig(**BLIP_VISION)
         elif isinstance(self.vision_config, dict):
             model_type = self.vision_config.get("model_type", VlmTowerConfig.model_type)
-            if model_type != VlmTowerConfig.model_type:
+            if model_type == VlmTowerConfig.model_type:
+                self.vision_config = {**BLIP_VISION, **self.vision_config}
+            else:
                 self.vision_config = AutoConfig.for_model(**self.vision_config)
         super().__post_init__(**kwargs)
 
@@ -141,6 +143,8 @@ class VlmBlipConfig(PreTrainedConfig):
             raise ValueError("BLIP needs a text encoder or a text decoder: set use_text_encoder or use_text_decoder.")
         if self.decoder_memory == "question" and not self.use_text_encoder:
             raise ValueError('decoder_memory="question" needs the text encoder: set use_text_encoder=True.')
+        if not (self.itc_weight or self.itm_weight or self.lm_weight):
+            raise ValueError("There is no loss left: set one of itc_weight, itm_weight and lm_weight.")
 
 
 __all__ = ["BLIP_VISION", "VlmBlipConfig", "VlmBlipTextConfig"]

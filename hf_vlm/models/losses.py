@@ -93,6 +93,16 @@ def fetch_rows(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor,
     return torch.cat([tensor, fetched]), places
 
 
+def gather_texts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and masks `(G, L)` of all ranks, padded to the longest of any."""
+    longest = int(gather_with_grad(torch.tensor([input_ids.shape[1]], device=input_ids.device)).max())
+    padding = (0, longest - input_ids.shape[1])
+    input_ids = F.pad(input_ids, padding, value=pad_token_id)
+    return gather_with_grad(input_ids), gather_with_grad(F.pad(attention_mask, padding))
+
+
 def positive_pairs(pair_ids: torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
     """Which global columns are positives of which local rows, `(B, G)`: equal ids, or only the own pair without ids."""
     if pair_ids is None:
@@ -267,6 +277,7 @@ def language_modeling_loss(
 __all__ = [
     "contrastive_loss",
     "fetch_rows",
+    "gather_texts",
     "gather_with_grad",
     "language_modeling_loss",
     "positive_pairs",

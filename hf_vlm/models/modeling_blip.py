@@ -13,23 +13,21 @@ Shapes: B rows, L tokens, H text width, I images, P patches (with the class toke
 G = ranks x B.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip import VlmBlipConfig
 from .configuration_tower import VlmTowerConfig
 from .losses import (
     fetch_rows,
+    gather_texts,
     gather_with_grad,
     language_modeling_loss,
     positive_pairs,
@@ -40,6 +38,7 @@ from .losses import (
 from .modeling_blip_text import (
     Memory,
     VlmBlipLMHead,
+    VlmBlipOutput,
     VlmBlipPreTrainedModel,
     VlmBlipTextModel,
     bert_text_config,
@@ -49,57 +48,6 @@ from .modeling_blip_text import (
 from .modeling_clip import load_tower, published_config
 from .modeling_tower import VlmTowerModel
 from .momentum import FeatureQueue, MomentumEncoders
-
-
-@dataclass
-class VlmBlipOutput(ModelOutput):
-    """Output of BLIP's heads; a head fills what it computes.
-
-    Args:
-        loss (`torch.FloatTensor` of shape `()`): The weighted sum of the parts.
-        loss_itc (`torch.FloatTensor` of shape `()`): Image-text contrastive loss.
-        loss_itm (`torch.FloatTensor` of shape `()`): Image-text matching loss.
-        loss_lm (`torch.FloatTensor` of shape `()`): Language-modelling loss.
-        parts: Sum and count of each part, `torch.FloatTensor` of shape `(2,)`, for a trainer that divides by the count
-            of all ranks and micro-batches.
-        logits (`torch.FloatTensor` of shape `(batch, length, vocabulary)`): Of the decoder.
-        itm_logits (`torch.FloatTensor` of shape `(pairs, 2)`): No match and match; in training of the pairs, then of
-            the texts with a hard negative image, then of the images with a hard negative text.
-        logits_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): Similarities over the temperature.
-        logits_per_text (`torch.FloatTensor` of shape `(B, G + Q)`): The same from the texts.
-        targets_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): What the contrastive loss compares with.
-        targets_per_text (`torch.FloatTensor` of shape `(B, G + Q)`): The same for the texts.
-        image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`): L2-normalised.
-        text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised.
-        last_hidden_state (`torch.FloatTensor` of shape `(batch, length, H)`): Text states.
-        past_key_values: Cache of the decoder's self-attention.
-    """
-
-    loss: torch.Tensor | None = None
-    loss_itc: torch.Tensor | None = None
-    loss_itm: torch.Tensor | None = None
-    loss_lm: torch.Tensor | None = None
-    parts: dict[str, torch.Tensor] | None = None
-    logits: torch.Tensor | None = None
-    itm_logits: torch.Tensor | None = None
-    logits_per_image: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
-    targets_per_image: torch.Tensor | None = None
-    targets_per_text: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-
-
-def gather_texts(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and masks `(G, L)` of all ranks, padded to the longest of any."""
-    longest = int(gather_with_grad(torch.tensor([input_ids.shape[1]], device=input_ids.device)).max())
-    padding = (0, longest - input_ids.shape[1])
-    input_ids = F.pad(input_ids, padding, value=pad_token_id)
-    return gather_with_grad(input_ids), gather_with_grad(F.pad(attention_mask, padding))
 
 
 class VlmBlipModel(VlmBlipPreTrainedModel):
@@ -123,6 +71,22 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         """Whether encoder and decoder are one but for their self-attention, so that a memory serves both."""
         has_both = self.config.use_text_encoder and self.config.use_text_decoder
         return has_both and self.config.share_encoder_decoder and self.config.decoder_memory == "image"
+
+    def train(self, mode: bool = True) -> "VlmBlipModel":
+        """Also freezes what no patch state depends on: a trained parameter without a gradient stalls data parallelism.
+
+        Here, since loading thaws every parameter and then calls `eval()`.
+        """
+        vision = self.config.vision_config
+        unused = ("pooler.", "head.")
+        if vision.model_type == VlmTowerConfig.model_type and vision.final_norm == "pooled":
+            unused += ("post_norm.",)
+        if vision.model_type == "clip_vision_model":
+            unused += ("post_layernorm.",)
+        for name, parameter in self.vision_model.named_parameters():
+            if name.startswith(unused) or name.endswith("mask_token"):
+                parameter.requires_grad_(False)
+        return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         return (self.text_encoder or self.text_decoder).get_input_embeddings()
@@ -166,11 +130,12 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
             interpolate_pos_encoding: Accept another image size than the tower's.
 
         Returns:
-            `last_hidden_state` of shape `(B, L, H)`; of images alone, their patch states.
+            `last_hidden_state` of shape `(B, L, H)`; of images alone, their patch states and `pooler_output`.
         """
         states = self.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         if input_ids is None:
-            return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=states[:, 0])
+            pooled = states[:, 0] if self.config.vision_pooling == "class" else states.mean(dim=1)
+            return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
         if self.text_encoder is not None:
             text_model, token_id = self.text_encoder, self.config.text_config.enc_token_id
         else:
@@ -226,6 +191,9 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         missing = [part for part in self.needs if not getattr(config, f"use_{part}")]
         if missing:
             raise ValueError(f"{type(self).__name__} needs a {missing[0]}, which this checkpoint has not.")
+        memory = self.layout.get("decoder_memory", config.decoder_memory)
+        if config.decoder_memory != memory:
+            raise ValueError(f'{type(self).__name__} needs decoder_memory="{memory}": see from_pretraining.')
         self.model = VlmBlipModel(config)
         if config.use_text_decoder:
             owner = "text_encoder" if self.model.shares_parts else "text_decoder"
@@ -244,6 +212,8 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         text: str | PreTrainedModel,
         vision_kwargs: dict | None = None,
         text_kwargs: dict | None = None,
+        image_size: int | None = None,
+        dropout: float | None = None,
         **config_kwargs,
     ) -> "VlmBlipHead":
         """Builds the head on a pretrained image tower and a BERT, as BLIP does (section 4.1); all else is new.
@@ -253,16 +223,23 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
             text: The same of a BERT, whose weights encoder and decoder begin with.
             vision_kwargs: `from_pretrained` options of the vision tower (`dtype`, `device_map`, `revision`).
             text_kwargs: The same for the BERT.
+            image_size: Side of the images in pixels, where it is not the tower's: one of ours then interpolates.
+            dropout: All dropout probabilities of the text; the BERT's own by default.
             **config_kwargs: Fields of [`VlmBlipConfig`].
 
         Raises:
-            ValueError: if `text` is no BERT.
+            ValueError: if `text` is no BERT, or a foreign tower takes images of another size.
         """
         vision_model = load_tower(vision, "vision", vision_kwargs or {})
         bert = load_tower(text, "text", text_kwargs or {})
         if vision_model.config.model_type == VlmTowerConfig.model_type:
             vision_model.config.final_norm = "sequence"  # CLIP normalises the pooled token alone; here all are read
-        parts = {"vision_config": published_config(vision_model), "text_config": bert_text_config(bert.config)}
+            if image_size is not None:
+                vision_model.resize_images(image_size)
+        elif image_size not in (None, vision_model.config.image_size):
+            name, own_size = vision_model.config.model_type, vision_model.config.image_size
+            raise ValueError(f"A {name} tower takes images of {own_size} pixels, not of {image_size}.")
+        parts = {"vision_config": published_config(vision_model), "text_config": bert_text_config(bert.config, dropout)}
         head = cls(VlmBlipConfig(**{**cls.layout, **parts, **config_kwargs}))
         head.model.vision_model = vision_model
         for text_model in (head.model.text_encoder, head.model.text_decoder):
@@ -292,8 +269,11 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
             raise ValueError(f"{cls.__name__} needs {lacking[0]}, which a {type(model).__name__} has not.")
         own = head.state_dict()
         head.load_state_dict({n: t for n, t in given.items() if n in own and own[n].shape == t.shape}, strict=False)
-        if image_size is not None:
+        vision = head.config.vision_config
+        if image_size is not None and vision.model_type == VlmTowerConfig.model_type:
             head.model.vision_model.resize_images(image_size)
+        elif image_size not in (None, vision.image_size):
+            raise ValueError(f"A {vision.model_type} tower takes images of {vision.image_size} pixels, no others.")
         return head.to(dtype=model.dtype, device=model.device)
 
     def language_modeling(
@@ -327,6 +307,23 @@ class VlmBlipForPreTraining(VlmBlipHead):
         self._momentum: list[MomentumEncoders] = []
         self.post_init()
 
+    def train(self, mode: bool = True) -> "VlmBlipForPreTraining":
+        """Also freezes what no loss with a weight depends on; see [`VlmBlipModel`]."""
+        super().train(mode)
+        config = self.config
+        unused: list[nn.Module] = []
+        if not config.itc_weight:
+            unused.append(self.similarity)
+        if not config.itm_weight:
+            unused.append(self.itm_head)
+        if config.use_text_decoder and not config.lm_weight:
+            unused += [self.lm_head, self.model.text_decoder]
+        if not (config.itm_weight or (config.lm_weight and self.model.shares_parts)):
+            unused += [layer.cross_attention for layer in self.model.text_encoder.layers]
+        for module in unused:
+            module.requires_grad_(False)
+        return self
+
     def averaged_modules(self) -> dict[str, nn.Module]:
         """What the momentum encoders are averages of."""
         return {
@@ -343,8 +340,8 @@ class VlmBlipForPreTraining(VlmBlipHead):
             averages = MomentumEncoders(self.averaged_modules(), self.config.momentum, queue)
             for layer in averages.encoders["text_encoder"].layers:
                 layer.cross_attention = None  # the contrastive loss has texts alone
-            self._momentum.append(averages.to(self.device))
-        return self._momentum[0]
+            self._momentum.append(averages)
+        return self._momentum[0].to(self.device)
 
     def update_momentum(self) -> None:
         """Moves the momentum encoders: once a step, before its first micro-batch."""
@@ -384,12 +381,13 @@ class VlmBlipForPreTraining(VlmBlipHead):
         return self.itm_head(states.last_hidden_state[:, 0])
 
     @torch.no_grad()
-    def _momentum_features(self, pixel_values, vision_features, input_ids, attention_mask):
+    def _momentum_features(self, pixel_values, vision_features, input_ids, attention_mask, interpolate_pos_encoding):
         """Embeddings of this rank's images and texts by the averaged encoders."""
         encoders = self.momentum.encoders
         if vision_features is None:
             pooled_only = self.config.vision_pooling == "class" and isinstance(self.model.vision_model, VlmTowerModel)
             options = {"pooled_only": True} if pooled_only else {}
+            options |= {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
             vision_features = encoders["vision_model"](pixel_values=pixel_values, **options).last_hidden_state
         texts = encoders["text_encoder"](input_ids, attention_mask, first_only=True).last_hidden_state
         similarity = encoders["similarity"]
@@ -538,7 +536,9 @@ class VlmBlipForPreTraining(VlmBlipHead):
             )
         momentum_features = None
         if self.config.itc_weight:
-            momentum_features = self._momentum_features(pixel_values, vision_features, input_ids, attention_mask)
+            momentum_features = self._momentum_features(
+                pixel_values, vision_features, input_ids, attention_mask, interpolate_pos_encoding
+            )
         inputs = (input_ids, attention_mask, labels)
         self._losses(
             output, images.last_hidden_state, momentum_features, inputs, pair_ids, soft_target_weight, sample_seed
@@ -555,11 +555,14 @@ class VlmBlipForImageTextRetrieval(VlmBlipForPreTraining):
     needs = ("text_encoder",)
     layout = {"use_text_encoder": True, "use_text_decoder": False, "tie_word_embeddings": False}
 
+    def __init__(self, config: VlmBlipConfig):
+        # The config of a pretraining checkpoint has a decoder, which retrieval has no use for.
+        super().__init__(VlmBlipConfig.from_dict({**config.to_dict(), **self.layout}))
+
 
 __all__ = [
     "VlmBlipForImageTextRetrieval",
     "VlmBlipForPreTraining",
     "VlmBlipHead",
     "VlmBlipModel",
-    "VlmBlipOutput",
 ]

@@ -17,8 +17,8 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip import VlmBlipConfig
-from .modeling_blip import VlmBlipHead, VlmBlipOutput
-from .modeling_blip_text import Memory, VlmBlipLMHead, prompts, text_generation_config, with_first_token
+from .modeling_blip import VlmBlipHead
+from .modeling_blip_text import Memory, VlmBlipLMHead, VlmBlipOutput, prompts, text_generation_config, with_first_token
 
 
 class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
@@ -134,8 +134,6 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
 
     def __init__(self, config: VlmBlipConfig):
         super().__init__(config)
-        if config.decoder_memory != "question":
-            raise ValueError('VlmBlipForQuestionAnswering needs decoder_memory="question": see from_pretraining.')
         self.lm_head = VlmBlipLMHead(config.text_config)
         self.post_init()
         self.generation_config = text_generation_config(config.text_config)

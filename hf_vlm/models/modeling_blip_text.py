@@ -7,6 +7,8 @@
 Shapes: B rows, L tokens, H text width, I images, P patches (with the class token), S positions of a memory.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -16,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_blip import VlmBlipConfig, VlmBlipTextConfig
@@ -24,6 +26,47 @@ from .modeling_fusion import LayerMemory, VlmFusionCrossAttention, VlmFusionLaye
 
 # Keys and values of every layer.
 Memory = tuple[LayerMemory, ...]
+
+
+@dataclass
+class VlmBlipOutput(ModelOutput):
+    """Output of BLIP's heads; a head fills what it computes.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): The weighted sum of the parts.
+        loss_itc (`torch.FloatTensor` of shape `()`): Image-text contrastive loss.
+        loss_itm (`torch.FloatTensor` of shape `()`): Image-text matching loss.
+        loss_lm (`torch.FloatTensor` of shape `()`): Language-modelling loss.
+        parts: Sum and count of each part, `torch.FloatTensor` of shape `(2,)`, for a trainer that divides by the count
+            of all ranks and micro-batches.
+        logits (`torch.FloatTensor` of shape `(batch, length, vocabulary)`): Of the decoder.
+        itm_logits (`torch.FloatTensor` of shape `(pairs, 2)`): No match and match; in training of the pairs, then of
+            the texts with a hard negative image, then of the images with a hard negative text.
+        logits_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): Similarities over the temperature.
+        logits_per_text (`torch.FloatTensor` of shape `(B, G + Q)`): The same from the texts.
+        targets_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): What the contrastive loss compares with.
+        targets_per_text (`torch.FloatTensor` of shape `(B, G + Q)`): The same for the texts.
+        image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`): L2-normalised.
+        text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, length, H)`): Text states.
+        past_key_values: Cache of the decoder's self-attention.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_lm: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    targets_per_image: torch.Tensor | None = None
+    targets_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
 
 
 class VlmBlipTextEmbeddings(nn.Module):
@@ -36,14 +79,17 @@ class VlmBlipTextEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        longest = self.position_embedding.num_embeddings
-        if input_ids.shape[1] > longest:
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        num_before = 0 if past_key_values is None else past_key_values.get_seq_length()
+        length, longest = num_before + input_ids.shape[1], self.position_embedding.num_embeddings
+        if length > longest:
             raise ValueError(
-                f"Texts of {input_ids.shape[1]} tokens do not fit {longest} positions: tokenize with truncation=True."
+                f"Texts of {length} tokens do not fit {longest} positions: tokenize with truncation=True, write less."
             )
         if position_ids is None:
-            positions = self.position_embedding.weight[: input_ids.shape[1]]
+            positions = self.position_embedding.weight[num_before:length]
         else:
             positions = self.position_embedding(position_ids)
         return self.dropout(self.norm(self.word_embedding(input_ids) + positions))
@@ -154,7 +200,7 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
         Returns:
             `last_hidden_state` of shape `(B, L, H)`, or `(B, 1, H)` with `first_only`.
         """
-        hidden_states = self.owner.embeddings(input_ids, position_ids)
+        hidden_states = self.owner.embeddings(input_ids, position_ids, past_key_values)
         if self.is_causal:
             mask = create_causal_mask(
                 config=self.config,
@@ -186,6 +232,8 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
 
 def with_first_token(input_ids: torch.Tensor, token_id: int) -> torch.Tensor:
     """Token ids with another first token: `[ENC]` or `[DEC]` in place of `[CLS]`."""
+    if input_ids is None:
+        raise ValueError("Pass the texts as input_ids.")
     input_ids = input_ids.clone()
     input_ids[:, 0] = token_id
     return input_ids
@@ -201,7 +249,7 @@ BERT_NAMES = (
 )
 
 
-def bert_text_config(bert: PreTrainedConfig) -> VlmBlipTextConfig:
+def bert_text_config(bert: PreTrainedConfig, dropout: float | None = None) -> VlmBlipTextConfig:
     """The config of a text transformer that begins as a BERT; `[DEC]` and `[ENC]` follow its vocabulary.
 
     Raises:
@@ -213,8 +261,8 @@ def bert_text_config(bert: PreTrainedConfig) -> VlmBlipTextConfig:
     return VlmBlipTextConfig(
         **{name: bert.to_dict()[name] for name in shared.split()},
         layer_norm_eps=bert.layer_norm_eps,
-        hidden_dropout=bert.hidden_dropout_prob,
-        attention_dropout=bert.attention_probs_dropout_prob,
+        hidden_dropout=bert.hidden_dropout_prob if dropout is None else dropout,
+        attention_dropout=bert.attention_probs_dropout_prob if dropout is None else dropout,
         vocab_size=bert.vocab_size + 2,
         bos_token_id=bert.vocab_size,
         enc_token_id=bert.vocab_size + 1,
@@ -259,7 +307,7 @@ def prompts(
     if input_ids is None:
         input_ids = torch.full((len(states), 1), config.bos_token_id, device=states.device)
         return input_ids, torch.ones_like(input_ids)
-    kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    kept = (input_ids != config.pad_token_id).long() if attention_mask is None else attention_mask
     kept = kept * (input_ids != config.sep_token_id)
     order = kept.argsort(dim=1, stable=True)  # padding first
     kept = kept.gather(1, order)
@@ -273,6 +321,7 @@ def prompts(
 __all__ = [
     "Memory",
     "VlmBlipLMHead",
+    "VlmBlipOutput",
     "VlmBlipPreTrainedModel",
     "VlmBlipTextModel",
     "bert_text_config",

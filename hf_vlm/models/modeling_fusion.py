@@ -115,6 +115,8 @@ class VlmFusionCrossAttention(nn.Module):
             key, value = key[memory_index], value[memory_index]
             memory_mask = None if memory_mask is None else memory_mask[memory_index]
         images = len(key)
+        if batch % images:
+            raise ValueError(f"{batch} texts cannot be shared out to {images} images: pass a multiple of them.")
         query = self.query(hidden_states).view(images, -1, self.config.num_attention_heads, self.head_dim)
         attend = attention_function(self.config._attn_implementation, query)
         attended, weights = attend(

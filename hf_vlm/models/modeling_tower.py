@@ -315,7 +315,12 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
 
         Args:
             image_size: Side of the images in pixels; a multiple of the patch size.
+
+        Raises:
+            ValueError: if it is no multiple.
         """
+        if image_size % self.config.patch_size:
+            raise ValueError(f"Image side {image_size} must be a multiple of the patch size {self.config.patch_size}.")
         positions = self.embeddings.positions(image_size, image_size).clone()
         self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
         self.config.image_size = image_size

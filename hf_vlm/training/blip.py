@@ -9,9 +9,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback
 
+from ..data.pairs import PairStream
 from ..models.losses import gather_with_grad
-from ..models.modeling_blip import VlmBlipForPreTraining, VlmBlipHead, VlmBlipOutput
+from ..models.modeling_blip import VlmBlipForPreTraining, VlmBlipHead
 from ..models.modeling_blip_generation import VlmBlipForQuestionAnswering
+from ..models.modeling_blip_text import VlmBlipOutput
 from .arguments import VlmTrainingArguments
 from .trainer import VlmTrainer
 
@@ -75,20 +77,28 @@ class BlipTrainer(VlmTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.head: VlmBlipHead = self.accelerator.unwrap_model(self.model)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process on {self.args.n_gpu} GPUs would contrast each GPU's part only with itself: "
+                f"start one process a GPU, with torchrun --nproc_per_node {self.args.n_gpu}."
+            )
+        model = self.accelerator.unwrap_model(self.model)
+        self.head: VlmBlipHead = model if isinstance(model, VlmBlipHead) else model.get_base_model()  # a PeftModel's
         self.contrasts = isinstance(self.head, VlmBlipForPreTraining)
         self._step = BlipStep()
+        self._steps_per_epoch = 1.0  # see set_initial_training_values
         if self.contrasts:
             self.add_callback(self._step)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """What the language-modelling loss of a step is divided by: tokens, or questions, of all ranks."""
-        if not batch_samples or "labels" not in batch_samples[0]:
+        if not batch_samples:
             return None
         if isinstance(self.head, VlmBlipForQuestionAnswering):
             count = torch.tensor(sum(len(batch["input_ids"]) for batch in batch_samples))
-        else:
-            count = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batch_samples]).sum()
+        else:  # without labels every unpadded token is one
+            learned = [b["labels"] != -100 if "labels" in b else b["attention_mask"] != 0 for b in batch_samples]
+            count = torch.stack([tokens[:, 1:].sum() for tokens in learned]).sum()
         return self.accelerator.gather(count.to(device).view(1)).sum().clamp(min=1)
 
     def _forward(self, model, inputs: dict) -> VlmBlipOutput:
@@ -97,7 +107,7 @@ class BlipTrainer(VlmTrainer):
         micro_batches = self.args.gradient_accumulation_steps
         seed = self.state.global_step * micro_batches + self._step.micro_batch
         ramp = self.args.soft_target_ramp_epochs
-        share = min(1.0, (self.state.epoch or 0.0) / ramp) if ramp > 0 else 1.0
+        share = min(1.0, self.state.global_step / self._steps_per_epoch / ramp) if ramp > 0 else 1.0
         return model(
             **inputs,
             return_loss=True,
@@ -111,17 +121,19 @@ class BlipTrainer(VlmTrainer):
         if num_items_in_batch is None:
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         self._step.micro_batch += 1
+        micro_batches = self.current_gradient_accumulation_steps
         loss = torch.zeros((), device=self.args.device)
         for name, (total, count) in outputs.parts.items():
             if name == "lm":
-                part = total * self.args.world_size / num_items_in_batch
+                mean_count = num_items_in_batch / (self.args.world_size * micro_batches)
             else:
                 mean_count = gather_with_grad(count.detach().view(1)).mean().clamp(min=1)
-                part = total / mean_count / self.current_gradient_accumulation_steps
-            loss = loss + (getattr(self.head.config, f"{name}_weight") if self.contrasts else 1.0) * part
-            self.record(f"loss_{name}", total / count.clamp(min=1))
+            part = total / mean_count
+            weight = getattr(self.head.config, f"{name}_weight") if self.contrasts else 1.0
+            loss = loss + weight * part / micro_batches
+            self.record(f"loss_{name}", gather_with_grad(part.detach().view(1)).mean())
         if self.contrasts:
-            self.record("temperature", self.head.similarity.temperature[0])
+            self.record("temperature", self.head.similarity.temperature[0].clone())  # the step changes it in place
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -133,18 +145,24 @@ class BlipTrainer(VlmTrainer):
             return outputs.loss.detach(), None, None
         return outputs.loss.detach(), (outputs.image_embeds, outputs.text_embeds), inputs["pair_ids"]
 
+    def set_initial_training_values(self, args, dataloader):
+        """The Trainer's, and the steps of an epoch: of a stream, its part of `max_steps` by `num_train_epochs`."""
+        values = super().set_initial_training_values(args, dataloader)
+        is_stream = isinstance(self.train_dataset, PairStream)
+        self._steps_per_epoch = values[-1] / args.num_train_epochs if is_stream else values[1]
+        return values
+
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
         """BLIP's schedule with `lr_decay_per_epoch`: linear warm-up, then a step down after each epoch."""
         if self.lr_scheduler is None and self.args.lr_decay_per_epoch is not None:
             warmup = self.args.get_warmup_steps(num_training_steps)
-            steps_per_epoch = max(1, round(num_training_steps / self.args.num_train_epochs))
             lowest = self.args.min_learning_rate / self.args.learning_rate
             decay = self.args.lr_decay_per_epoch
 
             def factor(step: int) -> float:
                 if step < warmup:
                     return lowest + (1 - lowest) * step / warmup
-                return max(lowest, decay ** (step // steps_per_epoch))
+                return max(lowest, decay ** int(step / self._steps_per_epoch))
 
             optimizer = optimizer or self.optimizer
             assert optimizer is not None  # the Trainer makes it first

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import tiny
-from hf_vlm import VlmClipModel
+from hf_vlm import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmClipModel
 from hf_vlm.data.pairs import Pair, PairDataset
 from hf_vlm.models import losses
+from hf_vlm.models.losses import gather_with_grad, positive_pairs, sample_negatives
 from hf_vlm.training.grad_cache import grad_cache_backward
 from scripts import tiny_training
 
@@ -24,6 +25,15 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # Equal ids within a rank (0, 0 and 3, 3) and across two (0, 0, 0 and 1, 1).
 PAIR_IDS = torch.tensor([0, 1, 2, 0, 1, 3, 0, 3])
 CASES = list(itertools.product(["softmax", "sigmoid"], ["ids", "no ids"], ["plain", "cached", "blocks"]))
+
+BLIP_HEADS = {"pretraining": VlmBlipForPreTraining, "retrieval": VlmBlipForImageTextRetrieval}
+BLIP_CASES = [
+    ("blip", *case)
+    for case in itertools.product(
+        BLIP_HEADS, ["ids", "no ids"], ["8 pairs", "2 pairs"], ["plain", "checkpointed", "not shared"]
+    )
+    if case[0] == "pretraining" or case[3] == "plain"
+]
 
 
 def share(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -62,6 +72,57 @@ def gradients(loss_type: str, ids: str, way: str) -> dict[str, torch.Tensor]:
         loss = loss.detach().clone()
         dist.all_reduce(loss)
     return {"loss": loss.detach() / RANKS, **{name: value.grad for name, value in model.named_parameters()}}
+
+
+def blip_batch(num_pairs: int) -> dict[str, torch.Tensor]:
+    """Pairs of which the first half has short captions, the second half long ones."""
+    captions = sorted((2 * tiny.CAPTIONS)[:num_pairs], key=len)
+    ids = PAIR_IDS[:num_pairs] if num_pairs > 2 else torch.tensor([4, 5])
+    return {**tiny.blip_inputs(captions), "pair_ids": ids}
+
+
+def blip_step(head: str, ids: str, num_pairs: str, way: str) -> dict[str, torch.Tensor]:
+    """Two micro-steps with an enqueue between them: the second one's losses and gradients, and the queue after it."""
+    torch.manual_seed(0)
+    options = {"share_encoder_decoder": way != "not shared", "queue_size": 12, "momentum": 0.9}
+    model = tiny.blip_model(BLIP_HEADS[head], **options).train()
+    count = int(num_pairs.split()[0])
+    batches = [blip_batch(count), blip_batch(count)]
+    model.update_momentum()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that the averages lag behind
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    if way == "checkpointed":
+        model.activation_checkpointing_enable()
+    wrapped = DistributedDataParallel(model) if RANKS > 1 else model
+    for batch in batches:
+        model.zero_grad()
+        batch = share(batch)
+        longest = int(batch["attention_mask"].sum(dim=1).max())
+        batch |= {name: batch[name][:, :longest] for name in ("input_ids", "attention_mask")}
+        if ids == "no ids":
+            del batch["pair_ids"]
+        output = wrapped(**batch, return_loss=True, sample_seed=5)
+        # Each part over its own count of all ranks; data parallelism takes the mean of the gradients.
+        parts = {name: (total, gather_with_grad(n.detach()[None]).sum()) for name, (total, n) in output.parts.items()}
+        loss = sum(total * RANKS / n for total, n in parts.values())
+        loss.backward()
+        model.enqueue()
+    found = {f"loss_{name}": gather_with_grad(total.detach()[None]).sum() / n for name, (total, n) in parts.items()}
+    queue = torch.cat(model.momentum.queue.filled()[:2], dim=1)
+    found["queue"] = queue[queue[:, 0].argsort()]
+    found["queue ids"] = model.momentum.queue.filled()[2].sort().values.float() + 2
+    found["longest text"] = torch.tensor(float(longest))
+    return found | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def drawn_negatives(ids: str) -> dict[str, torch.Tensor]:
+    """Hard negatives of eight rows, by fifty seeds."""
+    torch.manual_seed(0)
+    logits, pair_ids = torch.randn(8, 8).chunk(RANKS)[RANK], PAIR_IDS.chunk(RANKS)[RANK]
+    positives = positive_pairs(pair_ids if ids == "ids" else None, len(logits), logits.device)
+    draws = [sample_negatives(logits, positives, seed) for seed in range(50)]
+    return {"rows": gather_with_grad(torch.stack([rows for rows, _ in draws], dim=1))}
 
 
 class NotingCollator:
@@ -122,6 +183,8 @@ def main(folder: Path) -> dict[tuple[str, ...], dict]:
     results["resumed",] = trained(folder, seeded(dropout=True), resume=whole / "checkpoint-4")
     assert dist.is_initialized() == (RANKS > 1)
     results |= {case: gradients(*case) for case in CASES}
+    results |= {case: blip_step(*case[1:]) for case in BLIP_CASES}
+    results |= {("negatives", ids): drawn_negatives(ids) for ids in ("ids", "no ids")}
     if RANK == 0:
         torch.save(results, folder / f"results-{RANKS}.pt")
     return results

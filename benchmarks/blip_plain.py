@@ -1,0 +1,61 @@
+"""BLIP's pretraining step the plain way, for comparison: the same modules, weights, negatives and losses, more work.
+
+What it does that the model itself does not, and nothing else:
+
+- Matching runs over the pairs in one pass and over the two kinds of negatives in another of twice as many rows, and
+  language modelling in a third. Each pass projects keys and values of its own, one image a row: 4 B projections for B.
+- The last layer computes every token also where only the first is read: in the text encoder of all passes but language
+  modelling, in the averaged text encoder and in the averaged image tower.
+
+Captions come padded to a fixed length, since that is how they are given. Attention, the queue, the sampling of
+negatives and the vocabulary logits, at supervised positions only, are the model's own.
+"""
+
+import torch
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hf_vlm import VlmBlipForPreTraining
+from hf_vlm.models.modeling_blip_text import Memory, with_first_token
+
+
+class PlainBlip(VlmBlipForPreTraining):
+    """Computes what [`VlmBlipForPreTraining`] computes, on one rank; see the top of this file."""
+
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """Embeddings of texts, from a last layer over all tokens."""
+        states = self.model.text_encoder(input_ids, attention_mask).last_hidden_state
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
+
+    @torch.no_grad()
+    def _momentum_features(self, pixel_values, vision_features, input_ids, attention_mask, interpolate_pos_encoding):
+        encoders = self.momentum.encoders
+        if vision_features is None:
+            vision_features = encoders["vision_model"](pixel_values=pixel_values).last_hidden_state
+        texts = encoders["text_encoder"](input_ids, attention_mask).last_hidden_state
+        similarity = encoders["similarity"]
+        return similarity.embed_images(vision_features), similarity.embed_texts(texts)
+
+    def _match_pass(self, states: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Matching logits `(rows, 2)` of one pass, with an image `(P, width)` a row."""
+        encoder = self.model.text_encoder
+        input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
+        states = encoder(input_ids, attention_mask, encoder.project_memory(states)).last_hidden_state
+        return self.itm_head(states[:, 0])
+
+    def _match_pairs(self, output, states, input_ids, attention_mask, pair_ids, seed) -> Memory:
+        """Fills logits and the part; returns what language modelling looks at, projected anew."""
+        negative_images, negative_texts, exists = self._hard_negatives(output, pair_ids, seed)
+        of_pairs = self._match_pass(states, input_ids, attention_mask)
+        of_negatives = self._match_pass(
+            torch.cat([states[negative_images], states]),
+            torch.cat([input_ids, input_ids[negative_texts]]),
+            torch.cat([attention_mask, attention_mask[negative_texts]]),
+        )
+        output.itm_logits = torch.cat([of_pairs, of_negatives])
+        labels = (torch.arange(len(exists), device=states.device) < len(states)).long()
+        losses = F.cross_entropy(output.itm_logits.float(), labels, reduction="none")
+        output.parts["itm"] = torch.stack([(losses * exists).sum(), exists.sum().float()])
+        return self.model.text_decoder.project_memory(states)

@@ -1,0 +1,85 @@
+"""Image-text rows of a source in their stored order, each once, with the image's file as it was stored.
+
+For programs that write data back: the bytes of a picture are passed on, not decoded and encoded anew. Rows are read as
+a stream, so that nothing is prepared first and a run that was stopped goes on at any row.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from .images import ImageError
+from .rows import CaptionError, OnError, Origin, SkipReport, _image_of, read_example
+from .sources import DataSource, open_stream, report_for
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """One row of a source.
+
+    Args:
+        image: decoded.
+        file: the bytes of the image's file.
+        captions: at least one.
+        id: as text, if the source has ids.
+        row: its number in the source, bad rows counted.
+    """
+
+    image: Image.Image
+    file: bytes
+    captions: list[str]
+    id: str | None
+    row: int
+
+
+def stored_blocks(
+    source: DataSource, block_size: int, start: int = 0, on_error: OnError = "raise", report: SkipReport | None = None
+) -> Iterator[list[StoredRow]]:
+    """The rows of a source in blocks.
+
+    Args:
+        source: what to read; always as a stream, in the order of its files.
+        block_size: rows a block; bad rows that are left out count, so that blocks begin at the same rows in every run.
+        start: first block, counted from 0.
+        on_error: `"raise"`, or `"skip"`: bad rows are left out and counted.
+        report: counts the rows left out; a new one by default.
+
+    Raises:
+        SourceError, ImageError, CaptionError: as `load_source`.
+    """
+    report = report_for(on_error, report)
+    stream, origin = open_stream(replace(source, streaming=True))
+    block: list[StoredRow] = []
+    first = start * block_size
+    for row, stored in enumerate(stream.skip(first), start=first):
+        try:
+            block.append(_read(stored, origin, row))
+        except (ImageError, CaptionError) as error:
+            if report is None:
+                raise type(error)(f"{error} Or filter with on_error='skip'.") from error
+            report.add(error)
+        if (row + 1) % block_size == 0:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _read(stored: dict, origin: Origin, row: int) -> StoredRow:
+    place = stored["_place"]
+    example = read_example({"image": stored["image"], "caption": stored["caption"]}, origin, place)
+    file = _image_of(stored["image"], origin, place)
+    if isinstance(file, str | Path):
+        file = Path(file).read_bytes()
+    elif isinstance(file, Image.Image):
+        buffer = io.BytesIO()
+        file.save(buffer, format="PNG")
+        file = buffer.getvalue()
+    captions = [example["caption"]] if isinstance(example["caption"], str) else example["caption"]
+    return StoredRow(example["image"], file, captions, stored["id"], row)
+
+
+__all__ = ["StoredRow", "stored_blocks"]
