@@ -404,7 +404,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(head: type[VlmBlipHead], tmp_p
     assert losses[0] < min(losses[1:])
     assert trainer.state.best_global_step == 1
     assert changed(Ruin.saved, weights(model)) == set()
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
 
 
 # Checkpoints

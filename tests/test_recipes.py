@@ -186,7 +186,7 @@ def tiny_blip(config: Path, tmp_path: Path, parts: tuple[str, str]) -> Path:
     """A YAML file at shrunken sizes: every key of the original, other numbers."""
     values = yaml.safe_load(config.read_text())
     values |= dict(zip(("vision", "text"), parts, strict=True))
-    values |= {"image_size": 32, "projection_dim": 16, "queue_size": 8, "output_dir": str(tmp_path / "run")}
+    values |= {"image_size": 48, "projection_dim": 16, "queue_size": 8, "output_dir": str(tmp_path / "run")}
     values |= {"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "bf16": False}
     values |= {"save_steps": 1, "logging_steps": 1}
     path = tmp_path / "tiny_blip.yaml"

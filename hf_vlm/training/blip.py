@@ -115,6 +115,24 @@ class BlipTrainer(VlmTrainer):
             soft_target_weight=share * self.head.config.soft_target_weight,
         )
 
+    def _parts_by_count(
+        self, outputs: VlmBlipOutput, mean_lm_count: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Each part's sum on this rank over its mean count on all, so that the mean over ranks is the global mean."""
+        parts = {}
+        for name, (total, count) in outputs.parts.items():
+            if name != "lm" or mean_lm_count is None:
+                mean_count = gather_with_grad(count.detach().view(1)).mean().clamp(min=1)
+            else:
+                mean_count = mean_lm_count
+            parts[name] = total / mean_count
+        return parts
+
+    def _weighted(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Their sum with the weights of the config; a head that writes has one part."""
+        weights = {name: getattr(self.head.config, f"{name}_weight") if self.contrasts else 1.0 for name in parts}
+        return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the parts, each divided by its global count and the number of micro-batches."""
         outputs = self._forward(model, inputs)
@@ -122,16 +140,10 @@ class BlipTrainer(VlmTrainer):
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         self._step.micro_batch += 1
         micro_batches = self.current_gradient_accumulation_steps
-        loss = torch.zeros((), device=self.args.device)
-        for name, (total, count) in outputs.parts.items():
-            if name == "lm":
-                mean_count = num_items_in_batch / (self.args.world_size * micro_batches)
-            else:
-                mean_count = gather_with_grad(count.detach().view(1)).mean().clamp(min=1)
-            part = total / mean_count
-            weight = getattr(self.head.config, f"{name}_weight") if self.contrasts else 1.0
-            loss = loss + weight * part / micro_batches
+        parts = self._parts_by_count(outputs, num_items_in_batch / (self.args.world_size * micro_batches))
+        for name, part in parts.items():
             self.record(f"loss_{name}", gather_with_grad(part.detach().view(1)).mean())
+        loss = self._weighted(parts) / micro_batches
         if self.contrasts:
             self.record("temperature", self.head.similarity.temperature[0].clone())  # the step changes it in place
         return (loss, outputs) if return_outputs else loss
@@ -141,9 +153,10 @@ class BlipTrainer(VlmTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self._forward(model, inputs)
+        loss = self._weighted(self._parts_by_count(outputs))
         if prediction_loss_only or not self.contrasts:
-            return outputs.loss.detach(), None, None
-        return outputs.loss.detach(), (outputs.image_embeds, outputs.text_embeds), inputs["pair_ids"]
+            return loss, None, None
+        return loss, (outputs.image_embeds, outputs.text_embeds), inputs["pair_ids"]
 
     def set_initial_training_values(self, args, dataloader):
         """The Trainer's, and the steps of an epoch: of a stream, its part of `max_steps` by `num_train_epochs`."""

@@ -20,11 +20,11 @@ from scripts.resume_runs import DieWhileAccumulating, die, die_in_optimizer, die
 NUM_ROWS, STEPS = 26, 8
 # How a run ends, and at which step. What it is resumed from is the last checkpoint before, of the steps 3 and 6.
 DEATHS = {
-    "between micro-batches": ("accumulating", 7),
+    "between micro-batches": ("accumulating", 5),
     "half of the averages saved": ("momentum", 6),
     "half of the optimizer saved": ("optimizer", 6),
     "half of the state saved": ("state", 6),
-    "answers": ("accumulating", 7),
+    "answers": ("accumulating", 5),
 }
 
 
