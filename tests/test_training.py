@@ -200,6 +200,18 @@ def test_log_lines(tmp_path: Path) -> None:
         assert line["samples_per_second"] > 8 / seconds - 0.1
 
 
+def test_a_finished_run_that_is_started_again_does_nothing(tmp_path: Path) -> None:
+    """Not even in the middle of an epoch, where the Trainer itself would do one step more."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    tiny_training.trainer(tmp_path, tiny_training.model(), **options).train()
+    again = tiny_training.trainer(tmp_path, tiny_training.model(), **options)
+    before = weights(VlmClipModel.from_pretrained(tmp_path / "checkpoint-3"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 3
+    assert changed(before, weights(again.model)) == set()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 def test_throughput_of_a_resumed_run_leaves_out_the_steps_before() -> None:
     watch = Stopwatch()
     watch.on_train_begin(None, TrainerState(global_step=1000), TrainerControl())

@@ -112,6 +112,13 @@ class VlmTrainer(Trainer):
         finally:
             self.data_collator, self.args.dataloader_drop_last = before
 
+    def _run_epoch(self, **kwargs) -> None:
+        """Nothing where no step is left: a finished run that is started again must not do one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Lets a wrong token end the run before it begins; the repository is made by the push itself."""
         if self.is_world_process_zero():
