@@ -99,6 +99,8 @@ class VlmFusionCrossAttention(nn.Module):
         key_value = self.key_value(states.to(self.key_value.weight.dtype))
         key_value = key_value.view(*states.shape[:2], 2, self.config.num_attention_heads, self.head_dim)
         key, value = key_value.permute(2, 0, 3, 1, 4)
+        if not torch.is_grad_enabled():  # every token that is written reads them
+            key, value = key.contiguous(), value.contiguous()
         return key, value
 
     def forward(

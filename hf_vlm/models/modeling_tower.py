@@ -58,11 +58,13 @@ def eager_attention(
 
 
 def attention_function(implementation: str, query: torch.Tensor) -> Callable:
-    """transformers' attention of that name, except that SDPA is written out in bfloat16 on a CPU.
+    """transformers' attention of that name, except that SDPA is written out where it is slow in bfloat16 on a CPU.
 
-    There, forward and backward of PyTorch's fused kernel take several times as long as the matrix products written out.
+    That is in training, for its backward pass takes several times as long as the matrix products written out, and for a
+    single query.
     """
-    if implementation == "sdpa" and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+    is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if implementation == "sdpa" and is_slow and (query.requires_grad or query.shape[2] == 1):
         return eager_attention
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
 
