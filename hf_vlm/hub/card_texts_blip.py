@@ -107,9 +107,9 @@ print(outputs.last_hidden_state.shape)  # states of the text's tokens that have 
             sizes={"num_images": "pictures", "num_texts": "texts"},
             metrics=RECALLS,
             note=(
-                "Between scenes and the captions that name all there is and the background, by embeddings (ITC), and "
-                "with the best candidates put in order by matching (ITM). R@k: how often a right one is among the first "
-                "k."
+                "Between scenes and the captions that name all there is and the background, by embeddings (ITC), "
+                "and with the best candidates put in order by matching (ITM). R@k: how often a right one is among the "
+                "first k."
             ),
             rows={"reranked": "re-ranked by ITM", "chance": "chance"},
             own=("reranked",),
