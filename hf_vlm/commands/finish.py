@@ -16,7 +16,7 @@ from ..hub.card import write_card
 from ..hub.push import push_run
 from ..hub.record import Record, has_trained, published, read_record, run_record, write_record
 
-PARTS = ("vision", "text", "tokenizer")  # the model arguments that name pretrained parts
+PARTS = ("model", "vision", "text", "tokenizer")  # the model arguments that name pretrained parts
 PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_FILES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tar")
@@ -93,6 +93,8 @@ def pretrained_parts(model: dict[str, Any]) -> list[Record]:
             entry |= {"id": wheel.source, "hub_id": hub_id, "version": version, "licence": wheel.licence}
         elif is_hub_id(name):
             entry |= {"hub_id": name, "revision": cached_revision(name), "licence": hub_licence(name, "model")}
+        elif Path(name).is_dir() and (licence := read_record(name).get("licence")):  # what another recipe wrote
+            entry["licence"] = licence
         found.append(entry)
     return found
 
