@@ -141,7 +141,8 @@ def evaluate_checkpoint(
     """
     model, processor = load_checkpoint(checkpoint)
     if data == "scenes":
-        return report_on_scenes(model, processor, limit, task=task, settings=settings)
+        size = min(max(processor.image_processor.size["height"], 48), 1024)  # sides that scenes can have
+        return report_on_scenes(model, processor, limit, task=task, size=size, settings=settings)
     if data == "emoji":
         tasks = chosen_tasks(model, EMOJI_TASKS, task, "emoji")
         evaluator, emoji = Evaluator(model, processor, settings), load_emoji()

@@ -3,8 +3,9 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from .configuration_clip import as_native
 from .configuration_tower import VlmTowerConfig
 
 # What sets BLIP's vision transformer apart from CLIP's, which VlmTowerConfig describes by default.
@@ -127,14 +128,8 @@ class VlmBlipConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
-        if self.vision_config is None:
-            self.vision_config = VlmTowerConfig(**BLIP_VISION)
-        elif isinstance(self.vision_config, dict):
-            model_type = self.vision_config.get("model_type", VlmTowerConfig.model_type)
-            if model_type == VlmTowerConfig.model_type:
-                self.vision_config = {**BLIP_VISION, **self.vision_config}
-            else:
-                self.vision_config = AutoConfig.for_model(**self.vision_config)
+        vision = as_native({} if self.vision_config is None else self.vision_config, VlmTowerConfig.model_type)
+        self.vision_config = {**BLIP_VISION, **vision} if isinstance(vision, dict) else vision
         super().__post_init__(**kwargs)
 
     def validate_parts(self):

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 
 
-def _native(config: dict | PreTrainedConfig | None, own_type: str) -> dict | PreTrainedConfig | None:
+def as_native(config: dict | PreTrainedConfig | None, own_type: str) -> dict | PreTrainedConfig | None:
     """A dict of one of transformers' own model types as the config of that type; anything else unchanged."""
     if isinstance(config, dict) and config.get("model_type", own_type) != own_type:
         return AutoConfig.for_model(**config)
@@ -48,11 +48,11 @@ class VlmClipConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
-        self.vision_config = _native(self.vision_config, VlmTowerConfig.model_type)
-        self.text_config = _native(self.text_config, VlmTextTowerConfig.model_type)
+        self.vision_config = as_native(self.vision_config, VlmTowerConfig.model_type)
+        self.text_config = as_native(self.text_config, VlmTextTowerConfig.model_type)
         super().__post_init__(**kwargs)
         if self.logit_scale_init_value is None:
             self.logit_scale_init_value = 2.6592600369327783 if self.loss_type == "softmax" else 2.302585092994046
 
 
-__all__ = ["VlmClipConfig"]
+__all__ = ["VlmClipConfig", "as_native"]

@@ -13,14 +13,16 @@ Shapes: B rows, L tokens, H text width, I images, P patches (with the class toke
 G = ranks x B.
 """
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip import VlmBlipConfig
@@ -45,9 +47,11 @@ from .modeling_blip_text import (
     copy_bert,
     with_first_token,
 )
-from .modeling_clip import load_tower, published_config
+from .modeling_clip import build_vision_tower, freeze_unused, load_tower, published_config
 from .modeling_tower import VlmTowerModel
 from .momentum import FeatureQueue, MomentumEncoders
+
+logger = logging.get_logger(__name__)
 
 
 class VlmBlipModel(VlmBlipPreTrainedModel):
@@ -56,8 +60,7 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
     def __init__(self, config: VlmBlipConfig):
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
-        is_own = vision.model_type == VlmTowerConfig.model_type
-        self.vision_model = VlmTowerModel._from_config(vision) if is_own else AutoModel.from_config(vision)
+        self.vision_model = build_vision_tower(vision)
         self.text_encoder = VlmBlipTextModel(text, vision.hidden_size) if config.use_text_encoder else None
         self.text_decoder = None
         if config.use_text_decoder:
@@ -73,19 +76,8 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         return has_both and self.config.share_encoder_decoder and self.config.decoder_memory == "image"
 
     def train(self, mode: bool = True) -> "VlmBlipModel":
-        """Also freezes what no patch state depends on: a trained parameter without a gradient stalls data parallelism.
-
-        Here, since loading thaws every parameter and then calls `eval()`.
-        """
-        vision = self.config.vision_config
-        unused = ("pooler.", "head.")
-        if vision.model_type == VlmTowerConfig.model_type and vision.final_norm == "pooled":
-            unused += ("post_norm.",)
-        if vision.model_type == "clip_vision_model":
-            unused += ("post_layernorm.",)
-        for name, parameter in self.vision_model.named_parameters():
-            if name.startswith(unused) or name.endswith("mask_token"):
-                parameter.requires_grad_(False)
+        """Also freezes what no patch state depends on; here, since loading thaws all and then calls `eval()`."""
+        freeze_unused(self.vision_model, uses_pooled_output=False)
         return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -219,7 +211,7 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         """Builds the head on a pretrained image tower and a BERT, as BLIP does (section 4.1); all else is new.
 
         Args:
-            vision: Hub id, folder or instance of a vision encoder, or of a model with a vision tower.
+            vision: Hub id, folder or instance of a vision encoder, or of a model with a vision tower; copied.
             text: The same of a BERT, whose weights encoder and decoder begin with.
             vision_kwargs: `from_pretrained` options of the vision tower (`dtype`, `device_map`, `revision`).
             text_kwargs: The same for the BERT.
@@ -231,6 +223,8 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
             ValueError: if `text` is no BERT, or a foreign tower takes images of another size.
         """
         vision_model = load_tower(vision, "vision", vision_kwargs or {})
+        if not isinstance(vision, str):
+            vision_model = copy.deepcopy(vision_model)  # its config changes here
         bert = load_tower(text, "text", text_kwargs or {})
         if vision_model.config.model_type == VlmTowerConfig.model_type:
             vision_model.config.final_norm = "sequence"  # CLIP normalises the pooled token alone; here all are read
@@ -259,7 +253,9 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         Raises:
             ValueError: if the other head lacks a part of the body that this one needs.
         """
-        head = cls(VlmBlipConfig.from_dict({**model.config.to_dict(), **cls.layout, **config_kwargs}))
+        config = VlmBlipConfig.from_dict({**model.config.to_dict(), **cls.layout, **config_kwargs})
+        config._attn_implementation = model.config._attn_implementation
+        head = cls(config)
         given = model.state_dict()
         if model.model.shares_parts:
             of_encoder = {name: t for name, t in given.items() if name.startswith("model.text_encoder.")}
@@ -268,7 +264,10 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         if lacking:
             raise ValueError(f"{cls.__name__} needs {lacking[0]}, which a {type(model).__name__} has not.")
         own = head.state_dict()
-        head.load_state_dict({n: t for n, t in given.items() if n in own and own[n].shape == t.shape}, strict=False)
+        fits = {name: t for name, t in given.items() if name in own and own[name].shape == t.shape}
+        head.load_state_dict(fits, strict=False)
+        if new := sorted(own.keys() - fits.keys()):
+            logger.warning("Not in the model that %s begins with, and new: %s.", cls.__name__, ", ".join(new))
         vision = head.config.vision_config
         if image_size is not None and vision.model_type == VlmTowerConfig.model_type:
             head.model.vision_model.resize_images(image_size)
@@ -556,8 +555,9 @@ class VlmBlipForImageTextRetrieval(VlmBlipForPreTraining):
     layout = {"use_text_encoder": True, "use_text_decoder": False, "tie_word_embeddings": False}
 
     def __init__(self, config: VlmBlipConfig):
-        # The config of a pretraining checkpoint has a decoder, which retrieval has no use for.
-        super().__init__(VlmBlipConfig.from_dict({**config.to_dict(), **self.layout}))
+        config = copy.deepcopy(config)  # that of a pretraining checkpoint has a decoder, which is of no use here
+        config.update(self.layout)
+        super().__init__(config)
 
 
 __all__ = [

@@ -122,9 +122,8 @@ class VlmClipModel(PreTrainedModel):
     def __init__(self, config: VlmClipConfig):
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
-        is_own_vision = vision.model_type == VlmTowerConfig.model_type
         is_own_text = text.model_type == VlmTextTowerConfig.model_type
-        self.vision_model = VlmTowerModel._from_config(vision) if is_own_vision else AutoModel.from_config(vision)
+        self.vision_model = build_vision_tower(vision)
         self.text_model = VlmTextTowerModel._from_config(text) if is_own_text else AutoModel.from_config(text)
         self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
@@ -147,21 +146,10 @@ class VlmClipModel(PreTrainedModel):
     def _freeze_unused(self) -> None:
         """Freezes what no output depends on: what the chosen pooling passes by, and mask tokens.
 
-        A trained parameter without a gradient stalls data parallelism. Loading thaws every parameter, and then calls
-        `eval()`: so `train` says this again.
+        Loading thaws every parameter, and then calls `eval()`: so `train` says this again.
         """
-        vision = self.config.vision_config
-        passed_by = ["pooler.", "head."]
-        if vision.model_type == VlmTowerConfig.model_type and vision.final_norm == "pooled":
-            passed_by.append("post_norm.")
-        if vision.model_type == "clip_vision_model":
-            passed_by.append("post_layernorm.")
-        vision_unused = () if self.config.vision_pooling == "tower" else tuple(passed_by)
-        text_unused = () if self.config.text_pooling == "tower" else ("pooler.", "head.")
-        for tower, unused in ((self.vision_model, vision_unused), (self.text_model, text_unused)):
-            for name, parameter in tower.named_parameters():
-                if name.startswith(unused) or name.endswith("mask_token"):
-                    parameter.requires_grad_(False)
+        freeze_unused(self.vision_model, uses_pooled_output=self.config.vision_pooling == "tower")
+        freeze_unused(self.text_model, uses_pooled_output=self.config.text_pooling == "tower")
 
     @classmethod
     def from_parts(
@@ -379,6 +367,29 @@ def default_pooling(config: PreTrainedConfig) -> str:
     return "tower" if has_trained_pooler else "mean"
 
 
+def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """A new image tower: ours, or the one that `AutoModel` knows for the config."""
+    if config.model_type == VlmTowerConfig.model_type:
+        return VlmTowerModel._from_config(config)
+    return AutoModel.from_config(config)
+
+
+def freeze_unused(tower: PreTrainedModel, uses_pooled_output: bool) -> None:
+    """Freezes a tower's mask tokens and, where only its token states are used, what its pooled output alone needs.
+
+    A trained parameter without a gradient stalls data parallelism.
+    """
+    config = tower.config
+    unused: tuple[str, ...] = () if uses_pooled_output else ("pooler.", "head.")
+    if not uses_pooled_output and config.model_type == "clip_vision_model":
+        unused += ("post_layernorm.",)
+    if not uses_pooled_output and config.model_type == VlmTowerConfig.model_type and config.final_norm == "pooled":
+        unused += ("post_norm.",)
+    for name, parameter in tower.named_parameters():
+        if name.startswith(unused) or name.endswith("mask_token"):
+            parameter.requires_grad_(False)
+
+
 def load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTrainedModel:
     """A tower from an id, a folder or an instance; of a two-tower model, the tower called `name`.
 
@@ -404,4 +415,11 @@ def published_config(tower: PreTrainedModel) -> dict:
     return config
 
 
-__all__ = ["VlmClipModel", "VlmClipOutput", "load_tower", "published_config"]
+__all__ = [
+    "VlmClipModel",
+    "VlmClipOutput",
+    "build_vision_tower",
+    "freeze_unused",
+    "load_tower",
+    "published_config",
+]
