@@ -5,6 +5,12 @@ Importing the package registers its classes with transformers' Auto classes.
 
 from . import auto
 from .models import (
+    VlmBlip2Config,
+    VlmBlip2ForConditionalGeneration,
+    VlmBlip2ForImageTextRetrieval,
+    VlmBlip2ForPreTraining,
+    VlmBlip2Model,
+    VlmBlip2Processor,
     VlmBlipConfig,
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,
@@ -17,6 +23,12 @@ from .models import (
     VlmClipModel,
     VlmClipProcessor,
     VlmImageProcessor,
+    VlmInstructBlipConfig,
+    VlmInstructBlipForConditionalGeneration,
+    VlmInstructBlipModel,
+    VlmInstructBlipProcessor,
+    VlmQFormerConfig,
+    VlmQFormerModel,
     VlmTextTowerConfig,
     VlmTextTowerModel,
     VlmTowerConfig,
@@ -28,6 +40,12 @@ __version__ = "0.1.0"
 auto.register()
 
 __all__ = [
+    "VlmBlip2Config",
+    "VlmBlip2ForConditionalGeneration",
+    "VlmBlip2ForImageTextRetrieval",
+    "VlmBlip2ForPreTraining",
+    "VlmBlip2Model",
+    "VlmBlip2Processor",
     "VlmBlipConfig",
     "VlmBlipForConditionalGeneration",
     "VlmBlipForImageTextRetrieval",
@@ -40,6 +58,12 @@ __all__ = [
     "VlmClipModel",
     "VlmClipProcessor",
     "VlmImageProcessor",
+    "VlmInstructBlipConfig",
+    "VlmInstructBlipForConditionalGeneration",
+    "VlmInstructBlipModel",
+    "VlmInstructBlipProcessor",
+    "VlmQFormerConfig",
+    "VlmQFormerModel",
     "VlmTextTowerConfig",
     "VlmTextTowerModel",
     "VlmTowerConfig",

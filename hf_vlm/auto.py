@@ -16,6 +16,11 @@ from transformers import (
 )
 
 from .models import (
+    VlmBlip2Config,
+    VlmBlip2ForConditionalGeneration,
+    VlmBlip2ForPreTraining,
+    VlmBlip2Model,
+    VlmBlip2Processor,
     VlmBlipConfig,
     VlmBlipForConditionalGeneration,
     VlmBlipForPreTraining,
@@ -25,6 +30,12 @@ from .models import (
     VlmClipModel,
     VlmClipProcessor,
     VlmImageProcessor,
+    VlmInstructBlipConfig,
+    VlmInstructBlipForConditionalGeneration,
+    VlmInstructBlipModel,
+    VlmInstructBlipProcessor,
+    VlmQFormerConfig,
+    VlmQFormerModel,
     VlmTextTowerConfig,
     VlmTextTowerModel,
     VlmTowerConfig,
@@ -40,10 +51,22 @@ MODELS: dict[type[PreTrainedConfig], dict[Any, type[PreTrainedModel]]] = {
         AutoModelForPreTraining: VlmBlipForPreTraining,
         AutoModelForImageTextToText: VlmBlipForConditionalGeneration,
     },
+    VlmQFormerConfig: {AutoModel: VlmQFormerModel},
+    VlmBlip2Config: {
+        AutoModel: VlmBlip2Model,
+        AutoModelForPreTraining: VlmBlip2ForPreTraining,
+        AutoModelForImageTextToText: VlmBlip2ForConditionalGeneration,
+    },
+    VlmInstructBlipConfig: {
+        AutoModel: VlmInstructBlipModel,
+        AutoModelForImageTextToText: VlmInstructBlipForConditionalGeneration,
+    },
 }
 PROCESSORS: dict[type[PreTrainedConfig], type[ProcessorMixin]] = {
     VlmClipConfig: VlmClipProcessor,
     VlmBlipConfig: VlmBlipProcessor,
+    VlmBlip2Config: VlmBlip2Processor,
+    VlmInstructBlipConfig: VlmInstructBlipProcessor,
 }
 
 

@@ -1,19 +1,42 @@
 """The architectures: configurations, models, processors, losses."""
 
 from .configuration_blip import BLIP_VISION, VlmBlipConfig, VlmBlipTextConfig
+from .configuration_blip2 import EVA_VISION, VlmBlip2Config
 from .configuration_clip import VlmClipConfig
+from .configuration_instructblip import VlmInstructBlipConfig
+from .configuration_qformer import VlmQFormerConfig
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .image_processing_vlm import VlmImageProcessor
 from .modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmBlipModel
+from .modeling_blip2 import (
+    VlmBlip2ForImageTextRetrieval,
+    VlmBlip2ForPreTraining,
+    VlmBlip2Model,
+    VlmBlip2Output,
+    tower_states,
+)
+from .modeling_blip2_generation import VlmBlip2ForConditionalGeneration, VlmBlip2GenerationOutput
 from .modeling_blip_generation import VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering
 from .modeling_blip_text import VlmBlipOutput, VlmBlipTextModel
 from .modeling_clip import VlmClipModel, VlmClipOutput
+from .modeling_instructblip import VlmInstructBlipForConditionalGeneration, VlmInstructBlipModel
+from .modeling_qformer import VlmQFormerModel, VlmQFormerOutput
 from .modeling_tower import VlmTextTowerModel, VlmTowerModel
 from .processing_blip import VlmBlipProcessor
+from .processing_blip2 import VlmBlip2Processor, VlmInstructBlipProcessor
 from .processing_clip import VlmClipProcessor
 
 __all__ = [
     "BLIP_VISION",
+    "EVA_VISION",
+    "VlmBlip2Config",
+    "VlmBlip2ForConditionalGeneration",
+    "VlmBlip2ForImageTextRetrieval",
+    "VlmBlip2ForPreTraining",
+    "VlmBlip2GenerationOutput",
+    "VlmBlip2Model",
+    "VlmBlip2Output",
+    "VlmBlip2Processor",
     "VlmBlipConfig",
     "VlmBlipForConditionalGeneration",
     "VlmBlipForImageTextRetrieval",
@@ -29,8 +52,16 @@ __all__ = [
     "VlmClipOutput",
     "VlmClipProcessor",
     "VlmImageProcessor",
+    "VlmInstructBlipConfig",
+    "VlmInstructBlipForConditionalGeneration",
+    "VlmInstructBlipModel",
+    "VlmInstructBlipProcessor",
+    "VlmQFormerConfig",
+    "VlmQFormerModel",
+    "VlmQFormerOutput",
     "VlmTextTowerConfig",
     "VlmTextTowerModel",
     "VlmTowerConfig",
     "VlmTowerModel",
+    "tower_states",
 ]

@@ -319,6 +319,7 @@ def prompts(
 
 
 __all__ = [
+    "BERT_NAMES",
     "Memory",
     "VlmBlipLMHead",
     "VlmBlipOutput",

@@ -6,8 +6,10 @@ Papers: BERT (arXiv 1810.04805) for the layer, BLIP (arXiv 2201.12086, section 3
   passes over an image (matching, its hard negatives, language modelling, every beam) share them.
 - Rows find their image by `memory_index`. Without it, image i belongs to the i-th group of consecutive rows; a group
   then asks its image together, as one longer row of queries, and nothing is copied.
-- Where only the first token is needed (`first_only`), a layer computes nothing else; its keys and values still come
-  from every token.
+- Where only the first tokens are needed, a layer computes nothing else; its keys and values still come from every
+  token.
+- Self-attention can see the keys and values of tokens that went before (`prefix_key`, `prefix_value`), and gives its
+  own.
 
 Shapes: B rows, L tokens, H hidden size, A heads, D = H / A, I images (memories), S positions of a memory.
 """
@@ -45,26 +47,32 @@ class VlmFusionSelfAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         is_causal: bool,
-        first_only: bool,
+        keep: int | None,
         past_key_values: Cache | None,
+        prefix_key: torch.Tensor | None = None,
+        prefix_value: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerMemory]:
+        """Attends from all tokens, or from the first `keep`; also returns keys and values of these tokens."""
         batch, _, hidden = hidden_states.shape
-        if first_only:
+        if keep is not None:
             weight_q, weight_kv = self.qkv.weight.split([hidden, 2 * hidden])
             bias_q, bias_kv = self.qkv.bias.split([hidden, 2 * hidden])
             key_value = nn.functional.linear(hidden_states, weight_kv, bias_kv)
             key, value = key_value.view(batch, -1, 2, self.config.num_attention_heads, self.head_dim).unbind(2)
-            hidden_states = hidden_states[:, :1]
+            hidden_states = hidden_states[:, :keep]
             query = nn.functional.linear(hidden_states, weight_q, bias_q)
-            query = query.view(batch, 1, self.config.num_attention_heads, self.head_dim)
-            attention_mask = None if attention_mask is None else attention_mask[:, :, :1]
+            query = query.view(batch, keep, self.config.num_attention_heads, self.head_dim)
+            attention_mask = None if attention_mask is None else attention_mask[:, :, :keep]
         else:
             qkv = self.qkv(hidden_states).view(batch, -1, 3, self.config.num_attention_heads, self.head_dim)
             query, key, value = qkv.unbind(2)  # 3 x (B, L, A, D)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
+        own = (key, value)
+        if prefix_key is not None:
+            key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
         attend = attention_function(self.config._attn_implementation, query)
         attended, weights = attend(
             self,
@@ -78,7 +86,7 @@ class VlmFusionSelfAttention(nn.Module):
             **kwargs,
         )
         attended = self.proj(attended.reshape(batch, -1, hidden))
-        return self.norm(hidden_states + self.dropout(attended)), weights
+        return self.norm(hidden_states + self.dropout(attended)), weights, own
 
 
 class VlmFusionCrossAttention(nn.Module):
@@ -206,8 +214,8 @@ class VlmFusionLayer(GradientCheckpointingLayer):
             first_only: Return only the first token, `(B, 1, H)`.
             past_key_values: Cache of the self-attention.
         """
-        hidden_states, _ = self.self_attention(
-            hidden_states, attention_mask, is_causal, first_only, past_key_values, **kwargs
+        hidden_states, _, _ = self.self_attention(
+            hidden_states, attention_mask, is_causal, 1 if first_only else None, past_key_values, **kwargs
         )
         if memory_key is not None:
             hidden_states, _ = self.owner.cross_attention(
@@ -216,4 +224,4 @@ class VlmFusionLayer(GradientCheckpointingLayer):
         return self.owner.mlp(hidden_states)
 
 
-__all__ = ["LayerMemory", "VlmFusionCrossAttention", "VlmFusionLayer", "VlmFusionSelfAttention"]
+__all__ = ["LayerMemory", "VlmFusionCrossAttention", "VlmFusionLayer", "VlmFusionMLP", "VlmFusionSelfAttention"]

@@ -1,0 +1,87 @@
+"""Configuration of BLIP-2: a frozen image tower, a Q-Former, and perhaps an LLM."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_clip import as_native
+from .configuration_qformer import VlmQFormerConfig
+from .configuration_tower import VlmTowerConfig
+
+# What sets the EVA vision transformer apart from CLIP's. Its last states are normalised by the model around it.
+EVA_VISION = {
+    "use_pre_norm": False,
+    "use_patch_bias": True,
+    "final_norm": "sequence",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+}
+
+
+@strict
+class VlmBlip2Config(PreTrainedConfig):
+    """Configuration of [`VlmBlip2Model`] and its heads.
+
+    Args:
+        vision_config: Config of the image tower: a [`VlmTowerConfig`] (by default in EVA's layout), or that of any
+            vision encoder of transformers.
+        qformer_config: A [`VlmQFormerConfig`].
+        text_config: Config of the LLM, any causal or encoder-decoder one of transformers; None in the first stage.
+        image_token_id: Id of the placeholder in whose places the queries go; it may lie past the LLM's vocabulary.
+        language_model_source: `id` and `revision` of the LLM on the Hub, if it came from there.
+        excludes_language_model: Whether the checkpoint leaves the LLM's weights out and they are loaded from there.
+        vision_norm_eps: Epsilon of the LayerNorm between tower and Q-Former.
+        projection_dim: Size of the embedding that images and texts share.
+        temperature_init_value: Initial temperature, which similarities are divided by.
+        min_temperature: The temperature is clamped to at least this after each optimiser step,
+        max_temperature: and to at most this.
+        itc_weight: Weight of the image-text contrastive loss; 0 leaves it out.
+        itm_weight: Weight of the image-text matching loss; 0 leaves it out.
+        lm_weight: Weight of the image-grounded text generation loss (ITG); 0 leaves it out.
+        label_smoothing: Label smoothing of the contrastive and of the generation loss.
+        initializer_range: Standard deviation of the heads' initialisation.
+    """
+
+    model_type = "vlm_blip2"
+    sub_configs_defaults = {
+        "vision_config": VlmTowerConfig,
+        "qformer_config": VlmQFormerConfig,
+        "text_config": SubConfigSpec(AutoConfig, model_type="opt", optional=True),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    language_model_source: dict | None = None
+    excludes_language_model: bool = False
+    vision_norm_eps: float | int = 1e-5
+    projection_dim: int = 256
+    temperature_init_value: float | int = 0.07
+    min_temperature: float | int = 0.001
+    max_temperature: float | int = 0.5
+    itc_weight: float | int = 1.0
+    itm_weight: float | int = 1.0
+    lm_weight: float | int = 1.0
+    label_smoothing: float | int = 0.1
+    tie_word_embeddings: bool = True
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        vision = as_native({} if self.vision_config is None else self.vision_config, VlmTowerConfig.model_type)
+        self.vision_config = {**EVA_VISION, **vision} if isinstance(vision, dict) else vision
+        super().__post_init__(**kwargs)
+
+    def validate_parts(self):
+        """Checks that the Q-Former fits the tower."""
+        vision, qformer = self.vision_config, self.qformer_config
+        if qformer.memory_size != vision.hidden_size:
+            raise ValueError(
+                f"The Q-Former looks at states of width {qformer.memory_size}, but the tower's are "
+                f"{vision.hidden_size} wide: set memory_size."
+            )
+        if self.text_config is not None and self.image_token_id is None:
+            raise ValueError("With an LLM there must be a placeholder for images: set image_token_id.")
+
+
+__all__ = ["EVA_VISION", "VlmBlip2Config"]

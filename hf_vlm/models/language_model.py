@@ -1,0 +1,75 @@
+"""The language model of a vision-language model: any causal or encoder-decoder LLM of transformers, whole.
+
+The LLM is kept with its own head, so that its logits and its `generate` are its own. In training, logits are wanted at
+supervised positions only; what an LLM does to them after its head (scaling, soft-capping) is then repeated here, and
+compared with the LLM itself when a model is made (`check_logits`).
+"""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+
+
+def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A new LLM, with its head."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def load_language_model(source: str | PreTrainedModel, kwargs: dict | None = None) -> PreTrainedModel:
+    """An LLM from an id, a folder or an instance; `kwargs` are options of `from_pretrained`.
+
+    Raises:
+        ValueError: for a model without a head, or one whose logits cannot be made from its states (`check_logits`).
+    """
+    model = source
+    if isinstance(source, str):
+        config = AutoConfig.from_pretrained(source, revision=(kwargs or {}).get("revision"))
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto_class.from_pretrained(source, **(kwargs or {}))
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"A {type(model).__name__} has no language-modelling head: give a causal or seq2seq LLM.")
+    if not model.config.is_encoder_decoder:
+        check_logits(model)
+    return model
+
+
+def hidden_states(language_model: PreTrainedModel, **inputs) -> torch.Tensor:
+    """States of shape `(B, L, H)` before the head: of an encoder-decoder LLM, its encoder's."""
+    if language_model.config.is_encoder_decoder:
+        return language_model.get_encoder()(**inputs).last_hidden_state
+    return language_model.base_model(**inputs).last_hidden_state
+
+
+def logits_of(language_model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """Logits `(..., vocabulary)` of states `(..., H)`, scaled and soft-capped as the LLM's config says."""
+    logits = language_model.get_output_embeddings()(states)
+    options = language_model.config.get_text_config().to_dict()
+    if options.get("logits_scaling") is not None:  # Granite
+        logits = logits / options["logits_scaling"]
+    if options.get("logit_scale") is not None:  # Cohere
+        logits = logits * options["logit_scale"]
+    if (cap := options.get("final_logit_softcapping")) is not None:  # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_logits(language_model: PreTrainedModel) -> None:
+    """Compares `logits_of` with the LLM's own logits on a few tokens.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    was_training = language_model.training
+    language_model.eval()
+    input_ids = torch.arange(1, 6, device=language_model.device)[None]
+    own = language_model(input_ids=input_ids, use_cache=False).logits
+    ours = logits_of(language_model, hidden_states(language_model, input_ids=input_ids, use_cache=False))
+    language_model.train(was_training)
+    if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+        kind = language_model.config.model_type
+        raise ValueError(f"A {kind} LLM makes its logits in a way that is not known here: choose another LLM.")
+
+
+__all__ = ["build_language_model", "check_logits", "hidden_states", "load_language_model", "logits_of"]

@@ -1,0 +1,226 @@
+"""BLIP-2's second stage: an LLM writes about an image that the Q-Former has read (arXiv 2301.12597, section 3.3).
+
+- The processor writes one placeholder token a query into the text; the queries take their places, through one linear
+  layer. Placeholders are counted: too few or too many are an error.
+- Decoder-only LLMs learn the text after the image; encoder-decoder LLMs read image and prefix, and learn the suffix.
+- Only the Q-Former's query branch, the LayerNorm after the tower and the linear layer are trained.
+- Generation is the LLM's own `generate`; images are read once, whatever the number of beams.
+
+Shapes: B rows, L tokens, I images, P patches, Q queries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_blip2 import VlmBlip2Config
+from .language_model import hidden_states, load_language_model, logits_of
+from .losses import language_modeling_loss
+from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
+from .modeling_clip import published_config
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class VlmBlip2GenerationOutput(ModelOutput):
+    """Output of BLIP-2 with an LLM.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): Language-modelling loss.
+        logits (`torch.FloatTensor` of shape `(B, L, vocabulary)`): Of the LLM; not with labels, for which logits are
+            made at supervised positions only.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, width)`): The LLM's states.
+        past_key_values: The LLM's cache.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin):
+    """Writes about images with a frozen LLM.
+
+    Example:
+        ```python
+        >>> model = VlmBlip2ForConditionalGeneration.from_parts("org/blip2-stage1", "facebook/opt-2.7b", 50265)
+        >>> model.generate(**processor(images=images, text=["<image>"] * len(images)), max_new_tokens=20)
+        ```
+    """
+
+    accepts_loss_kwargs = True
+    body_class = VlmBlip2Model
+
+    def __init__(self, config: VlmBlip2Config, language_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        if config.text_config is None:
+            raise ValueError(f"{type(self).__name__} needs an LLM, which this checkpoint has not: see from_parts.")
+        self.model = self.body_class(config, language_model)
+        self.post_init()
+        self.freeze_parts()
+        self.generation_config = self.model.language_model.generation_config
+
+    @classmethod
+    def from_parts(
+        cls,
+        blip2: str | PreTrainedModel,
+        language_model: str | PreTrainedModel,
+        image_token_id: int,
+        language_model_kwargs: dict | None = None,
+    ) -> "VlmBlip2ForConditionalGeneration":
+        """Builds the head on the tower and Q-Former of an earlier stage and an LLM; the layer between them is new.
+
+        Args:
+            blip2: Id, folder or instance of a BLIP-2 model, such as [`VlmBlip2ForPreTraining`]; copied.
+            language_model: Id, folder or instance of a causal or encoder-decoder LLM; not copied.
+            image_token_id: Id of the placeholder in the LLM's tokenizer; it may lie past the LLM's vocabulary.
+            language_model_kwargs: `from_pretrained` options of the LLM (`dtype`, `device_map`, `revision`,
+                `quantization_config`). A frozen LLM may be in bfloat16 while all else is in float32.
+
+        Raises:
+            ValueError: if the LLM is of a kind whose logits cannot be made from its states.
+        """
+        body = VlmBlip2Model.from_pretrained(blip2) if isinstance(blip2, str) else blip2.base_model
+        llm = load_language_model(language_model, language_model_kwargs)
+        fields = {"text_config": published_config(llm), "image_token_id": image_token_id, "language_model_source": None}
+        if isinstance(language_model, str) and (commit := llm.config._commit_hash):
+            fields["language_model_source"] = {"id": language_model, "revision": commit}
+        return cls._on(body, fields, llm)
+
+    @classmethod
+    def _on(cls, body: VlmBlip2Model, fields: dict, llm: PreTrainedModel) -> "VlmBlip2ForConditionalGeneration":
+        """A head of this class with copies of a body's weights, and an LLM as it is."""
+        config = cls.config_class.from_dict(
+            {**body.config.to_dict(), **fields, "model_type": cls.config_class.model_type}
+        )
+        config._attn_implementation = body.config._attn_implementation
+        head = cls(config, llm)
+        given = {name: t for name, t in body.state_dict().items() if not name.startswith("language_model.")}
+        missing, unexpected = head.model.load_state_dict(given, strict=False)
+        if new := [name for name in missing if not name.startswith("language_model.")]:
+            logger.warning("Not in the model that %s begins with, and new: %s.", cls.__name__, ", ".join(new))
+        assert not unexpected, unexpected
+        return head.to(body.device)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.language_model.get_output_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VlmBlip2GenerationOutput:
+        """Language modelling after an image.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts with Q placeholders an image, as the processor makes
+                them.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
+            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere (images, prompt,
+                padding); for an encoder-decoder LLM the target texts `(B, length)`.
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
+            qformer_input_ids (`torch.LongTensor` of shape `(I, length)`): InstructBLIP's instructions, as the
+                Q-Former's tokenizer gives them.
+            qformer_attention_mask (`torch.LongTensor` of shape `(I, length)`): 0 at padding.
+            decoder_input_ids (`torch.LongTensor` of shape `(B, length)`): Of an encoder-decoder LLM, without labels.
+            num_items_in_batch: What the summed loss is divided by; the number of supervised tokens by default.
+            interpolate_pos_encoding: Accept another image size than the tower's.
+
+        Returns:
+            [`VlmBlip2GenerationOutput`] with `loss`, or, without labels, `logits`.
+
+        Raises:
+            ValueError: if the texts are missing, or their placeholders do not fit the images.
+        """
+        if input_ids is None:
+            raise ValueError("Pass the texts as input_ids, with the image's placeholders in them.")
+        inputs = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
+        llm, embeds = self.model.language_model, self._embed(input_ids, *inputs)
+        if labels is None:
+            decoder = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
+            output = llm(inputs_embeds=embeds, attention_mask=attention_mask, **decoder, **kwargs)
+            return VlmBlip2GenerationOutput(logits=output.logits, past_key_values=output.past_key_values)
+        kwargs["use_cache"] = False
+        if llm.config.is_encoder_decoder:
+            logits = llm(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                decoder_input_ids=llm.prepare_decoder_input_ids_from_labels(labels),
+                **kwargs,
+            ).logits
+            states, count = None, (labels != -100).sum()
+            total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        else:
+            states = hidden_states(llm, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+            total, count = language_modeling_loss(states, labels, lambda state: logits_of(llm, state))
+        divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return VlmBlip2GenerationOutput(loss=total / divisor, last_hidden_state=states)
+
+    def _embed(
+        self, input_ids, pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate
+    ) -> torch.Tensor:
+        """Inputs of the LLM, `(B, L, width)`."""
+        states = self.model.encode_images(pixel_values, vision_features, interpolate)
+        return self.model.embed(input_ids, self.model.read_images(states, qformer_input_ids, qformer_attention_mask))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Writes about each image.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Prompts with placeholders, padded on the left; by default
+                the placeholders alone.
+            **kwargs: Options of transformers' `generate`: `num_beams`, `do_sample`, `max_new_tokens`, ... All other
+                arguments are those of `forward`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, length)`: what follows the prompts.
+
+        Raises:
+            ValueError: for prompts of a decoder-only LLM that are padded on the right.
+        """
+        if input_ids is None:
+            num_images = len(vision_features if pixel_values is None else pixel_values)
+            num_queries = self.config.qformer_config.num_query_tokens
+            input_ids = torch.full((num_images, num_queries), self.config.image_token_id, device=self.device)
+        llm = self.model.language_model
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        elif not llm.config.is_encoder_decoder and not attention_mask[:, -1].all():
+            raise ValueError('Prompts are padded on the right, where the answer goes: use padding_side="left".')
+        inputs = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
+        embeds = self._embed(input_ids, *inputs)
+        kwargs.setdefault("generation_config", self.generation_config)
+        return llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+
+
+__all__ = ["VlmBlip2ForConditionalGeneration", "VlmBlip2GenerationOutput"]

@@ -1,0 +1,295 @@
+"""The Q-Former: a few learned queries that read an image and meet the text in one BERT (arXiv 2301.12597, section 3.1).
+
+- Queries and text share self-attention; each has feed-forward layers of its own, and only the queries look at the
+  image, in every second layer.
+- Four passes: queries alone (for the contrastive loss, and for an LLM), text alone, queries and text together
+  (matching, or an instruction), and text that is written after the queries, whose keys and values it takes over.
+- What queries look at is projected once per image (see `modeling_fusion.py`), for all passes.
+- Where only queries, or only the first token, are needed, the last layer computes nothing else.
+
+Shapes: B rows, Q queries, L tokens, H hidden size, A heads, D = H / A, I images (memories), S positions of a memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_qformer import VlmQFormerConfig
+from .modeling_blip_text import BERT_NAMES, bert_text_config
+from .modeling_fusion import LayerMemory, VlmFusionCrossAttention, VlmFusionMLP, VlmFusionSelfAttention
+
+# Keys and values of every layer; None where the queries do not look at the image.
+QFormerMemory = tuple[LayerMemory | None, ...]
+# The queries' own keys and values of every layer, `(B, A, Q, D)` each.
+QueryStates = tuple[LayerMemory, ...]
+
+
+@dataclass
+class VlmQFormerOutput(ModelOutput):
+    """Output of [`VlmQFormerModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, tokens, H)`): Queries, then text.
+        query_states: Keys and values of every layer's self-attention, `(B, A, tokens, D)` each: of queries alone, what
+            a text can be written after.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    query_states: QueryStates | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class VlmQFormerEmbeddings(nn.Module):
+    """The queries, and the text's words and positions where there is a text branch."""
+
+    def __init__(self, config: VlmQFormerConfig):
+        super().__init__()
+        self.config = config
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        if config.use_text:
+            self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Word and position embeddings `(B, L, H)`, before the norm."""
+        length, longest = input_ids.shape[1], self.config.max_position_embeddings
+        if length > longest:
+            raise ValueError(f"Texts of {length} tokens do not fit {longest} positions: tokenize with truncation=True.")
+        return self.word_embedding(input_ids) + self.position_embedding.weight[:length]
+
+    def forward(self, num_rows: int, input_ids: torch.Tensor | None, with_queries: bool) -> torch.Tensor:
+        """Queries, text, or both one after the other."""
+        parts = [self.query_tokens.expand(num_rows, -1, -1)] if with_queries else []
+        if input_ids is not None:
+            parts.append(self.words(input_ids))
+        return self.dropout(self.norm(torch.cat(parts, dim=1)))
+
+
+class VlmQFormerLayer(GradientCheckpointingLayer):
+    """Self-attention over all tokens; cross-attention and a feed-forward layer for queries, another for text."""
+
+    def __init__(self, config: VlmQFormerConfig, layer_index: int):
+        super().__init__()
+        self.self_attention = VlmFusionSelfAttention(config, layer_index)
+        looks = layer_index % config.cross_attention_frequency == 0
+        self.cross_attention = VlmFusionCrossAttention(config, config.memory_size) if looks else None
+        self.query_mlp = VlmFusionMLP(config)
+        self.mlp = VlmFusionMLP(config) if config.use_text else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        num_queries: int,
+        attention_mask: torch.Tensor | None = None,
+        memory_key: torch.Tensor | None = None,
+        memory_value: torch.Tensor | None = None,
+        memory_index: torch.Tensor | None = None,
+        prefix_key: torch.Tensor | None = None,
+        prefix_value: torch.Tensor | None = None,
+        keep: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One layer.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, num_queries + L, H)`): Queries, then text.
+            num_queries: How many of the tokens are queries; 0 for text alone.
+            attention_mask (`torch.BoolTensor` of shape `(B or 1, 1, tokens, positions)`): False at what is not seen.
+            memory_key (`torch.Tensor` of shape `(I, A, S, D)`): None leaves cross-attention out.
+            memory_value: The same for the values.
+            memory_index (`torch.LongTensor` of shape `(B,)`): See [`VlmFusionLayer`].
+            prefix_key (`torch.Tensor` of shape `(B, A, Q, D)`): Keys of the queries that a text is written after.
+            prefix_value: The same for the values.
+            keep: Compute only so many first tokens.
+
+        Returns:
+            The states, and the keys and values of this layer's self-attention.
+        """
+        hidden_states, _, (key, value) = self.self_attention(
+            hidden_states, attention_mask, False, keep, None, prefix_key, prefix_value, **kwargs
+        )
+        queries, text = hidden_states[:, :num_queries], hidden_states[:, num_queries:]
+        parts = []
+        if num_queries > 0:
+            if memory_key is not None:
+                queries, _ = self.cross_attention(queries, memory_key, memory_value, memory_index, None, **kwargs)
+            parts.append(self.query_mlp(queries))
+        if text.shape[1] > 0:
+            parts.append(self.mlp(text))
+        return torch.cat(parts, dim=1), key, value
+
+
+class VlmQFormerModel(PreTrainedModel):
+    """The Q-Former. See the module's docstring for its four passes."""
+
+    config: VlmQFormerConfig
+    base_model_prefix = "qformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VlmQFormerLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "attentions": OutputRecorder(VlmFusionSelfAttention, index=1),
+        "cross_attentions": OutputRecorder(VlmFusionCrossAttention, index=1),
+    }
+
+    def __init__(self, config: VlmQFormerConfig):
+        super().__init__(config)
+        self.embeddings = VlmQFormerEmbeddings(config)
+        self.layers = nn.ModuleList(VlmQFormerLayer(config, i) for i in range(config.num_hidden_layers))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, VlmQFormerEmbeddings):
+            init.normal_(module.query_tokens, std=module.config.initializer_range)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embedding = value
+
+    def project_memory(self, states: torch.Tensor) -> QFormerMemory:
+        """Keys and values of every layer for image states of shape `(I, S, memory_size)`: once per image."""
+        crosses = (layer.cross_attention for layer in self.layers)
+        return tuple(None if cross is None else cross.project(states) for cross in crosses)
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        memory: QFormerMemory | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        memory_index: torch.Tensor | None = None,
+        num_rows: int | None = None,
+        prefix: QueryStates | None = None,
+        keep: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VlmQFormerOutput:
+        """Queries alone (`memory`), text alone (`input_ids`), both, or text written after queries (`prefix`).
+
+        Args:
+            memory: What queries look at, from [`project_memory`]; without it there are no queries.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Token ids; the caller has put the right token first.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding of the text.
+            memory_index (`torch.LongTensor` of shape `(B,)`): The image of each row; see [`VlmFusionLayer`].
+            num_rows: B, for queries alone; by default as many as images or texts.
+            prefix: `query_states` of a pass of queries alone: the text sees them, and of itself only what precedes.
+            keep: Return only so many first tokens; the last layer computes no others.
+
+        Returns:
+            [`VlmQFormerOutput`]: `last_hidden_state` of shape `(B, tokens, H)`, queries first, and `query_states`.
+        """
+        num_queries = 0 if memory is None else self.config.num_query_tokens
+        if num_rows is None:
+            first = next((part for part in memory or () if part is not None), None)
+            num_rows = len(input_ids) if input_ids is not None else len(first[0])
+        hidden_states = self.embeddings(num_rows, input_ids, num_queries > 0)
+        mask = self._mask(hidden_states, num_queries, attention_mask, prefix)
+        states = []
+        for i, layer in enumerate(self.layers):
+            is_last = i == len(self.layers) - 1
+            memory_key, memory_value = (None, None) if memory is None or memory[i] is None else memory[i]
+            prefix_key, prefix_value = (None, None) if prefix is None else prefix[i]
+            hidden_states, key, value = layer(
+                hidden_states,
+                num_queries,
+                mask,
+                memory_key,
+                memory_value,
+                memory_index,
+                prefix_key,
+                prefix_value,
+                keep if is_last else None,
+                **kwargs,
+            )
+            states.append((key, value))
+        return VlmQFormerOutput(last_hidden_state=hidden_states, query_states=tuple(states))
+
+    def _mask(
+        self,
+        hidden_states: torch.Tensor,
+        num_queries: int,
+        attention_mask: torch.Tensor | None,
+        prefix: QueryStates | None,
+    ) -> torch.Tensor | None:
+        """What sees what, True where it does: padding is not seen, and after a prefix nothing that follows."""
+        num_tokens, device = hidden_states.shape[1], hidden_states.device
+        if prefix is None:
+            if attention_mask is None or bool(attention_mask.all()):
+                return None
+            seen = nn.functional.pad(attention_mask.bool(), (num_queries, 0), value=True)
+            return seen[:, None, None]
+        num_seen = prefix[0][0].shape[2]
+        causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()[None, None]
+        if attention_mask is not None:
+            causal = causal & attention_mask.bool()[:, None, None]
+        return nn.functional.pad(causal, (num_seen, 0), value=True)
+
+    def freeze_text(self, all_layers: bool) -> None:
+        """Freezes the text branch, or, where queries read texts, the one layer of it that they do not depend on.
+
+        A trained parameter without a gradient stalls data parallelism.
+        """
+        if not self.config.use_text:
+            return
+        unused = [layer.mlp for layer in (self.layers if all_layers else self.layers[-1:])]
+        if all_layers:
+            unused += [self.embeddings.word_embedding, self.embeddings.position_embedding]
+        for module in unused:
+            module.requires_grad_(False)
+
+
+def bert_qformer_config(bert: PreTrainedConfig, memory_size: int, dropout: float | None = None, **fields) -> dict:
+    """Fields of the config of a Q-Former that begins as a BERT (section 3.1); `[DEC]` follows its vocabulary.
+
+    Raises:
+        ValueError: if it is the config of another architecture.
+    """
+    shared = bert_text_config(bert, dropout).to_dict()
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act"
+    names += " layer_norm_eps hidden_dropout attention_dropout vocab_size bos_token_id pad_token_id"
+    return {**{name: shared[name] for name in names.split()}, "memory_size": memory_size, **fields}
+
+
+@torch.no_grad()
+def copy_bert_to_qformer(qformer: VlmQFormerModel, bert: PreTrainedModel) -> None:
+    """Copies the weights of a BERT, its feed-forward layers to queries and text alike (section 3.1).
+
+    Queries and cross-attention stay new. There are no token types: that of a first sentence is added to every position.
+    """
+    ours, theirs = qformer.embeddings, bert.embeddings
+    ours.word_embedding.weight[: bert.config.vocab_size] = theirs.word_embeddings.weight
+    ours.position_embedding.weight.copy_(theirs.position_embeddings.weight + theirs.token_type_embeddings.weight[0])
+    ours.norm.load_state_dict(theirs.LayerNorm.state_dict())
+    for own, its in zip(qformer.layers, bert.encoder.layer, strict=True):
+        qkv = [its.attention.self.query, its.attention.self.key, its.attention.self.value]
+        own.self_attention.qkv.weight.copy_(torch.cat([part.weight for part in qkv]))
+        own.self_attention.qkv.bias.copy_(torch.cat([part.bias for part in qkv]))
+        for name, bert_name in BERT_NAMES:
+            state = its.get_submodule(bert_name).state_dict()
+            own.get_submodule(name).load_state_dict(state)
+            if name.startswith("mlp"):
+                own.get_submodule(f"query_{name}").load_state_dict(state)
+
+
+__all__ = [
+    "QFormerMemory",
+    "QueryStates",
+    "VlmQFormerModel",
+    "VlmQFormerOutput",
+    "bert_qformer_config",
+    "copy_bert_to_qformer",
+]
