@@ -1,4 +1,4 @@
-"""The command line: `hf-vlm quickstart | evaluate | convert | push | info | index ...`."""
+"""The command line: `hf-vlm quickstart | evaluate | cache-features | convert | push | info | index ...`."""
 
 import json
 import logging
@@ -38,6 +38,7 @@ class Task(StrEnum):
     hard_negatives = "hard_negatives"
     caption = "caption"
     vqa = "vqa"
+    vqa_unseen_wordings = "vqa_unseen_wordings"
 
 
 @app.command(epilog="Example: `hf-vlm quickstart --output my-first-clip`")
@@ -61,7 +62,8 @@ def quickstart(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint.")],
     data: Annotated[
-        str, typer.Option(help="emoji, scenes, or a folder, file or Hub id of images with captions or questions.")
+        str,
+        typer.Option(help="emoji, scenes, easy_vqa, or a folder, file or Hub id of images with captions or questions."),
     ] = "emoji",
     task: Annotated[Task | None, typer.Option(help="One task; by default all that the checkpoint can do.")] = None,
     split: Annotated[str, typer.Option(help="Split of a data set of your own.")] = "test",
@@ -69,7 +71,9 @@ def evaluate(
         str,
         typer.Option(help="Its columns: image=NAME,caption=NAME[,id=NAME] or image=NAME,question=NAME,answer=NAME."),
     ] = "",
-    limit: Annotated[int, typer.Option(help="Number of scenes, or of rows of your own data (0: all).")] = 1000,
+    limit: Annotated[
+        int, typer.Option(help="Number of scenes, or of rows or questions of other data (0: all).")
+    ] = 1000,
     rerank: Annotated[int, typer.Option(help="Candidates of each query that BLIP re-ranks (0: none).")] = 32,
     beams: Annotated[int, typer.Option(help="Beams of captions (1: greedy).")] = 3,
     train_split: Annotated[
@@ -81,7 +85,7 @@ def evaluate(
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Evaluate a CLIP or BLIP checkpoint: retrieval, hard negatives, captions, questions.
+    """Evaluate a checkpoint of CLIP, BLIP, BLIP-2 or InstructBLIP: retrieval, hard negatives, captions, questions.
 
     Beside every number stands what chance, the model without seeing the image, or the most frequent answer gives.
     """
@@ -92,6 +96,33 @@ def evaluate(
     name = None if task is None else task.value
     reports = evaluate_checkpoint(model, data, split, columns, limit, name, train_split, settings)
     typer.echo(json.dumps(reports, indent=2) if as_json else format_reports(reports))
+
+
+@app.command(epilog="Example: `hf-vlm cache-features my-clip --output features --data scenes --limit 10000`")
+def cache_features(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an image encoder, or of a checkpoint with one.")],
+    output: Annotated[Path, typer.Option(help="Folder of the cache; an interrupted one is gone on with.")],
+    data: Annotated[str, typer.Option(help="scenes, or a folder, file or Hub id of images with captions.")] = "scenes",
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    limit: Annotated[int, typer.Option(help="Number of rows (0: all; scenes have no end).")] = 0,
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side, if not as the checkpoint has it.")] = None,
+    columns: Annotated[str, typer.Option(help="Columns of the data: image=NAME,caption=NAME.")] = "",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 128,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check all that is there, and make anew what is bad.")
+    ] = False,
+) -> None:
+    """Run a frozen image tower once over a data set; BLIP-2 and its kin train on the result.
+
+    The features are in bfloat16 and know which weights, preprocessing and data they come from.
+    """
+    from .commands.cache_features import cache_tower, summary
+
+    options = (split, seed, limit, image_size, columns, bf16, batch_size, workers, verify)
+    typer.echo(summary(output, cache_tower(model, output, data, *options)))
 
 
 @app.command(epilog="Example: `hf-vlm convert openai/clip-vit-base-patch32 my-clip --to hf_vlm`")

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import tiny
+import tiny_blip2
+from benchmarks.blip2_plain import PlainBlip2
 from benchmarks.blip_plain import PlainBlip
 from benchmarks.harness import Spread, TrainingStep, _serve, matmul_peak, positive, table
 
@@ -71,6 +73,35 @@ def test_blip_runs(tmp_path: Path) -> None:
         assert each["same_tokens"] == 1 or each["precision"] == "bf16"
 
 
+@pytest.mark.slow
+def test_blip2_runs(tmp_path: Path) -> None:
+    output = tmp_path / "blip2.json"
+    command = [sys.executable, "benchmarks/blip2.py", "--small", "--repeats", "1", "--device", "cpu"]
+    command += ["--threads", "1", "--output", str(output)]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(output.read_text())
+    stage1 = {each["contender"]: each for each in report["stage1"]}
+    own, uncached, once, plain = stage1.values()
+    assert [*stage1] == ["hf_vlm", "hf_vlm, no cache", "plain, queries once", "plain"]
+    assert own["flops"] < uncached["flops"] < 1.2 * own["flops"] < once["flops"] < plain["flops"]
+    stage2 = [(each["precision"], each["contender"]) for each in report["stage2"]]
+    names = ["hf_vlm", "transformers, text logits", "transformers"]
+    assert stage2 == [(precision, name) for precision in ("fp32", "bf16") for name in names]
+    for own, trimmed, native in (report["stage2"][:3], report["stage2"][3:]):
+        assert own["flops"] < trimmed["flops"] < native["flops"] < 1.3 * own["flops"]
+        assert native["last_loss"] == pytest.approx(own["last_loss"], rel=0.02)
+    for each in report["stage1"] + report["stage2"]:
+        assert 0 < each["forward_backward_seconds"]["low"] < each["step_seconds"]["low"]
+        assert each["difference_fp32"] < 1e-5
+        assert (each["peak_memory_bytes"] is None) == (each["contender"].endswith(("queries once", "text logits")))
+    assert [each["precision"] for each in report["captions"]] == 4 * ["fp32"] + 4 * ["bf16"]
+    for each in report["captions"]:
+        assert each["images_per_second"]["low"] > 0
+        assert each["different_captions"] == each["batch"] == 2
+        assert each["same_tokens"] == 1 or each["precision"] == "bf16"
+
+
 def test_plain_blip_computes_the_same() -> None:
     model = tiny.blip_model().train()
     plain = PlainBlip(model.config).train()
@@ -88,6 +119,26 @@ def test_plain_blip_computes_the_same() -> None:
         outputs[width].loss.backward()
     for name in ("loss_itc", "loss_itm", "loss_lm", "itm_logits", "targets_per_image"):
         torch.testing.assert_close(outputs[12][name], outputs[7][name], rtol=1e-4, atol=1e-5)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None), name
+        if parameter.grad is not None:
+            scale = gradients[name].abs().max().item()
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-3 * scale + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("recomputes_queries", [True, False])
+def test_plain_blip2_computes_the_same(recomputes_queries: bool) -> None:
+    model = tiny_blip2.blip2_model().train()
+    plain = PlainBlip2(model.config).train()
+    plain.load_state_dict(model.state_dict())
+    plain.recomputes_queries = recomputes_queries
+    inputs = tiny_blip2.stage1_inputs()
+    outputs = [model(**inputs, sample_seed=3, return_loss=True), plain(**inputs, sample_seed=3)]
+    for output in outputs:
+        output.loss.backward()
+    for name in ("loss", "loss_itc", "loss_itm", "loss_lm", "itm_logits", "logits_per_image"):
+        torch.testing.assert_close(outputs[1][name], outputs[0][name], rtol=1e-4, atol=1e-5)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in plain.named_parameters():
         assert (parameter.grad is None) == (gradients[name] is None), name

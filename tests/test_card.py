@@ -15,7 +15,12 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import BertConfig, BertModel, BertTokenizer, TrainerCallback
 
 import tiny
+import tiny_blip2
 from hf_vlm import (
+    VlmBlip2ForConditionalGeneration,
+    VlmBlip2ForImageTextRetrieval,
+    VlmBlip2ForPreTraining,
+    VlmBlip2Model,
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,
     VlmBlipForPreTraining,
@@ -23,6 +28,8 @@ from hf_vlm import (
     VlmBlipModel,
     VlmClipModel,
     VlmClipProcessor,
+    VlmInstructBlipForConditionalGeneration,
+    VlmInstructBlipModel,
     VlmTowerModel,
 )
 from hf_vlm.auto import PROCESSORS
@@ -42,9 +49,29 @@ BLIP_HEADS = (
     VlmBlipForConditionalGeneration,
     VlmBlipForQuestionAnswering,
 )
+STAGE_ONE = (VlmBlip2Model, VlmBlip2ForPreTraining, VlmBlip2ForImageTextRetrieval)
+INSTRUCTED = (VlmInstructBlipModel, VlmInstructBlipForConditionalGeneration)
+HEADS = {*BLIP_HEADS, *STAGE_ONE, VlmBlip2ForConditionalGeneration, *INSTRUCTED}
+BASE_MODELS = {VlmBlipModel, VlmBlip2Model, VlmInstructBlipModel}
 BUILDERS = {
     "vlm_clip": (tiny.clip_model, tiny.clip_processor),
     **{f"vlm_blip {head.__name__}": (partial(tiny.blip_model, head), tiny.blip_processor) for head in BLIP_HEADS},
+    **{
+        f"vlm_blip2 {head.__name__}": (partial(tiny_blip2.blip2_model, head), tiny_blip2.stage1_processor)
+        for head in STAGE_ONE
+    },
+    **{
+        f"vlm_blip2 {head.__name__} {llm}": (partial(tiny_blip2.blip2_model, head, llm), tiny_blip2.stage2_processor)
+        for head in (VlmBlip2Model, VlmBlip2ForConditionalGeneration)
+        for llm in ("llama", "t5")
+    },
+    **{
+        f"vlm_instructblip {head.__name__}": (
+            partial(tiny_blip2.blip2_model, head, "llama"),
+            tiny_blip2.instruct_processor,
+        )
+        for head in INSTRUCTED
+    },
 }
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_" + "aBcDeFgH" * 4
@@ -110,7 +137,7 @@ def values(content) -> set[str]:
 def test_every_card_has_a_test():
     assert set(ARCHITECTURES) == {name.split()[0] for name in BUILDERS}
     heads = {name for architecture in ARCHITECTURES.values() for name in architecture.heads}
-    assert heads == {head.__name__ for head in BLIP_HEADS if head is not VlmBlipModel}
+    assert heads == {head.__name__ for head in HEADS - BASE_MODELS}
     assert {config.model_type for config in PROCESSORS} >= set(ARCHITECTURES)
 
 
@@ -119,7 +146,7 @@ def test_card_without_record_or_results_claims_nothing(tmp_path, name):
     """Only the config and the processor: no section of results, training or data, no index, no licence."""
     card = ModelCard.load(write_card(save(tmp_path / "model", name)))
     metadata, model_type = card.data.to_dict(), name.split()[0]
-    head = ARCHITECTURES[model_type].head({"architectures": [name.split()[-1]]})
+    head = ARCHITECTURES[model_type].head({"architectures": [name.split()[min(1, len(name.split()) - 1)]]})
     assert "model-index" not in metadata
     assert not {"license", "datasets", "base_model"} & set(metadata)
     assert metadata["library_name"] == "transformers"
@@ -127,7 +154,8 @@ def test_card_without_record_or_results_claims_nothing(tmp_path, name):
     assert set(metadata["tags"]) >= {model_type, *head.tags}
     assert model_type in metadata["tags"]
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", card.text, flags=re.DOTALL), flags=re.MULTILINE)
-    assert headings == ["model", "How to use", "Licence", "Limits"]
+    cited = ["Citation"] if ARCHITECTURES[model_type].citation else []
+    assert headings == ["model", "How to use", "Licence", "Limits", *cited]
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -266,7 +294,7 @@ def test_an_evaluation_without_texts_is_shown_as_it_is(folder):
         (RESULTS_NAME, '{"retrieval": 3}', "results.json does not hold"),
         (RECORD_NAME, "[]", "training_record.json holds no JSON object"),
         (RECORD_NAME, '{"data": [1]}', "training_record.json: 'data'"),
-        ("config.json", '{"model_type": "bert"}', "type bert, only for vlm_clip"),
+        ("config.json", '{"model_type": "bert"}', "type bert, only for vlm_clip, vlm_blip"),
     ],
 )
 def test_broken_files_are_one_line(folder, name, content, message):

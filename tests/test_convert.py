@@ -173,10 +173,10 @@ def test_what_clip_cannot_express_is_refused(build: Callable[[], VlmClipModel], 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     bert = save(tmp_path, BertModel(BertConfig(**tiny.layer_sizes(), vocab_size=20)))
     assert refusal(from_transformers, bert) == (
-        f"{bert} is of architecture bert, which cannot be converted here; clip, blip can."
+        f"{bert} is of architecture bert, which cannot be converted here; clip, blip, blip-2, instructblip can."
     )
     assert refusal(to_transformers, str(bert)).endswith(
-        "architecture bert, which cannot be converted here; vlm_clip, vlm_blip can."
+        "architecture bert, which cannot be converted here; vlm_clip, vlm_blip, vlm_blip2, vlm_instructblip can."
     )
     assert refusal(to_transformers, native_clip()).startswith("This object is of architecture clip, ")
     part = CLIPForImageClassification(tiny.native_clip_config())
@@ -560,7 +560,7 @@ def test_another_original_is_refused() -> None:
     resnet = {"visual.conv1.weight": torch.ones(2, 3, 3, 3), "visual.layer1.0.conv1.weight": torch.ones(2, 2, 3, 3)}
     assert refusal(from_original, resnet, hidden_act="gelu") == (
         "Not a known layout: its tensors are visual.conv1.weight, visual.layer1.0.conv1.weight, ...; "
-        "open_clip's vision transformers and BLIP are known."
+        "open_clip's vision transformers, BLIP and BLIP-2 are known."
     )
 
 

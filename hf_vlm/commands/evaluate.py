@@ -1,6 +1,7 @@
-"""`hf-vlm evaluate`: a checkpoint on the built-in pictures, on scenes, or on a data set of the user's own."""
+"""`hf-vlm evaluate`: a checkpoint on the built-in pictures, on scenes, on easy-VQA, or on data of the user's own."""
 
 import json
+import random
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.collators import pair_id
+from ..data.easy_vqa import easy_vqa_images, easy_vqa_questions
 from ..data.emoji import load_emoji
 from ..data.emoji_pairs import TEST_SPLITS
 from ..data.images import load_image
@@ -16,13 +18,17 @@ from ..data.questions import QuestionRows, question_source
 from ..data.scenes import SceneStream, load_scenes
 from ..data.sources import DataSource, load_source
 from ..evaluation import hard_negative_report, retrieval_report
+from .prompts import prompting_of
 from .tables import by_task, format_report, format_reports, retrieval_table
 from .tasks import DEFAULTS, KS, TASKS, Evaluator, Reports, Settings, TestSet, chosen_tasks, load_checkpoint
 
 EMOJI_TASKS = ("retrieval", "caption")
-SCENE_TASKS = ("retrieval", "hard_negatives", "caption", "vqa")
-OWN_TASKS = ("retrieval", "caption", "vqa")
+QUESTION_TASKS = ("vqa", "vqa_unseen_wordings")
+SCENE_TASKS = ("retrieval", "hard_negatives", "caption", *QUESTION_TASKS)
+OWN_TASKS = ("retrieval", "caption", *QUESTION_TASKS)
 TRAIN_SCENES = 1000  # whose questions the majority row counts
+AFTER_TRAINING = Settings(beams=1, answer_tokens=8, max_questions=400)
+"""How a recipe measures a head with a language model, which is slow."""
 Report = dict[str, dict[str, Any]]
 
 
@@ -94,7 +100,7 @@ def report_on_scenes(
         raise ValueError("A model needs its processor beside it; a folder brings its own.")
     tasks = chosen_tasks(model, SCENE_TASKS, task, "scenes")
     train_questions = None
-    if "vqa" in tasks:
+    if not set(tasks).isdisjoint(QUESTION_TASKS):
         stream = SceneStream("train", size=size)
         train_questions = list(chain.from_iterable(stream.scene(i)["questions"] for i in range(TRAIN_SCENES)))
     evaluator, reports = Evaluator(model, processor, settings), {}
@@ -114,11 +120,60 @@ def report_on_scenes(
     return reports
 
 
+def report_on_easy_vqa(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    num_questions: int = 0,
+    *,
+    task: str | None = None,
+    settings: Settings = DEFAULTS,
+) -> Reports:
+    """Answers to test questions of easy-VQA.
+
+    Args:
+        model: A head of `TASKS` that answers questions.
+        processor: Its processor.
+        num_questions: How many, drawn at random but always the same (0: all 9,673).
+        task: One of `QUESTION_TASKS`; all that the head can do by default.
+        settings: How tasks are done.
+
+    Returns:
+        Under `test`, for each task, metrics as of `report_on_scenes`; `easy_vqa` is `vqa` on this data.
+
+    Raises:
+        ValueError: if the head answers no questions.
+        ModuleNotFoundError: if easy-VQA is not installed.
+    """
+    tasks = chosen_tasks(model, QUESTION_TASKS, task, "easy_vqa")
+    pictures, questions = easy_vqa_images("test"), easy_vqa_questions("test")
+    if 0 < num_questions < len(questions):
+        questions = random.Random(0).sample(questions, num_questions)
+    asked: dict[int, list[dict[str, Any]]] = {}
+    for question in questions:
+        asked.setdefault(question["index"], []).append(question)
+    images = [load_image(pictures[index]["image"]) for index in asked]
+    test = TestSet(images, questions=list(asked.values()), train_questions=easy_vqa_questions("train"))
+    report = Evaluator(model, processor, settings).run(tasks, test)
+    return {"test": {f"easy_{name}": metrics for name, metrics in report.items()}}
+
+
 def save_scene_report(
-    folder: str | Path, model: PreTrainedModel, processor: ProcessorMixin, num_scenes: int, size: int
+    folder: str | Path,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    num_scenes: int,
+    size: int,
+    settings: Settings = AFTER_TRAINING,
 ) -> None:
-    """The end of a recipe: all that its head can do on scenes, printed and written to `results.json` in the folder."""
-    reports = report_on_scenes(model.eval(), processor, num_scenes, size=size)
+    """The end of a recipe: all that its head can do on scenes, printed and written to `results.json` in the folder.
+
+    A head with a language model also answers questions of easy-VQA, and does all as `settings` say.
+    """
+    if prompting_of(model.eval(), processor) is None:
+        reports = report_on_scenes(model, processor, num_scenes, size=size)
+    else:
+        reports = report_on_scenes(model, processor, num_scenes, size=size, settings=settings)
+        reports |= report_on_easy_vqa(model, processor, settings.max_questions, settings=settings)
     print(format_reports(reports))
     Path(folder, "results.json").write_text(json.dumps(by_task(reports), indent=2))
 
@@ -143,6 +198,8 @@ def evaluate_checkpoint(
     if data == "scenes":
         size = min(max(processor.image_processor.size["height"], 48), 1024)  # sides that scenes can have
         return report_on_scenes(model, processor, limit, task=task, size=size, settings=settings)
+    if data == "easy_vqa":
+        return report_on_easy_vqa(model, processor, limit, task=task, settings=settings)
     if data == "emoji":
         tasks = chosen_tasks(model, EMOJI_TASKS, task, "emoji")
         evaluator, emoji = Evaluator(model, processor, settings), load_emoji()
@@ -155,11 +212,11 @@ def evaluate_checkpoint(
         }
     tasks = chosen_tasks(model, OWN_TASKS, task, data)
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
-    if tasks == ["vqa"]:
+    if "question" in mapping or set(tasks) <= set(QUESTION_TASKS):
         test = own_questions(data, split, train_split, mapping, limit)
     else:
         test = own_captions(data, split, mapping, limit)
-    return {split: Evaluator(model, processor, settings).run(tasks, test)}
+    return {split: Evaluator(model, processor, settings).run(chosen_tasks(model, test.tasks, task, data), test)}
 
 
 def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
@@ -196,8 +253,10 @@ def _first(rows: Any, limit: int) -> list[dict[str, Any]]:
 
 
 __all__ = [
+    "AFTER_TRAINING",
     "EMOJI_TASKS",
     "OWN_TASKS",
+    "QUESTION_TASKS",
     "SCENE_TASKS",
     "TASKS",
     "emoji_report",
@@ -208,6 +267,7 @@ __all__ = [
     "own_captions",
     "own_questions",
     "report_on_builtin_data",
+    "report_on_easy_vqa",
     "report_on_scenes",
     "retrieval_table",
     "save_scene_report",

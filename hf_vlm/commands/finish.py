@@ -10,19 +10,30 @@ from huggingface_hub import RepoCard, hf_hub_download
 from transformers import Trainer
 
 from ..data.drawings import package_versions
+from ..data.easy_vqa import easy_vqa_questions
 from ..data.emoji import LICENCES, load_emoji
 from ..data.wheels import PREFIX, WHEELS
 from ..hub.card import write_card
 from ..hub.push import push_run
 from ..hub.record import Record, has_trained, published, read_record, run_record, write_record
 
-PARTS = ("model", "vision", "text", "tokenizer")  # the model arguments that name pretrained parts
+PARTS = ("model", "vision", "text", "tokenizer", "language_model")  # the model arguments that name pretrained parts
 PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_FILES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tar")
 
 
-def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any) -> None:
+EASY_VQA = {
+    "name": "easy-VQA",
+    "licence": "MIT",
+    "credit": "easy-VQA, by Victor Zhou",
+    "source": "https://github.com/vzhou842/easy-VQA",
+}
+
+
+def finish_run(
+    trainer: Trainer, recipe: str, model_args: Any, data_args: Any, has_easy_vqa: bool = False
+) -> None:
     """Writes `training_record.json` and the model card into the output folder, on the first rank.
 
     A finished run that is started again has trained nothing: its record then stays as it is, and the card is written
@@ -35,6 +46,7 @@ def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any) -
         recipe: Name of the recipe.
         model_args: Its dataclass of model arguments.
         data_args: Its dataclass of data arguments; without `sources` it trained on the built-in pictures.
+        has_easy_vqa: Whether it then trained on easy-VQA as well.
     """
     if not trainer.is_world_process_zero():
         return
@@ -43,7 +55,7 @@ def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any) -
         model, data = dataclasses.asdict(model_args), dataclasses.asdict(data_args)
         parts = pretrained_parts(model)
         builtin = data["sources"] is None
-        sources = builtin_data() if builtin else own_data(data["sources"], data["eval_sources"] or [])
+        sources = builtin_data(has_easy_vqa) if builtin else own_data(data["sources"], data["eval_sources"] or [])
         record = run_record(trainer, recipe, {"model": model, "data": data}, sources, parts)
         if builtin:
             record["versions"] |= package_versions()
@@ -53,13 +65,16 @@ def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any) -
     push_run(trainer.args)
 
 
-def builtin_data() -> list[Record]:
-    """The vendors of the built-in pictures, with the rows that each gives to each split."""
+def builtin_data(has_easy_vqa: bool = False) -> list[Record]:
+    """The vendors of the built-in pictures, and easy-VQA, with the rows that each gives to each split."""
     counts = {split: Counter(rows["style"]) for split, rows in load_emoji().items()}
-    return [
+    found: list[Record] = [
         {"name": style, **LICENCES[style], "rows": {split: n[style] for split, n in counts.items() if n[style]}}
         for style in LICENCES
     ]
+    if has_easy_vqa:
+        found.append({**EASY_VQA, "rows": {"train": len(easy_vqa_questions("train"))}})
+    return found
 
 
 def own_data(sources: list[dict[str, Any]], eval_sources: list[dict[str, Any]]) -> list[Record]:
@@ -79,7 +94,10 @@ def own_data(sources: list[dict[str, Any]], eval_sources: list[dict[str, Any]]) 
 
 
 def pretrained_parts(model: dict[str, Any]) -> list[Record]:
-    """The parts that a model's arguments name, with versions and licences where these are known."""
+    """The parts that a model's arguments name, with versions and licences where these are known.
+
+    Of a `model` that another recipe wrote, which is gone on with whole, its parts follow.
+    """
     found: list[Record] = []
     for part in PARTS:
         name = model.get(part)
@@ -96,6 +114,8 @@ def pretrained_parts(model: dict[str, Any]) -> list[Record]:
         elif Path(name).is_dir() and (licence := read_record(name).get("licence")):  # what another recipe wrote
             entry["licence"] = licence
         found.append(entry)
+        if part == "model" and Path(name).is_dir():
+            found += [{**inner, "part": f"{inner['part']} of {entry['id']}"} for inner in read_record(name)["parts"]]
     return found
 
 

@@ -1,34 +1,46 @@
 """What a checkpoint can be evaluated on: the tasks that its head can do, on a test set that has what they need.
 
-- `retrieval`: images and captions find each other; BLIP's also re-ranked by matching.
+- `retrieval`: images and captions find each other; BLIP's and BLIP-2's also re-ranked by matching.
 - `hard_negatives`: true captions against ones that differ in a word, by embeddings and, if possible, by matching.
 - `caption`: captions are written and compared with references.
-- `vqa`: questions are answered, in words or from a closed list.
+- `vqa`: questions are answered, in words or from a closed list. `vqa_unseen_wordings`: the same, asked of a language
+  model in words that no instruction was trained with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from ..evaluation import caption_report, hard_negative_report, retrieval_report, vqa_report
+from ..data.instruction_templates import Wordings
+from ..evaluation import Prompting, caption_report, hard_negative_report, retrieval_report, vqa_report
 from ..models import (
+    VlmBlip2ForConditionalGeneration,
+    VlmBlip2ForImageTextRetrieval,
+    VlmBlip2ForPreTraining,
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,
     VlmBlipForPreTraining,
     VlmBlipForQuestionAnswering,
     VlmClipModel,
+    VlmInstructBlipForConditionalGeneration,
 )
+from .prompts import caption_prompt, prompting_of, question_wording
 
+PROMPTED = ("caption", "vqa", "vqa_unseen_wordings")
 TASKS: dict[type[PreTrainedModel], tuple[str, ...]] = {
     VlmClipModel: ("retrieval", "hard_negatives"),
     VlmBlipForPreTraining: ("retrieval", "hard_negatives", "caption"),
     VlmBlipForImageTextRetrieval: ("retrieval", "hard_negatives"),
     VlmBlipForConditionalGeneration: ("caption",),
     VlmBlipForQuestionAnswering: ("vqa",),
+    VlmBlip2ForPreTraining: ("retrieval", "hard_negatives"),
+    VlmBlip2ForImageTextRetrieval: ("retrieval", "hard_negatives"),
+    VlmBlip2ForConditionalGeneration: PROMPTED,
+    VlmInstructBlipForConditionalGeneration: PROMPTED,
 }
 KS = (1, 5, 10)
 Reports = dict[str, dict[str, dict[str, Any]]]
@@ -66,6 +78,7 @@ class TestSet:
             "hard_negatives": self.hard_negatives,
             "caption": self.references,
             "vqa": self.questions,
+            "vqa_unseen_wordings": self.questions,
         }
         return tuple(task for task, needed in needs.items() if needed is not None)
 
@@ -76,10 +89,12 @@ class Settings:
 
     Args:
         rerank: Candidates of each query that a matching model re-ranks.
-        prompt: What captions begin with, not scored.
+        prompt: What captions begin with, not scored. Of a language model, the instruction, in place of a wording.
+        wordings: Whether InstructBLIP is asked in the first of the trained or of the unseen wordings of a task.
         beams: Beams of captions.
         caption_tokens: The longest caption in tokens.
         answer_tokens: The longest answer in tokens.
+        max_questions: Questions of a test set that are asked, the first (0: all).
         rank_answers: Choose from the answers of the training questions in place of writing.
         bf16: Run under autocast to bfloat16.
         progress: Show progress bars.
@@ -87,9 +102,11 @@ class Settings:
 
     rerank: int = 32
     prompt: str | None = None
+    wordings: Wordings = "train"
     beams: int = 3
     caption_tokens: int = 40
     answer_tokens: int = 10
+    max_questions: int = 0
     rank_answers: bool = False
     bf16: bool = False
     progress: bool = True
@@ -164,20 +181,28 @@ class Evaluator:
     @property
     def matching(self) -> bool:
         """Whether the model scores pairs by looking at both."""
-        return isinstance(self.model, VlmBlipForPreTraining)
+        return isinstance(self.model, VlmBlipForPreTraining | VlmBlip2ForPreTraining)
 
     @cached_property
     def captioner(self) -> PreTrainedModel:
         """The head that writes captions: made from the weights of a pretraining head."""
-        return VlmBlipForConditionalGeneration.from_pretraining(self.model).eval() if self.matching else self.model
+        if isinstance(self.model, VlmBlipForPreTraining):
+            return VlmBlipForConditionalGeneration.from_pretraining(self.model).eval()
+        return self.model
+
+    @cached_property
+    def prompting(self) -> Prompting | None:
+        """How a head with a language model is given its prompts."""
+        return prompting_of(self.model, self.processor)
 
     def run(self, tasks: Sequence[str], test: TestSet) -> dict[str, dict[str, Any]]:
         """The metrics of each task."""
-        reports = {
+        reports: dict[str, Callable[[TestSet], dict[str, Any]]] = {
             "retrieval": self.retrieval,
             "hard_negatives": self.hard_negatives,
             "caption": self.caption,
             "vqa": self.vqa,
+            "vqa_unseen_wordings": partial(self.vqa, wordings="unseen"),
         }
         return {task: reports[task](test) for task in tasks}
 
@@ -197,6 +222,8 @@ class Evaluator:
     def caption(self, test: TestSet) -> dict[str, Any]:
         """The metrics of `caption_report`."""
         prompt = self.settings.prompt
+        if prompt is None:
+            prompt = caption_prompt(self.model, self.settings.wordings)
         used = 1 if prompt is None else len(self.processor.tokenizer(prompt)["input_ids"])
         report, _ = caption_report(
             self.captioner,
@@ -204,19 +231,26 @@ class Evaluator:
             test.images,
             test.references or [],
             prompt=prompt,
+            prompting=self.prompting,
             generate_options=self._generation(self.settings.caption_tokens, used, self.settings.beams),
             **self.settings.shown,
         )
         return report
 
-    def vqa(self, test: TestSet) -> dict[str, Any]:
+    def vqa(self, test: TestSet, wordings: Wordings | None = None) -> dict[str, Any]:
         """The metrics of `vqa_report`.
 
+        Args:
+            test: Images with questions.
+            wordings: In which a language model is asked; by default those of the settings.
+
         Raises:
-            ValueError: if answers are to be ranked and there are no training questions.
+            ValueError: if answers are to be ranked by a language model, or there are no training questions.
         """
         answers = None
         if self.settings.rank_answers:
+            if self.prompting is not None:
+                raise ValueError(f"A {type(self.model).__name__} writes its answers: leave out their ranking.")
             if test.train_questions is None:
                 raise ValueError("Ranking needs a list of answers: name the split of the training questions.")
             given = [asked["answer"] for asked in test.train_questions]
@@ -225,16 +259,32 @@ class Evaluator:
             self.model,
             self.processor,
             test.images,
-            test.questions or [],
+            self._asked(test.questions or [], wordings or self.settings.wordings),
             train_questions=test.train_questions,
             answer_list=answers,
+            prompting=self.prompting,
             generate_options=self._generation(self.settings.answer_tokens, used=1, beams=1),
             **self.settings.shown,
         )
         return report
 
+    def _asked(
+        self, questions: Sequence[Sequence[Mapping[str, Any]]], wordings: Wordings
+    ) -> list[list[dict[str, Any]]]:
+        """The questions about each image, as the model is asked them."""
+        wording = question_wording(self.model, wordings)
+        left, asked = self.settings.max_questions or sum(map(len, questions)), []
+        for of_image in questions:
+            chosen = of_image[:left]
+            left -= len(chosen)
+            asked.append([{**one, "question": wording.format(question=one["question"])} for one in chosen])
+        return asked
+
     def _generation(self, tokens: int, used: int, beams: int) -> dict[str, Any]:
         """Options of `generate`; with the tokens used before, the text stays within the decoder's positions."""
+        if self.prompting is not None:
+            ends = {"eos_token_id": self.processor.tokenizer.eos_token_id, "do_sample": False}
+            return {"max_new_tokens": tokens, "num_beams": beams, **ends}
         room = self.model.config.text_config.max_position_embeddings - used
         return {"max_new_tokens": min(tokens, room), "num_beams": beams}
 

@@ -3,12 +3,16 @@
 from .augment import Augmentation
 from .collators import CaptionCollator, ContrastiveCollator, QuestionCollator
 from .corruption import corrupt_captions
+from .easy_vqa import easy_vqa_images, easy_vqa_questions
 from .emoji import EMOJI_SPLITS, LICENCES, load_emoji
 from .emoji_pairs import TEST_SPLITS, emoji_captions, emoji_pairs
+from .feature_cache import CachedFeatures, FeatureCacheError, cache_features, feature_key
 from .images import ImageError, load_image
+from .instructions import caption_instructions, mix_by_sqrt, question_instructions, scene_instructions
 from .mixing import mix, split_stream
 from .pairs import Pair, PairDataset, PairStream, load_pairs
-from .questions import Question, QuestionDataset, load_questions
+from .prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
+from .questions import Question, QuestionDataset, QuestionRows, load_questions, question_source
 from .scene_rows import SceneRows
 from .scenes import SceneStream, load_scenes
 from .sources import DataSource, load_source
@@ -17,24 +21,35 @@ from .wheels import WHEELS, resolve_part
 __all__ = [
     "EMOJI_SPLITS",
     "LICENCES",
+    "PROMPT_END",
     "TEST_SPLITS",
     "WHEELS",
     "Augmentation",
+    "CachedFeatures",
     "CaptionCollator",
+    "CaptionPromptCollator",
     "ContrastiveCollator",
     "DataSource",
+    "FeatureCacheError",
     "ImageError",
     "Pair",
     "PairDataset",
     "PairStream",
+    "PromptCollator",
     "Question",
     "QuestionCollator",
     "QuestionDataset",
+    "QuestionRows",
     "SceneRows",
     "SceneStream",
+    "cache_features",
+    "caption_instructions",
     "corrupt_captions",
+    "easy_vqa_images",
+    "easy_vqa_questions",
     "emoji_captions",
     "emoji_pairs",
+    "feature_key",
     "load_emoji",
     "load_image",
     "load_pairs",
@@ -42,6 +57,11 @@ __all__ = [
     "load_scenes",
     "load_source",
     "mix",
+    "mix_by_sqrt",
+    "prompt_inputs",
+    "question_instructions",
+    "question_source",
     "resolve_part",
+    "scene_instructions",
     "split_stream",
 ]

@@ -1,10 +1,10 @@
 """Rows about images (texts to match, questions to answer), taken so that every image is encoded once.
 
 - The images that rows ask about are encoded a block at a time, in their order; never more than a block is in memory.
-- `model` is any whose body `model.model` has `encode_images(pixel_values)`, such as BLIP's heads.
+- By default `model` is any whose body `model.model` has `encode_images(pixel_values)`, such as BLIP's heads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ def image_blocks(
     images: Sequence[Image.Image],
     image_of_row: torch.Tensor | Sequence[int],
     batch_size: int,
+    encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[Block]:
     """The rows in the order of their images.
 
@@ -40,6 +41,7 @@ def image_blocks(
         images: anything with a length and integer indices; an image that no row asks about is not read.
         image_of_row: `(rows,)`, which image each row asks about.
         batch_size: images a block.
+        encode: from pixels to states; by default `model.model.encode_images`.
 
     Raises:
         ValueError: there are no rows, or a row asks about an image that is not there.
@@ -58,7 +60,7 @@ def image_blocks(
         block = slice(start, start + batch_size)
         batch = [images[i] for i in needed[block].tolist()]
         pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
-        states = model.model.encode_images(pixel_values.to(model.device, model.dtype))
+        states = (encode or model.model.encode_images)(pixel_values.to(model.device, model.dtype))
         rows = order[int(ends[start] - counts[start]) : int(ends[block][-1])]
         places = torch.arange(len(batch)).repeat_interleave(counts[block])
         yield Block(states, rows, places.to(states.device))

@@ -1,7 +1,7 @@
 """Embeddings of many images or texts by a two-tower model, ready for the metrics and for search.
 
 - Works with any model whose `get_image_features` and `get_text_features` return an output with the projected embedding
-  as `pooler_output`: `VlmClipModel` and transformers' own CLIP.
+  as `pooler_output`: `VlmClipModel`, transformers' own CLIP, and the heads of BLIP and BLIP-2 that compare.
 - Texts are sorted by length, so each batch is padded only to texts of about its own length, longest first, so a batch
   that does not fit into memory fails at once; the result is in the order of the input.
 - The model is in eval mode meanwhile; afterwards every module is in the mode it had, frozen ones too.
@@ -35,7 +35,7 @@ def embed_images(
         autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
 
     Returns:
-        `(len(images), D)`, float32, on the CPU.
+        `(len(images), D)`, float32, on the CPU; `(len(images), E, D)` of a model that gives an image E embeddings.
 
     Raises:
         ValueError: there are no images.

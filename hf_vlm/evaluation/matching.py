@@ -1,7 +1,7 @@
-"""Scores of pairs by a model that looks at image and text together (BLIP's image-text matching, ITM).
+"""Scores of pairs by a model that looks at image and text together (image-text matching, ITM).
 
-- Works with any model that has `match(memory, input_ids, attention_mask, memory_index)` and whose body's text encoder
-  has `project_memory`: `VlmBlipForPreTraining` and `VlmBlipForImageTextRetrieval`.
+- Works with any model that has `match(memory, input_ids, attention_mask, memory_index)` and `project_memory(states)`:
+  BLIP's and BLIP-2's heads for pretraining and retrieval.
 - Every image is encoded, and its keys and values projected, once, however many texts it is paired with. Every text is
   tokenised once. Texts of about one length share a batch.
 """
@@ -62,7 +62,7 @@ def match_logits(
     logits = torch.empty(len(pairs), 2)
     with _evaluating(model, autocast_dtype), tqdm(total=len(pairs), desc="pairs", disable=not progress) as bar:
         for block in image_blocks(model, processor, images, pairs[:, 0], image_batch_size):
-            memory = model.model.text_encoder.project_memory(block.states)
+            memory = model.project_memory(block.states)
             order = lengths[pairs[block.rows, 1]].argsort(descending=True, stable=True)
             for part in order.split(batch_size):
                 rows = block.rows[part]

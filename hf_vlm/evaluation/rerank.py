@@ -5,15 +5,15 @@
 - Both directions ask for pairs; a pair that both ask for is scored once.
 - Memory grows with k times the number of images and texts; the matrix of all pairs never exists.
 
-Shapes: I images, T texts, D embedding size, Q queries, C candidates, N pairs to score.
+Shapes: I images, T texts, E embeddings of an image, D embedding size, Q queries, C candidates, N pairs to score.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from .matching import MATCH_TOLERANCE
-from .retrieval import Array, _both_directions, _matching_ids, first_matches, unit_rows
+from .retrieval import Array, _both_directions, _matching_ids, cosines, first_matches, unit_images, unit_rows
 
 
 def rerank_metrics(
@@ -31,7 +31,7 @@ def rerank_metrics(
     """The metrics of `retrieval_metrics` after re-ranking.
 
     Args:
-        image_embeds: `(I, D)`, any floating type, normalised here.
+        image_embeds: `(I, D)` or `(I, E, D)`, any floating type, normalised here.
         text_embeds: `(T, D)`.
         score_pairs: takes pairs `(N, 2)`, rows of images and of texts, no pair twice, and returns a score `(N,)` of
             each, such as the second column of `match_logits`.
@@ -45,10 +45,10 @@ def rerank_metrics(
     """
     if k < 1:
         raise ValueError(f"re-ranking needs at least one candidate a query, got k={k}")
-    images, texts = unit_rows(image_embeds, "image_embeds"), unit_rows(text_embeds, "text_embeds")
+    images, texts = unit_images(image_embeds), unit_rows(text_embeds, "text_embeds")
     image_ids, text_ids = _matching_ids(text_to_image, image_ids, len(images), len(texts))
-    by_image, of_image = _top(images, texts, k, chunk)
-    by_text, of_text = _top(texts, images, k, chunk)
+    by_image, of_image = _top((cosines(rows, texts) for rows in images.split(chunk)), k)
+    by_text, of_text = _top((cosines(images, rows).T for rows in texts.split(chunk)), k)
     # A pair as one number.
     image_keys = torch.arange(len(images))[:, None] * len(texts) + of_image
     text_keys = of_text * len(texts) + torch.arange(len(texts))[:, None]
@@ -61,10 +61,9 @@ def rerank_metrics(
     return _both_directions(found_texts, found_images, ks)
 
 
-def _top(queries: torch.Tensor, candidates: torch.Tensor, k: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Similarities and places `(Q, k)` of the most similar candidates, or of all where there are fewer."""
-    k = min(k, len(candidates))
-    parts = [(rows @ candidates.T).topk(k) for rows in queries.split(chunk)]
+def _top(scores: Iterable[torch.Tensor], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and places `(Q, k)` of the best candidates, or of all where there are fewer, of `(rows, C)` at a time."""
+    parts = [rows.topk(min(k, rows.shape[1])) for rows in scores]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 

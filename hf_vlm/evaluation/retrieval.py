@@ -7,9 +7,10 @@
   gets exactly the recall of chance, neither 1 (ties counted as hits) nor 0.
 - **Cosines within `COSINE_TOLERANCE` are tied**: rounding makes equal embeddings differ by about 1e-7, and which of
   them comes first would depend on the batches they were computed in.
+- **An image may have several embeddings** (BLIP-2's queries): the one nearest to the text counts.
 - Similarities are computed `chunk` rows at a time; the whole matrix never exists.
 
-Shapes: I images, T texts, D embedding size, Q queries, N candidates.
+Shapes: I images, T texts, E embeddings of an image, D embedding size, Q queries, N candidates.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ def retrieval_metrics(
     """Retrieval by cosine similarity, every image against every text and back.
 
     Args:
-        image_embeds: `(I, D)`, any floating type, normalised here.
+        image_embeds: `(I, D)` or `(I, E, D)`, any floating type, normalised here.
         text_embeds: `(T, D)`.
         text_to_image: `(T,)`, integers: the id of the image that each text describes. Without `image_ids` the id of an
             image is its row in `image_embeds`.
@@ -53,12 +54,12 @@ def retrieval_metrics(
     Raises:
         ValueError: shapes do not fit, an embedding is not finite, or an image or text has nothing that it matches.
     """
-    images, texts = unit_rows(image_embeds, "image_embeds"), unit_rows(text_embeds, "text_embeds")
-    if images.shape[1] != texts.shape[1]:
-        raise ValueError(f"image_embeds have size {images.shape[1]}, text_embeds {texts.shape[1]}: they must be equal")
+    images, texts = unit_images(image_embeds), unit_rows(text_embeds, "text_embeds")
+    if images.shape[-1] != texts.shape[1]:
+        raise ValueError(f"image_embeds have size {images.shape[-1]}, text_embeds {texts.shape[1]}: they must be equal")
     image_ids, text_ids = _matching_ids(text_to_image, image_ids, len(images), len(texts))
-    by_image = first_matches(lambda rows: images[rows] @ texts.T, image_ids, text_ids, chunk, tie_tolerance)
-    by_text = first_matches(lambda rows: texts[rows] @ images.T, text_ids, image_ids, chunk, tie_tolerance)
+    by_image = first_matches(lambda rows: cosines(images[rows], texts), image_ids, text_ids, chunk, tie_tolerance)
+    by_text = first_matches(lambda rows: cosines(images, texts[rows]).T, text_ids, image_ids, chunk, tie_tolerance)
     return _both_directions(by_image, by_text, ks)
 
 
@@ -164,6 +165,28 @@ def unit_rows(embeds: Array, name: str) -> torch.Tensor:
     return F.normalize(rows, dim=1)
 
 
+def unit_images(embeds: Array) -> torch.Tensor:
+    """Embeddings of images, `(I, D)` or several of each `(I, E, D)`, as unit vectors `(I, E, D)`; see `unit_rows`."""
+    embeds = torch.as_tensor(embeds)
+    if embeds.ndim != 3:
+        return unit_rows(embeds, "image_embeds")[:, None]
+    return unit_rows(embeds.flatten(0, 1), "image_embeds (images * embeddings rows)").unflatten(0, embeds.shape[:2])
+
+
+def cosines(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """Similarities `(I, T)` of unit vectors `(I, E, D)` and `(T, D)`: the nearest of an image's embeddings counts."""
+    nearest = images[:, 0] @ texts.T
+    for embeds in images.unbind(1)[1:]:
+        torch.maximum(nearest, embeds @ texts.T, out=nearest)
+    return nearest
+
+
+def pair_cosines(images: torch.Tensor, texts: torch.Tensor, pairs: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+    """`cosines` of pairs `(N, 2)`, rows of images and of texts, alone: `(N,)`."""
+    parts = [(images[part[:, 0]] * texts[part[:, 1], None]).sum(-1).amax(1) for part in pairs.split(chunk)]
+    return torch.cat(parts)
+
+
 def _places(scores: torch.Tensor, matches: torch.Tensor, tie_tolerance: float) -> torch.Tensor:
     best = scores.masked_fill(~matches, -torch.inf).amax(dim=1, keepdim=True)
     above = scores > best + tie_tolerance
@@ -259,9 +282,12 @@ def _both_directions(by_image: torch.Tensor, by_text: torch.Tensor, ks: Sequence
 __all__ = [
     "COSINE_TOLERANCE",
     "chance",
+    "cosines",
     "first_matches",
     "hit_probability",
+    "pair_cosines",
     "retrieval_metrics",
     "similarity_metrics",
+    "unit_images",
     "unit_rows",
 ]

@@ -1,7 +1,8 @@
 """Whole evaluations of a model on data: everything embedded, scored or written, beside chance and blind guessing.
 
-- Two-tower models and BLIP's comparing heads: retrieval (with `rerank`, also re-ranked by ITM) and hard negatives.
-- BLIP's writing heads: captions and answers.
+- Two-tower models and the comparing heads of BLIP and BLIP-2: retrieval (with `rerank`, also re-ranked by ITM) and
+  hard negatives.
+- BLIP's writing heads, and with `prompting` models that go on with a prompt: captions and answers.
 - **Blind rows**: the same model on a plain grey picture in place of every image. What it still gets right it took from
   the texts alone. Retrieval needs none: on equal images nothing beats `chance`.
 """
@@ -19,9 +20,9 @@ from .embed import embed_images, embed_texts
 from .hard_negatives import hard_negative_metrics
 from .matching import MATCH_TOLERANCE, match_logits
 from .rerank import rerank_metrics
-from .retrieval import COSINE_TOLERANCE, chance, retrieval_metrics
+from .retrieval import COSINE_TOLERANCE, chance, pair_cosines, retrieval_metrics, unit_images
 from .vqa import majority_answer, majority_answers, vqa_metrics
-from .writing import answer_questions, caption_images, choose_answers
+from .writing import Prompting, answer_questions, caption_images, choose_answers
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
 """What a blind model sees."""
@@ -120,8 +121,9 @@ def hard_negative_report(
     text_embeds = embed_texts(model, processor, texts, **shown)
 
     def by_embeddings(images: Sequence[Image.Image], owner: torch.Tensor) -> dict[str, float]:
-        image_embeds = embed_images(model, processor, images, batch_size, **shown)[owner]
-        right, wrong = ((image_embeds * text_embeds[chosen]).sum(-1) for chosen in (true, false))
+        image_embeds = unit_images(embed_images(model, processor, images, batch_size, **shown))
+        pairs = (torch.stack([owner, chosen], dim=1) for chosen in (true, false))
+        right, wrong = (pair_cosines(image_embeds, text_embeds, of) for of in pairs)
         return hard_negative_metrics(right, wrong, kinds, tie_tolerance=COSINE_TOLERANCE)
 
     def by_matching(images: Sequence[Image.Image], owner: torch.Tensor) -> dict[str, float]:
@@ -146,6 +148,7 @@ def caption_report(
     references: Sequence[str | Sequence[str]],
     *,
     prompt: str | None = None,
+    prompting: Prompting | None = None,
     generate_options: Mapping[str, Any] = NO_OPTIONS,
     batch_size: int = 32,
     progress: bool = True,
@@ -156,7 +159,8 @@ def caption_report(
     Args:
         images: `(I,)` pictures.
         references: `(I,)`, one true caption or several of each.
-        prompt: text that captions begin with and that is not scored.
+        prompt: text that captions begin with and that is not scored; with `prompting` the instruction.
+        prompting: as in `answer_questions`.
         generate_options: options of transformers' `generate`.
         batch_size, progress, autocast_dtype: as in `caption_images`.
 
@@ -169,8 +173,15 @@ def caption_report(
     """
     truths = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
     options: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype, **generate_options}
-    captions = caption_images(model, processor, images, prompt, batch_size, **options)
-    blind = caption_images(model, processor, [GREY], prompt, **options) * len(captions)
+
+    def write(images: Sequence[Image.Image]) -> list[str]:
+        if prompting is None:
+            return caption_images(model, processor, images, prompt, batch_size, **options)
+        rows, prompts = range(len(images)), [prompt or ""] * len(images)
+        return answer_questions(model, processor, images, prompts, rows, batch_size, prompting=prompting, **options)
+
+    captions = write(images)
+    blind = write([GREY]) * len(captions)
     report = {**caption_metrics(captions, truths), "images": len(captions), "blind": caption_metrics(blind, truths)}
     return report, captions
 
@@ -183,6 +194,7 @@ def vqa_report(
     *,
     train_questions: Sequence[Mapping[str, Any]] | None = None,
     answer_list: Sequence[str] | None = None,
+    prompting: Prompting | None = None,
     generate_options: Mapping[str, Any] = NO_OPTIONS,
     batch_size: int = 64,
     progress: bool = True,
@@ -197,7 +209,7 @@ def vqa_report(
         train_questions: questions of the training set, for the row of the majority.
         answer_list: a closed list of answers to choose from; by default answers are written.
         generate_options: options of transformers' `generate`, where answers are written.
-        batch_size, progress, autocast_dtype: as in `answer_questions`.
+        prompting, batch_size, progress, autocast_dtype: as in `answer_questions`.
 
     Returns:
         The keys of `vqa_metrics`, by kind of question where there are kinds; under `blind` the same for the questions
@@ -218,7 +230,7 @@ def vqa_report(
     def answer(images: Sequence[Image.Image], texts: list[str], image_of_text: list[int]) -> list[str]:
         if answer_list is not None:
             return choose_answers(model, processor, images, texts, image_of_text, answer_list, **shown)
-        options = {**shown, **generate_options}
+        options = {"prompting": prompting, **shown, **generate_options}
         return answer_questions(model, processor, images, texts, image_of_text, batch_size, **options)
 
     answers = answer(images, texts, [i for i, _ in rows])

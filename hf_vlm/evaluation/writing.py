@@ -4,20 +4,36 @@
   such as `VlmBlipForConditionalGeneration`.
 - Answers: any whose `generate` and `rank_answers` take `vision_features`, such as `VlmBlipForQuestionAnswering`. An
   image with several questions is encoded once.
+- With `Prompting` a question is a prompt that a language model goes on with, as in BLIP-2 and InstructBLIP.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from .blocks import image_blocks
 from .embed import _evaluating
 
 RANKED_ROWS = 512  # answers compared at a time, each with logits of the whole vocabulary
+Inputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a model is given prompts about images, where that is another way than BLIP's.
+
+    Attributes:
+        inputs: from prompts to what `generate` takes for them, padded on the left; it returns what follows the prompt.
+        encode: from pixels to the `vision_features` that `generate` takes in their place.
+    """
+
+    inputs: Callable[[list[str]], Inputs]
+    encode: Callable[[torch.Tensor], torch.Tensor]
 
 
 def caption_images(
@@ -70,6 +86,7 @@ def answer_questions(
     image_of_question: Sequence[int],
     batch_size: int = 64,
     *,
+    prompting: Prompting | None = None,
     progress: bool = True,
     autocast_dtype: torch.dtype | None = None,
     **generate_kwargs: Any,
@@ -81,18 +98,19 @@ def answer_questions(
         questions: `(Q,)`, in any order.
         image_of_question: `(Q,)`, the row of `images` that each question is about.
         batch_size: questions at a time, and images at a time.
+        prompting: how the questions are asked; by default as the processor prepares texts.
         progress, autocast_dtype, generate_kwargs: as in `caption_images`.
 
     Raises:
         ValueError: there are no questions, the lengths differ, or a question is about an image that is not there.
     """
 
-    def write(vision_features: torch.Tensor, inputs: BatchEncoding) -> list[str]:
+    def write(vision_features: torch.Tensor, inputs: Inputs) -> list[str]:
         written = model.generate(vision_features=vision_features, **inputs, **generate_kwargs)
         return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     with _evaluating(model, autocast_dtype):
-        return _answers(model, processor, images, questions, image_of_question, batch_size, write, progress)
+        return _answers(model, processor, images, questions, image_of_question, batch_size, write, progress, prompting)
 
 
 def choose_answers(
@@ -122,7 +140,7 @@ def choose_answers(
     listed = processor(text=list(answers)).to(model.device)
     batch_size = max(1, RANKED_ROWS // min(num_candidates, len(answers)))
 
-    def choose(vision_features: torch.Tensor, inputs: BatchEncoding) -> list[str]:
+    def choose(vision_features: torch.Tensor, inputs: Inputs) -> list[str]:
         chosen = model.rank_answers(
             listed["input_ids"],
             listed["attention_mask"],
@@ -143,20 +161,24 @@ def _answers(
     questions: Sequence[str],
     image_of_question: Sequence[int],
     batch_size: int,
-    answer: Callable[[torch.Tensor, BatchEncoding], list[str]],
+    answer: Callable[[torch.Tensor, Inputs], list[str]],
     progress: bool,
+    prompting: Prompting | None = None,
 ) -> list[str]:
     """Answers in the order of the questions; `answer` gives those to a batch from its images' states, row by row."""
     if len(questions) != len(image_of_question):
         raise ValueError(f"{len(questions)} questions about {len(image_of_question)} images: must be equal numbers")
     found = [""] * len(questions)
     lengths = torch.tensor([len(question) for question in questions])
+    prepare = (lambda texts: processor(text=texts)) if prompting is None else prompting.inputs
+    encode = None if prompting is None else prompting.encode
     with tqdm(total=len(questions), desc="questions", disable=not progress) as bar:
-        for block in image_blocks(model, processor, images, image_of_question, batch_size):
+        for block in image_blocks(model, processor, images, image_of_question, batch_size, encode):
             # Longest first, so that each batch is padded only to texts of about its own length.
             for part in lengths[block.rows].argsort(descending=True, stable=True).split(batch_size):
                 rows = block.rows[part].tolist()
-                inputs = processor(text=[questions[row] for row in rows]).to(model.device)
+                prepared = prepare([questions[row] for row in rows])
+                inputs = {name: tensor.to(model.device) for name, tensor in prepared.items()}
                 states = block.states[block.places[part.to(block.places.device)]]
                 for row, text in zip(rows, answer(states, inputs), strict=True):
                     found[row] = text.strip()
@@ -164,4 +186,4 @@ def _answers(
     return found
 
 
-__all__ = ["answer_questions", "caption_images", "choose_answers"]
+__all__ = ["Prompting", "answer_questions", "caption_images", "choose_answers"]

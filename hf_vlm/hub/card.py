@@ -63,6 +63,7 @@ def render_card(folder: str | Path, name: str | None = None) -> str:
         # A snippet that takes a class from the package needs the package.
         carries_code="auto_map" in config and "hf_vlm.Vlm" not in head.usage,
         results="\n\n".join(results_section(key, by_set, model_type) for key, by_set in results.items()),
+        citation=architecture.citation,
         limits="\n".join(f"- {limit}" for limit in (*architecture.limits, *data_limits(record))),
         **training_sections(record),
     )
@@ -88,7 +89,7 @@ def card_metadata(name: str, model_type: str, head: Head, record: Record, result
         pipeline_tag=head.pipeline_tag,
         license=record.get("licence"),
         datasets=[entry["hub_id"] for entry in record["data"] if "hub_id" in entry] or None,
-        base_model=[entry["hub_id"] for entry in record["parts"] if "hub_id" in entry] or None,
+        base_model=list(dict.fromkeys(entry["hub_id"] for entry in record["parts"] if "hub_id" in entry)) or None,
         tags=["hf_vlm", model_type, *head.tags],
         model_name=name.split("/")[-1] if evaluated else None,
         eval_results=evaluated or None,

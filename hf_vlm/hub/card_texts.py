@@ -1,7 +1,8 @@
 """What a model card says of every architecture and evaluation; no number of a run is here."""
 
 from .card_texts_blip import BLIP
-from .card_types import BLIND, CHECKPOINT, RECALLS, SCENES, Architecture, Evaluation
+from .card_texts_blip2 import BLIP2, INSTRUCTBLIP
+from .card_types import BLIND, CHECKPOINT, QUESTIONS, RECALLS, SCENES, Architecture, Evaluation
 
 ARCHITECTURES = {
     "vlm_clip": Architecture(
@@ -38,6 +39,8 @@ print(embed(image))""",
         ),
     ),
     "vlm_blip": BLIP,
+    "vlm_blip2": BLIP2,
+    "vlm_instructblip": INSTRUCTBLIP,
 }
 
 EVALUATIONS = {
@@ -86,15 +89,7 @@ EVALUATIONS = {
         task=("visual-question-answering", "Visual question answering"),
         dataset=SCENES,
         sizes={"questions": "questions"},
-        metrics={
-            "vqa_accuracy": "accuracy",
-            "exact_match": "exact match",
-            "vqa_accuracy_question_what": "accuracy, what",
-            "vqa_accuracy_question_where": "accuracy, where",
-            "vqa_accuracy_question_count": "accuracy, how many",
-            "vqa_accuracy_question_colour": "accuracy, colour",
-            "vqa_accuracy_question_yesno": "accuracy, yes or no",
-        },
+        metrics=QUESTIONS,
         note="Questions about scenes, each with one right answer, in all and by what they ask for.",
         rows={"blind": BLIND, "majority": "most frequent training answer of the kind"},
     ),

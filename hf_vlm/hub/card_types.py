@@ -55,6 +55,7 @@ class Architecture:
         limits: What it cannot do, whatever it was trained on.
         heads: By the name of the class, what is different for a head; the above are the base model's.
         evaluations: By name, evaluations that are not those of [`EVALUATIONS`].
+        citation: The paper in BibTeX.
     """
 
     title: str
@@ -67,6 +68,7 @@ class Architecture:
     limits: tuple[str, ...]
     heads: dict[str, Head] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    citation: str = ""
 
     def head(self, config: dict[str, Any]) -> Head:
         """What holds for the class that wrote a checkpoint with this config."""
@@ -82,7 +84,16 @@ RECALLS = {
     "image_to_text_r5": "image to text R@5",
     "image_to_text_r10": "image to text R@10",
 }
+QUESTIONS = {
+    "vqa_accuracy": "accuracy",
+    "exact_match": "exact match",
+    "vqa_accuracy_question_what": "accuracy, what",
+    "vqa_accuracy_question_where": "accuracy, where",
+    "vqa_accuracy_question_count": "accuracy, how many",
+    "vqa_accuracy_question_colour": "accuracy, colour",
+    "vqa_accuracy_question_yesno": "accuracy, yes or no",
+}
 SCENES = ("hf_vlm_scenes", "Scenes of built-in emoji drawings")
 BLIND = "the same beside a grey picture"
 
-__all__ = ["BLIND", "CHECKPOINT", "RECALLS", "SCENES", "Architecture", "Evaluation", "Head"]
+__all__ = ["BLIND", "CHECKPOINT", "QUESTIONS", "RECALLS", "SCENES", "Architecture", "Evaluation", "Head"]

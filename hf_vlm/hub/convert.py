@@ -15,13 +15,35 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from . import convert_blip, convert_blip_original, convert_clip, convert_open_clip
+from . import (
+    convert_blip,
+    convert_blip2,
+    convert_blip2_original,
+    convert_blip_original,
+    convert_clip,
+    convert_open_clip,
+)
 from .state_dict import load_complete, read_state_dict
 
-NATIVE = {"clip": convert_clip, "blip": convert_blip}
-OWN = {"vlm_clip": convert_clip, "vlm_blip": convert_blip}
-NATIVE_PROCESSORS = {"CLIPProcessor": convert_clip, "BlipProcessor": convert_blip}
-OWN_PROCESSORS = {"VlmClipProcessor": convert_clip, "VlmBlipProcessor": convert_blip}
+NATIVE = {"clip": convert_clip, "blip": convert_blip, "blip-2": convert_blip2, "instructblip": convert_blip2}
+OWN = {
+    "vlm_clip": convert_clip,
+    "vlm_blip": convert_blip,
+    "vlm_blip2": convert_blip2,
+    "vlm_instructblip": convert_blip2,
+}
+NATIVE_PROCESSORS = {
+    "CLIPProcessor": convert_clip,
+    "BlipProcessor": convert_blip,
+    "Blip2Processor": convert_blip2,
+    "InstructBlipProcessor": convert_blip2,
+}
+OWN_PROCESSORS = {
+    "VlmClipProcessor": convert_clip,
+    "VlmBlipProcessor": convert_blip,
+    "VlmBlip2Processor": convert_blip2,
+    "VlmInstructBlipProcessor": convert_blip2,
+}
 
 
 def _family(table: dict[str, ModuleType], name: str, source: object) -> ModuleType:
@@ -56,10 +78,12 @@ def from_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrained
     """Our model of one of transformers' own, with the same outputs.
 
     Args:
-        model_or_path: A `CLIPModel` or a BLIP for captions, questions or retrieval, or the folder or Hub id of one.
+        model_or_path: A `CLIPModel`, a BLIP for captions, questions or retrieval, a BLIP-2 for generation or retrieval,
+            or an InstructBLIP for generation, or the folder or Hub id of one.
 
     Returns:
-        [`VlmClipModel`] or the head of our BLIP, in eval mode, with copies of the weights in their dtype.
+        [`VlmClipModel`] or the head of our BLIP, BLIP-2 or InstructBLIP, in eval mode, with copies of the weights in
+            their dtype.
 
     Raises:
         ValueError: if it is of another architecture, or its weights are not exactly those of its class.
@@ -74,11 +98,11 @@ def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedMo
     """The model of transformers that computes the same as ours, so that everything which knows it can serve it.
 
     Args:
-        model_or_path: A [`VlmClipModel`] or a head of our BLIP, or the folder or Hub id of one.
+        model_or_path: A [`VlmClipModel`] or a head of our BLIP, BLIP-2 or InstructBLIP, or the folder or Hub id of one.
 
     Returns:
-        `CLIPModel` or BLIP's class for captions, questions or retrieval, in eval mode, with copies of the weights in
-            their dtype.
+        `CLIPModel` or the class of BLIP, BLIP-2 or InstructBLIP for the same task, in eval mode, with copies of the
+            weights in their dtype.
 
     Raises:
         ValueError: if it is of another architecture, or an option (named) has no equivalent there: another text
@@ -130,8 +154,8 @@ def from_original(
     hidden_act: str | None = None,
     image_size: int | None = None,
 ) -> PreTrainedModel:
-    """Our model of weights in the layout of the code they were published with: open_clip's (OpenAI's too), or BLIP's
-    (LAVIS's too).
+    """Our model of weights in the layout of the code they were published with: open_clip's (OpenAI's too), BLIP's
+    (LAVIS's too), or that of BLIP-2's first stage in LAVIS.
 
     Args:
         state_dict_or_path: The tensors by name, or a `.safetensors`, `.pt`, `.pth` or `.bin` file of them (also a
@@ -156,11 +180,13 @@ def from_original(
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict_or_path.items()}
     if convert_open_clip.is_open_clip(state_dict):
         return convert_open_clip.from_original(state_dict, config, hidden_act)
+    if convert_blip2_original.is_blip2(state_dict):
+        return convert_blip2_original.from_original(state_dict, config)
     if convert_blip_original.is_blip(state_dict):
         return convert_blip_original.from_original(state_dict, config, image_size)
     names = ", ".join(list(state_dict)[:3])
     raise ValueError(
-        f"Not a known layout: its tensors are {names}, ...; open_clip's vision transformers and BLIP are known."
+        f"Not a known layout: its tensors are {names}, ...; open_clip's vision transformers, BLIP and BLIP-2 are known."
     )
 
 

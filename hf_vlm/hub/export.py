@@ -16,6 +16,10 @@ OWN_AUTO_CLASS = {
     "VlmBlipForImageTextRetrieval": "AutoModelForPreTraining",
     "VlmBlipForConditionalGeneration": "AutoModelForImageTextToText",
     "VlmBlipForQuestionAnswering": "AutoModelForImageTextToText",
+    "VlmBlip2ForPreTraining": "AutoModelForPreTraining",
+    "VlmBlip2ForImageTextRetrieval": "AutoModelForPreTraining",
+    "VlmBlip2ForConditionalGeneration": "AutoModelForImageTextToText",
+    "VlmInstructBlipForConditionalGeneration": "AutoModelForImageTextToText",
 }
 
 

@@ -111,7 +111,8 @@ def count_parameters(model: nn.Module) -> Record:
     """
     parts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
-        part = parts.setdefault(name.removeprefix("model.").split(".")[0], {"total": 0, "trained": 0})
+        name = name.removeprefix("base_model.model.").removeprefix("model.")  # the first is an adapter's
+        part = parts.setdefault(name.split(".")[0], {"total": 0, "trained": 0})
         part["total"] += parameter.numel()
         part["trained"] += parameter.numel() * parameter.requires_grad
     return {**{key: sum(part[key] for part in parts.values()) for key in ("total", "trained")}, "parts": parts}

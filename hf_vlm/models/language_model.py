@@ -7,6 +7,13 @@ compared with the LLM itself when a model is made (`check_logits`).
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+
+# A body is read from a head's checkpoint without the head's prefix, before transformers takes
+# `model.language_model.model` for a name of its older vision-language models.
+for body in ("VlmBlip2Model", "VlmInstructBlipModel"):
+    register_checkpoint_conversion_mapping(body, [PrefixChange(prefix_to_remove="model")], overwrite=True)
 
 
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -367,6 +367,10 @@ class VlmBlipForPreTraining(VlmBlipHead):
         states = self.model.text_encoder(input_ids, attention_mask, first_only=True).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
 
+    def project_memory(self, states: torch.Tensor) -> Memory:
+        """Keys and values of images for `match`, of patch states `(I, P, width)`."""
+        return self.model.text_encoder.project_memory(states)
+
     def match(
         self,
         memory: Memory,
@@ -374,7 +378,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         attention_mask: torch.Tensor | None = None,
         memory_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits `(B, 2)`, no match and match, of texts with the images of `model.text_encoder.project_memory`."""
+        """Logits `(B, 2)`, no match and match, of texts with the images of `project_memory`."""
         input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
         states = self.model.text_encoder(input_ids, attention_mask, memory, memory_index, first_only=True)
         return self.itm_head(states.last_hidden_state[:, 0])

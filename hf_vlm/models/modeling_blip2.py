@@ -39,13 +39,7 @@ from .losses import (
 )
 from .modeling_blip_text import VlmBlipLMHead, with_first_token
 from .modeling_clip import build_vision_tower, freeze_unused, load_tower, published_config
-from .modeling_qformer import (
-    QFormerMemory,
-    QueryStates,
-    VlmQFormerModel,
-    bert_qformer_config,
-    copy_bert_to_qformer,
-)
+from .modeling_qformer import QFormerMemory, QueryStates, VlmQFormerModel, bert_qformer_config, copy_bert_to_qformer
 
 
 @dataclass
@@ -469,6 +463,10 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         states = self.model.qformer(None, input_ids, attention_mask, keep=1).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
 
+    def project_memory(self, states: torch.Tensor) -> QFormerMemory:
+        """Keys and values of images for `match`, of normalised patch states `(I, P, width)`."""
+        return self.model.qformer.project_memory(states)
+
     def match(
         self,
         memory: QFormerMemory,
@@ -476,7 +474,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         memory_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits `(B, 2)`, no match and match, of texts with the images of `model.qformer.project_memory`."""
+        """Logits `(B, 2)`, no match and match, of texts with the images of `project_memory`."""
         keep = self.config.qformer_config.num_query_tokens
         queries = self.model.qformer(memory, input_ids, attention_mask, memory_index, keep=keep).last_hidden_state
         return self.itm_head(queries).mean(dim=1)

@@ -42,6 +42,23 @@ class VlmFusionSelfAttention(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    def _project(
+        self, hidden_states: torch.Tensor, keep: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of the first `keep` tokens, keys and values of all, each `(B, A, tokens, D)`."""
+        batch, _, hidden = hidden_states.shape
+        heads, head_dim = self.config.num_attention_heads, self.head_dim
+        if keep is None:
+            qkv = self.qkv(hidden_states).view(batch, -1, 3, heads, head_dim)
+            query, key, value = qkv.unbind(2)  # 3 x (B, L, A, D)
+        else:
+            weight_q, weight_kv = self.qkv.weight.split([hidden, 2 * hidden])
+            bias_q, bias_kv = self.qkv.bias.split([hidden, 2 * hidden])
+            query = nn.functional.linear(hidden_states[:, :keep], weight_q, bias_q).view(batch, -1, heads, head_dim)
+            key_value = nn.functional.linear(hidden_states, weight_kv, bias_kv)
+            key, value = key_value.view(batch, -1, 2, heads, head_dim).unbind(2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -55,19 +72,10 @@ class VlmFusionSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None, LayerMemory]:
         """Attends from all tokens, or from the first `keep`; also returns keys and values of these tokens."""
         batch, _, hidden = hidden_states.shape
+        query, key, value = self._project(hidden_states, keep)
         if keep is not None:
-            weight_q, weight_kv = self.qkv.weight.split([hidden, 2 * hidden])
-            bias_q, bias_kv = self.qkv.bias.split([hidden, 2 * hidden])
-            key_value = nn.functional.linear(hidden_states, weight_kv, bias_kv)
-            key, value = key_value.view(batch, -1, 2, self.config.num_attention_heads, self.head_dim).unbind(2)
             hidden_states = hidden_states[:, :keep]
-            query = nn.functional.linear(hidden_states, weight_q, bias_q)
-            query = query.view(batch, keep, self.config.num_attention_heads, self.head_dim)
             attention_mask = None if attention_mask is None else attention_mask[:, :, :keep]
-        else:
-            qkv = self.qkv(hidden_states).view(batch, -1, 3, self.config.num_attention_heads, self.head_dim)
-            query, key, value = qkv.unbind(2)  # 3 x (B, L, A, D)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
         own = (key, value)

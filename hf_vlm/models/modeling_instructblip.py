@@ -48,7 +48,8 @@ class VlmInstructBlipForConditionalGeneration(VlmBlip2ForConditionalGeneration):
             ValueError: if it has no text branch or no LLM: instructions would be read by random weights.
         """
         options = language_model_kwargs or {}
-        body = VlmBlip2Model.from_pretrained(blip2, **options) if isinstance(blip2, str) else blip2.base_model
+        source = VlmBlip2Model.from_pretrained(blip2, **options) if isinstance(blip2, str) else blip2
+        body = source.base_model
         if not body.config.qformer_config.use_text:
             raise ValueError(
                 "This BLIP-2 has no text branch in its Q-Former, and instructions would be read by random weights: "

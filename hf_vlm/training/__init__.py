@@ -2,21 +2,31 @@
 
 from .arguments import ContrastiveTrainingArguments, VlmTrainingArguments
 from .blip import BlipTrainer, BlipTrainingArguments
+from .blip2 import Blip2Trainer
 from .checkpoints import last_checkpoint
 from .contrastive import ContrastiveTrainer
+from .features import cached_tower_features
+from .language_model import open_language_model
 from .lit import cache_text_features, cache_vision_features
 from .precision import choose_bf16
+from .sft import VlmSFTConfig, VlmSFTTrainer, add_lora
 from .trainer import VlmTrainer
 
 __all__ = [
+    "Blip2Trainer",
     "BlipTrainer",
     "BlipTrainingArguments",
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",
+    "VlmSFTConfig",
+    "VlmSFTTrainer",
     "VlmTrainer",
     "VlmTrainingArguments",
+    "add_lora",
     "cache_text_features",
     "cache_vision_features",
+    "cached_tower_features",
     "choose_bf16",
     "last_checkpoint",
+    "open_language_model",
 ]

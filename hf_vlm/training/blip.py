@@ -10,12 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback
 
 from ..data.pairs import PairStream
-from ..models.losses import gather_with_grad
-from ..models.modeling_blip import VlmBlipForPreTraining, VlmBlipHead
+from ..models.modeling_blip import VlmBlipForPreTraining
 from ..models.modeling_blip_generation import VlmBlipForQuestionAnswering
-from ..models.modeling_blip_text import VlmBlipOutput
 from .arguments import VlmTrainingArguments
-from .trainer import VlmTrainer
+from .parts import PartsTrainer
 
 MOMENTUM_NAME = "momentum.safetensors"
 
@@ -36,15 +34,11 @@ class BlipTrainingArguments(VlmTrainingArguments):
     )
 
 
-class BlipStep(TrainerCallback):
-    """What happens once a step: momentum before its first micro-batch, queue after its last, temperature after it."""
-
-    def __init__(self) -> None:
-        self.micro_batch = 0
+class MomentumStep(TrainerCallback):
+    """What happens once a step: momentum before its first micro-batch, queue after its last."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Called by the Trainer before the first micro-batch."""
-        self.micro_batch = 0
         if model.config.itc_weight:
             model.update_momentum()
 
@@ -53,110 +47,35 @@ class BlipStep(TrainerCallback):
         if model.config.itc_weight:
             model.enqueue()
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Called by the Trainer after `optimizer.step()`."""
-        model.similarity.clamp()
 
+class BlipTrainer(PartsTrainer):
+    """Trains any head of BLIP on the batches of `CaptionCollator` or `QuestionCollator`; see [`PartsTrainer`].
 
-class BlipTrainer(VlmTrainer):
-    """Trains any head of BLIP on the batches of `CaptionCollator` or `QuestionCollator`.
-
-    - Language modelling is averaged over the supervised tokens (questions, for answers) of all micro-batches and ranks:
-      how a batch is split changes nothing.
-    - Contrastive and matching losses are averaged over ranks, with candidates from all of them. Micro-batches are
-      contrasted each for itself, since accumulation cannot do more.
+    - Answers to questions are averaged over questions.
     - Momentum encoders and queue are in the checkpoints to resume from, not in the model that is saved.
-
-    Evaluation hands `compute_metrics` the predictions `(image_embeds, text_embeds)` and, as `label_ids`, the pair ids,
-    where the head contrasts; else the loss alone.
     """
 
     args: BlipTrainingArguments
     lr_scheduler: LRScheduler | None
-    loss_is_scaled_for_ga = True
+    contrasting = (VlmBlipForPreTraining,)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"One process on {self.args.n_gpu} GPUs would contrast each GPU's part only with itself: "
-                f"start one process a GPU, with torchrun --nproc_per_node {self.args.n_gpu}."
-            )
-        model = self.accelerator.unwrap_model(self.model)
-        self.head: VlmBlipHead = model if isinstance(model, VlmBlipHead) else model.get_base_model()  # a PeftModel's
-        self.contrasts = isinstance(self.head, VlmBlipForPreTraining)
-        self._step = BlipStep()
         self._steps_per_epoch = 1.0  # see set_initial_training_values
         if self.contrasts:
-            self.add_callback(self._step)
+            self.add_callback(MomentumStep())
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """What the language-modelling loss of a step is divided by: tokens, or questions, of all ranks."""
-        if not batch_samples:
-            return None
+    def count_items(self, batch: dict[str, torch.Tensor]) -> int:
+        """Questions, or supervised tokens, of a micro-batch."""
         if isinstance(self.head, VlmBlipForQuestionAnswering):
-            count = torch.tensor(sum(len(batch["input_ids"]) for batch in batch_samples))
-        else:  # without labels every unpadded token is one
-            learned = [b["labels"] != -100 if "labels" in b else b["attention_mask"] != 0 for b in batch_samples]
-            count = torch.stack([tokens[:, 1:].sum() for tokens in learned]).sum()
-        return self.accelerator.gather(count.to(device).view(1)).sum().clamp(min=1)
+            return len(batch["input_ids"])
+        return super().count_items(batch)
 
-    def _forward(self, model, inputs: dict) -> VlmBlipOutput:
-        if not self.contrasts:
-            return model(**inputs)
-        micro_batches = self.args.gradient_accumulation_steps
-        seed = self.state.global_step * micro_batches + self._step.micro_batch
+    def loss_options(self) -> dict:
+        """Also the momentum encoders' share of the targets, which rises from 0."""
         ramp = self.args.soft_target_ramp_epochs
         share = min(1.0, self.state.global_step / self._steps_per_epoch / ramp) if ramp > 0 else 1.0
-        return model(
-            **inputs,
-            return_loss=True,
-            sample_seed=2 * (seed + self.args.seed * 2**32),  # two draws a micro-batch
-            soft_target_weight=share * self.head.config.soft_target_weight,
-        )
-
-    def _parts_by_count(
-        self, outputs: VlmBlipOutput, mean_lm_count: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Each part's sum on this rank over its mean count on all, so that the mean over ranks is the global mean."""
-        parts = {}
-        for name, (total, count) in outputs.parts.items():
-            if name != "lm" or mean_lm_count is None:
-                mean_count = gather_with_grad(count.detach().view(1)).mean().clamp(min=1)
-            else:
-                mean_count = mean_lm_count
-            parts[name] = total / mean_count
-        return parts
-
-    def _weighted(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Their sum with the weights of the config; a head that writes has one part."""
-        weights = {name: getattr(self.head.config, f"{name}_weight") if self.contrasts else 1.0 for name in parts}
-        return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted sum of the parts, each divided by its global count and the number of micro-batches."""
-        outputs = self._forward(model, inputs)
-        if num_items_in_batch is None:
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
-        self._step.micro_batch += 1
-        micro_batches = self.current_gradient_accumulation_steps
-        parts = self._parts_by_count(outputs, num_items_in_batch / (self.args.world_size * micro_batches))
-        for name, part in parts.items():
-            self.record(f"loss_{name}", gather_with_grad(part.detach().view(1)).mean())
-        loss = self._weighted(parts) / micro_batches
-        if self.contrasts:
-            self.record("temperature", self.head.similarity.temperature[0].clone())  # the step changes it in place
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss and, where the head contrasts, `(image_embeds, text_embeds)` and pair ids of one evaluation batch."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self._forward(model, inputs)
-        loss = self._weighted(self._parts_by_count(outputs))
-        if prediction_loss_only or not self.contrasts:
-            return loss, None, None
-        return loss, (outputs.image_embeds, outputs.text_embeds), inputs["pair_ids"]
+        return super().loss_options() | {"soft_target_weight": share * self.head.config.soft_target_weight}
 
     def set_initial_training_values(self, args, dataloader):
         """The Trainer's, and the steps of an epoch: of a stream, its part of `max_steps` by `num_train_epochs`."""

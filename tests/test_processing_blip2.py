@@ -1,0 +1,64 @@
+"""Processors of BLIP-2 and InstructBLIP: placeholders, sides of padding, cuts, saving."""
+
+from pathlib import Path
+
+import pytest
+import tiny_blip2
+from transformers import AutoProcessor
+
+import tiny
+from hf_vlm import VlmBlip2Processor
+
+
+def test_first_stage_texts_are_cut_and_padded_on_the_right() -> None:
+    processor = tiny_blip2.stage1_processor()
+    assert processor.tokenizer.convert_tokens_to_ids("[DEC]") == tiny_blip2.DEC
+    inputs = processor(images=[tiny.image()] * 2, text=["a " * 30, "tree"])
+    assert inputs["input_ids"].shape == (2, tiny.BLIP_LENGTH)
+    assert inputs["attention_mask"][1].tolist() == [1] * 3 + [0] * 13
+    assert inputs["pixel_values"].shape == (2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    assert set(inputs) == {"pixel_values", "input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("pad_token", ["<pad>", None])
+def test_an_image_becomes_as_many_placeholders_as_queries(pad_token: str | None) -> None:
+    processor = tiny_blip2.stage2_processor(pad_token=pad_token)
+    inputs = processor(images=[tiny.image(seed=i) for i in range(3)], text=["<image> tree", "<image> a <image> dog"])
+    found = (inputs["input_ids"] == tiny_blip2.IMAGE_TOKEN_ID).sum(dim=1)
+    assert found.tolist() == [tiny_blip2.QUERIES, 2 * tiny_blip2.QUERIES]
+    assert inputs["attention_mask"][:, -1].all()
+    assert inputs["attention_mask"][0, 0] == 0
+
+
+def test_adding_the_placeholder_twice_adds_one() -> None:
+    tokenizer = tiny_blip2.stage2_processor().tokenizer
+    again = VlmBlip2Processor.for_language_model(tiny_blip2.image_processor(), tokenizer, 7)
+    assert (len(again.tokenizer), again.image_token_id) == (len(tiny.VOCABULARY) + 1, tiny_blip2.IMAGE_TOKEN_ID)
+
+
+def test_the_instruction_is_read_without_placeholders() -> None:
+    inputs = tiny_blip2.instruct_processor()(
+        images=[tiny.image()] * 2, text=["<image> red cat", "<image> a dog on the tree"]
+    )
+    alone = tiny_blip2.stage1_processor()(text=["red cat", "a dog on the tree"])
+    assert inputs["qformer_input_ids"].tolist() == alone["input_ids"].tolist()
+    assert inputs["qformer_attention_mask"].tolist() == alone["attention_mask"].tolist()
+
+
+@pytest.mark.parametrize("kind", ["stage1", "stage2", "instruct"])
+def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    processor = {
+        "stage1": tiny_blip2.stage1_processor,
+        "stage2": tiny_blip2.stage2_processor,
+        "instruct": tiny_blip2.instruct_processor,
+    }[kind]()
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is type(processor)
+    assert loaded.num_query_tokens == processor.num_query_tokens
+    texts = ["a red cat", "tree"] if kind == "stage1" else ["<image> a red cat", "<image> tree"]
+    pictures = [tiny.image(seed=i) for i in range(2)]
+    found, expected = loaded(images=pictures, text=texts), processor(images=pictures, text=texts)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].tolist() == tensor.tolist(), name
