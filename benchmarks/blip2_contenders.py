@@ -4,7 +4,7 @@ Each contender is built in a process of its own from a folder that `prepare_stag
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,11 @@ def make_config(size: str, with_llm: bool) -> VlmBlip2Config:
     width, layers = sizes["width"], sizes["layers"]
     shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
     wide = {**shape, "intermediate_size": 4 * width}
-    qformer = {"vocab_size": sizes["bert"], "bos_token_id": sizes["bert"] - 1, "sep_token_id": SEPARATOR}
+    qformer: dict[str, Any] = {
+        "vocab_size": sizes["bert"],
+        "bos_token_id": sizes["bert"] - 1,
+        "sep_token_id": SEPARATOR,
+    }
     qformer |= {"memory_size": width, "num_query_tokens": sizes["queries"], "use_text": not with_llm}
     qformer |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
     parts: dict[str, Any] = {
@@ -128,7 +132,7 @@ class Contender:
     def __init__(
         self,
         model: nn.Module,
-        forwards: dict[str, Callable[[], ModelOutput]],
+        forwards: Mapping[str, Callable[[], ModelOutput]],
         compared: tuple[str, ...],
         device: str,
         precision: str,

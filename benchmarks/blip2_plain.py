@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_vlm import VlmBlip2ForPreTraining
 from hf_vlm.models.losses import positive_pairs
-from hf_vlm.models.modeling_blip2 import VlmBlip2Output
+from hf_vlm.models.modeling_blip2_stage1 import VlmBlip2Output
 
 
 class PlainBlip2(VlmBlip2ForPreTraining):
@@ -40,7 +40,8 @@ class PlainBlip2(VlmBlip2ForPreTraining):
         """The three losses of pairs."""
         states = self.model.encode_images(pixel_values, vision_features)
         queries = self.model.qformer(self.project_memory(states))
-        output = VlmBlip2Output(query_output=queries.last_hidden_state, parts={})
+        parts: dict[str, torch.Tensor] = {}
+        output = VlmBlip2Output(query_output=queries.last_hidden_state, parts=parts)
         output.image_embeds = self.similarity.embed_queries(queries.last_hidden_state)
         output.text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
         positives = positive_pairs(None, len(states), states.device)
@@ -49,9 +50,10 @@ class PlainBlip2(VlmBlip2ForPreTraining):
         if self.recomputes_queries:
             queries = self.model.qformer(self.project_memory(states))
         labels = input_ids.masked_fill(attention_mask == 0, -100)
-        output.parts["lm"] = self.write(queries.query_states, input_ids, attention_mask, labels)
-        output.loss_itm, output.loss_lm = (total / count for total, count in (output.parts["itm"], output.parts["lm"]))
-        config = self.config
-        output.loss = config.itc_weight * output.loss_itc + config.itm_weight * output.loss_itm
-        output.loss = output.loss + config.lm_weight * output.loss_lm
+        parts["lm"] = self.write(queries.query_states, input_ids, attention_mask, labels)
+        output.loss_itm, output.loss_lm = (total / count for total, count in (parts["itm"], parts["lm"]))
+        losses = {"itc": output.loss_itc, "itm": output.loss_itm, "lm": output.loss_lm}
+        output.loss = torch.stack(
+            [getattr(self.config, f"{name}_weight") * each for name, each in losses.items()]
+        ).sum()
         return output

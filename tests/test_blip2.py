@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny_blip2
 import torch
 from test_blip import rows_projected
 from test_distributed import relative_errors, torchrun
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaModel
 
 import tiny
+import tiny_blip2
 from hf_vlm import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining
 from hf_vlm.models.losses import sample_negatives
 from scripts import blip2_steps

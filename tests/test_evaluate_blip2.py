@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import tiny_blip2
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from typer.testing import CliRunner
 
 import tiny
+import tiny_blip2
 from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,

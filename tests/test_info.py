@@ -14,11 +14,18 @@ from transformers import AutoModel, BertConfig, BertModel
 from typer.testing import CliRunner
 
 import tiny
+import tiny_blip2
 from hf_vlm import (
+    VlmBlip2ForConditionalGeneration,
+    VlmBlip2ForImageTextRetrieval,
+    VlmBlip2ForPreTraining,
+    VlmBlip2Model,
     VlmBlipForImageTextRetrieval,
     VlmBlipForPreTraining,
     VlmBlipForQuestionAnswering,
     VlmBlipModel,
+    VlmInstructBlipForConditionalGeneration,
+    VlmInstructBlipModel,
     VlmTextTowerModel,
     VlmTowerModel,
 )
@@ -32,6 +39,9 @@ MODELS = {
     "vlm_clip": tiny.clip_model,
     "vlm_clip with a sigmoid": lambda: tiny.clip_model(loss_type="sigmoid"),
     "vlm_blip": lambda: tiny.blip_model(VlmBlipModel),
+    "vlm_blip2": lambda: tiny_blip2.blip2_model(VlmBlip2Model),
+    "vlm_blip2 with an LLM": lambda: tiny_blip2.blip2_model(VlmBlip2Model, "t5"),
+    "vlm_instructblip": lambda: tiny_blip2.blip2_model(VlmInstructBlipModel, "llama, tied"),
     "vlm_tower": lambda: VlmTowerModel(tiny.tower_config()),
     "vlm_text_tower": lambda: VlmTextTowerModel(tiny.text_config()),
 }
@@ -88,6 +98,34 @@ def test_heads_of_a_blip(tmp_path, head):
         ("text to image R@1, re-ranked by ITM", 0.75),
     ]
     assert {found["dataset"] for found in info["results"]} == {"Scenes of built-in emoji drawings"}
+    assert head.__name__ in format_info(info)
+
+
+@pytest.mark.parametrize(
+    ("head", "llm"),
+    [
+        (VlmBlip2ForPreTraining, None),
+        (VlmBlip2ForImageTextRetrieval, None),
+        (VlmBlip2ForConditionalGeneration, "opt"),
+        (VlmInstructBlipForConditionalGeneration, "llama"),
+    ],
+)
+def test_heads_of_blip2(tmp_path, head, llm):
+    """The LLM is a part with its own count; questions of easy-VQA are called what they are."""
+    model = tiny_blip2.blip2_model(head, llm)
+    model.save_pretrained(tmp_path)
+    asked = {"questions": 7.0, "vqa_accuracy": 0.5}
+    (tmp_path / RESULTS_NAME).write_text(json.dumps({"easy_vqa_unseen_wordings": {"test": asked}}))
+    info = checkpoint_info(str(tmp_path))
+    assert info["head"] == head.__name__
+    assert info["architecture"] == ("InstructBLIP" if "Instruct" in head.__name__ else "BLIP-2")
+    assert info["parameters"]["total"] == model.num_parameters()
+    parts = info["parameters"]["parts"]
+    assert ("language_model" in parts) == (llm is not None)
+    if llm is not None:
+        assert parts["language_model"] == model.model.language_model.num_parameters()
+    (result,) = info["results"]
+    assert (result["dataset"], result["task"]) == ("easy-VQA", "visual-question-answering")
     assert head.__name__ in format_info(info)
 
 

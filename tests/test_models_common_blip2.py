@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import tiny_blip2
 import torch
 from test_models_common import (
     Case,
@@ -24,6 +23,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tiny
+import tiny_blip2
 from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import tiny_blip2
 from transformers import AutoProcessor
 
 import tiny
+import tiny_blip2
 from hf_vlm import VlmBlip2Processor
 
 

@@ -31,9 +31,7 @@ EASY_VQA = {
 }
 
 
-def finish_run(
-    trainer: Trainer, recipe: str, model_args: Any, data_args: Any, has_easy_vqa: bool = False
-) -> None:
+def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any, has_easy_vqa: bool = False) -> None:
     """Writes `training_record.json` and the model card into the output folder, on the first rank.
 
     A finished run that is started again has trained nothing: its record then stays as it is, and the card is written

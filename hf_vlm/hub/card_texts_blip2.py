@@ -156,7 +156,8 @@ print(outputs.last_hidden_state.shape)  # the queries that have read the picture
     heads=BLIP2_HEADS,
     evaluations={"retrieval": RETRIEVAL, **WRITTEN},
     citation="""@inproceedings{li2023blip2,
-  title     = {{BLIP-2}: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models},
+  title     = {{BLIP-2}: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language
+               Models},
   author    = {Li, Junnan and Li, Dongxu and Savarese, Silvio and Hoi, Steven},
   booktitle = {International Conference on Machine Learning},
   year      = {2023},

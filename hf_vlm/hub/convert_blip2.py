@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from ..models.configuration_blip2 import EVA_VISION, VlmBlip2Config
-from ..models.modeling_blip2 import VlmBlip2ForImageTextRetrieval, VlmBlip2PreTrainedModel
+from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
 from ..models.modeling_blip2_generation import VlmBlip2ForConditionalGeneration
+from ..models.modeling_blip2_stage1 import VlmBlip2ForImageTextRetrieval
 from ..models.modeling_clip import published_config
 from ..models.modeling_instructblip import VlmInstructBlipForConditionalGeneration
 from .convert_blip import KEY_VALUE, LAYER_NAMES, QKV

@@ -10,7 +10,7 @@ from math import isqrt
 import torch
 
 from ..models.configuration_blip2 import VlmBlip2Config
-from ..models.modeling_blip2 import VlmBlip2ForPreTraining
+from ..models.modeling_blip2_stage1 import VlmBlip2ForPreTraining
 from .convert_blip2 import QFORMER_LAYER_NAMES, fuse_qformer
 from .convert_blip_original import VISION_NAMES
 from .state_dict import Names, StateDict, check_keys, check_state_dict, flipped, prefixed, rename, with_weights

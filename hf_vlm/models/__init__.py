@@ -8,14 +8,9 @@ from .configuration_qformer import VlmQFormerConfig
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .image_processing_vlm import VlmImageProcessor
 from .modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmBlipModel
-from .modeling_blip2 import (
-    VlmBlip2ForImageTextRetrieval,
-    VlmBlip2ForPreTraining,
-    VlmBlip2Model,
-    VlmBlip2Output,
-    tower_states,
-)
+from .modeling_blip2 import VlmBlip2Model, tower_states
 from .modeling_blip2_generation import VlmBlip2ForConditionalGeneration, VlmBlip2GenerationOutput
+from .modeling_blip2_stage1 import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining, VlmBlip2Output
 from .modeling_blip_generation import VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering
 from .modeling_blip_text import VlmBlipOutput, VlmBlipTextModel
 from .modeling_clip import VlmClipModel, VlmClipOutput

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 # A body is read from a head's checkpoint without the head's prefix, before transformers takes
 # `model.language_model.model` for a name of its older vision-language models.
@@ -39,6 +40,11 @@ def load_language_model(source: str | PreTrainedModel, kwargs: dict | None = Non
     if not model.config.is_encoder_decoder:
         check_logits(model)
     return model
+
+
+def commit_of(source: str, kwargs: dict) -> str | None:
+    """The commit of an LLM on the Hub; None for a folder."""
+    return extract_commit_hash(cached_file(source, "config.json", revision=kwargs.get("revision")), None)
 
 
 def hidden_states(language_model: PreTrainedModel, **inputs) -> torch.Tensor:
@@ -79,4 +85,4 @@ def check_logits(language_model: PreTrainedModel) -> None:
         raise ValueError(f"A {kind} LLM makes its logits in a way that is not known here: choose another LLM.")
 
 
-__all__ = ["build_language_model", "check_logits", "hidden_states", "load_language_model", "logits_of"]
+__all__ = ["build_language_model", "check_logits", "commit_of", "hidden_states", "load_language_model", "logits_of"]

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
-from .language_model import hidden_states, load_language_model, logits_of
+from .language_model import commit_of, hidden_states, load_language_model, logits_of
 from .losses import language_modeling_loss
 from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
 from .modeling_clip import published_config
@@ -91,7 +91,7 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         body = VlmBlip2Model.from_pretrained(blip2) if isinstance(blip2, str) else blip2.base_model
         llm = load_language_model(language_model, language_model_kwargs)
         fields = {"text_config": published_config(llm), "image_token_id": image_token_id, "language_model_source": None}
-        if isinstance(language_model, str) and (commit := llm.config._commit_hash):
+        if isinstance(language_model, str) and (commit := commit_of(language_model, language_model_kwargs or {})):
             fields["language_model_source"] = {"id": language_model, "revision": commit}
         return cls._on(body, fields, llm)
 
@@ -219,7 +219,7 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
             raise ValueError('Prompts are padded on the right, where the answer goes: use padding_side="left".')
         inputs = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
         embeds = self._embed(input_ids, *inputs)
-        kwargs.setdefault("generation_config", self.generation_config)
+        llm.generation_config = self.generation_config
         return llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
 
 

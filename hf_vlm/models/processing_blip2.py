@@ -1,6 +1,6 @@
 """Processors of BLIP-2 and InstructBLIP: pictures to pixels, texts to tokens, placeholders for the queries."""
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .image_processing_vlm import VlmImageProcessor
 
@@ -25,6 +25,8 @@ class VlmBlip2Processor(ProcessorMixin):
         tokenizer: In the first stage BERT's with `[DEC]` added, which pads to the right; in the second the LLM's with
             the placeholder `<image>`, which pads to the left.
         num_query_tokens: In the second stage, how many placeholders `<image>` becomes; None in the first.
+        images_first: Whether the placeholders go before the tokenizer's begin token, as the published BLIP-2 and
+            InstructBLIP were trained; `<image>` must then begin every text.
 
     Calling it with `images=` and/or `text=` gives `pixel_values` of shape `(images, 3, height, width)` and `input_ids`
     and `attention_mask` of shape `(texts, longest text)` as torch tensors. In the second stage each text has `<image>`
@@ -39,11 +41,15 @@ class VlmBlip2Processor(ProcessorMixin):
         image_processor: VlmImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         num_query_tokens: int | None = None,
+        images_first: bool = False,
         **kwargs,
     ):
         self.num_query_tokens = num_query_tokens
+        self.images_first = images_first
         self.image_token = None if num_query_tokens is None else IMAGE_TOKEN
         self.image_token_id = None if num_query_tokens is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if num_query_tokens is not None:
+            tokenizer.padding_side = "left"  # a tokenizer's files do not keep it
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
@@ -81,7 +87,19 @@ class VlmBlip2Processor(ProcessorMixin):
         """See the class; first-stage texts are cut at the tokenizer's `model_max_length`."""
         if self.num_query_tokens is None:
             kwargs.setdefault("truncation", True)
+        if self.images_first and text is not None:
+            return self._images_first(images, [text] if isinstance(text, str) else text)
         return super().__call__(images, text, **kwargs)
+
+    def _images_first(self, images, texts: list[str]) -> BatchFeature:
+        """Placeholders, then what the tokenizer makes of each text alone."""
+        wrong = [text for text in texts if text.rfind(IMAGE_TOKEN) != 0]
+        if wrong:
+            raise ValueError(f"Each text begins with {IMAGE_TOKEN} and has it once, unlike {wrong[0]!r}.")
+        read = self.tokenizer([text.removeprefix(IMAGE_TOKEN) for text in texts])["input_ids"]
+        rows = [[self.image_token_id] * self.num_query_tokens + ids for ids in read]
+        pixels = {} if images is None else super().__call__(images)
+        return BatchFeature({**self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"), **pixels})
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image."""
@@ -96,6 +114,7 @@ class VlmInstructBlipProcessor(VlmBlip2Processor):
         tokenizer: The LLM's with the placeholder `<image>`.
         qformer_tokenizer: BERT's, by which the Q-Former reads the instruction; it pads to the right.
         num_query_tokens: How many placeholders `<image>` becomes.
+        images_first: See [`VlmBlip2Processor`].
 
     Calling it with `images=` and `text=` also gives `qformer_input_ids` and `qformer_attention_mask`, of the texts
     without their `<image>`.
@@ -107,9 +126,11 @@ class VlmInstructBlipProcessor(VlmBlip2Processor):
         tokenizer: PreTrainedTokenizerBase,
         qformer_tokenizer: PreTrainedTokenizerBase,
         num_query_tokens: int | None = None,
+        images_first: bool = False,
         **kwargs,
     ):
-        super().__init__(image_processor, tokenizer, num_query_tokens, qformer_tokenizer=qformer_tokenizer, **kwargs)
+        kwargs["qformer_tokenizer"] = qformer_tokenizer
+        super().__init__(image_processor, tokenizer, num_query_tokens, images_first, **kwargs)
 
     def __call__(self, images=None, text=None, **kwargs):
         """See the class."""

@@ -8,12 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-import tiny_blip2
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import tiny
+import tiny_blip2
 from hf_vlm import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining
 from hf_vlm.models import losses, modeling_blip2
 from hf_vlm.models.losses import gather_with_grad

@@ -1,0 +1,339 @@
+"""BLIP-2's first stage: the Q-Former learns to read a frozen image tower (arXiv 2301.12597, section 3.2).
+
+- All in one step: contrast (ITC: the best of an image's queries against the text), matching (ITM: the mean over queries
+  that have met the text), and generation (ITG: text written after the queries).
+- The queries are computed once and ITG takes their keys and values over; those of an image are projected once for all.
+- Batch and candidates are those of all ranks; a hard negative from another rank is fetched alone.
+- The candidates of ITC carry no gradient: each side learns from its own rows, as in the paper's code.
+
+Shapes: B rows, Q queries, L tokens, H width of the Q-Former, I images, P patches, E shared embedding, G = ranks x B.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_blip2 import VlmBlip2Config
+from .losses import (
+    fetch_rows,
+    gather_texts,
+    gather_with_grad,
+    language_modeling_loss,
+    positive_pairs,
+    rank,
+    sample_negatives,
+    soft_contrastive_loss,
+)
+from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel, frozen_tower
+from .modeling_blip_text import VlmBlipLMHead, with_first_token
+from .modeling_clip import load_tower, published_config
+from .modeling_qformer import QFormerMemory, QueryStates, bert_qformer_config, copy_bert_to_qformer
+
+
+@dataclass
+class VlmBlip2Output(ModelOutput):
+    """Output of BLIP-2's first stage.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): The weighted sum of the parts.
+        loss_itc (`torch.FloatTensor` of shape `()`): Image-text contrastive loss.
+        loss_itm (`torch.FloatTensor` of shape `()`): Image-text matching loss.
+        loss_lm (`torch.FloatTensor` of shape `()`): Image-grounded text generation loss.
+        parts: Sum and count of each part, `torch.FloatTensor` of shape `(2,)`, for a trainer that divides by the count
+            of all ranks and micro-batches.
+        itm_logits (`torch.FloatTensor` of shape `(pairs, 2)`): No match and match; in training of the pairs, then of
+            the texts with a hard negative image, then of the images with a hard negative text.
+        logits_per_image (`torch.FloatTensor` of shape `(B, G)`): Similarities over the temperature.
+        logits_per_text (`torch.FloatTensor` of shape `(B, G)`): The same from the texts.
+        image_embeds (`torch.FloatTensor` of shape `(images, Q, projection_dim)`): L2-normalised, one for each query.
+        text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised.
+        query_output (`torch.FloatTensor` of shape `(images, Q, H)`): The queries that have read the image.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_lm: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] | None = None
+    itm_logits: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    query_output: torch.Tensor | None = None
+
+
+class VlmBlip2Similarity(nn.Module):
+    """The projections into the shared space, and the temperature."""
+
+    def __init__(self, config: VlmBlip2Config):
+        super().__init__()
+        self.config = config
+        hidden = config.qformer_config.hidden_size
+        self.vision_proj = nn.Linear(hidden, config.projection_dim)
+        self.text_proj = nn.Linear(hidden, config.projection_dim)
+        # Of one dimension, since FSDP2 does not shard scalars.
+        self.temperature = nn.Parameter(torch.empty(1))
+
+    def embed_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        """L2-normalised `(I, Q, E)` of queries `(I, Q, H)`."""
+        return F.normalize(self.vision_proj(queries).float(), dim=-1)
+
+    def embed_texts(self, states: torch.Tensor) -> torch.Tensor:
+        """L2-normalised `(B, E)` of text states `(B, L, H)`: those of the first token."""
+        return F.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
+
+    def forward(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Similarities `(I, B)` over the temperature: of an image's queries the nearest counts (section 3.2)."""
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            similarities = image_embeds.flatten(0, 1) @ text_embeds.T  # (I * Q, B)
+            return similarities.unflatten(0, image_embeds.shape[:2]).amax(dim=1) / self.temperature.float()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keeps the temperature within the config's bounds; the trainer calls it after each step."""
+        self.temperature.clamp_(self.config.min_temperature, self.config.max_temperature)
+
+
+class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
+    """BLIP-2's first stage: the Q-Former learns to read a frozen tower (section 3.2).
+
+    Example:
+        ```python
+        >>> model(pixel_values, input_ids, attention_mask, return_loss=True).loss.backward()
+        ```
+    """
+
+    writes = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, VlmBlip2Similarity):
+            init.constant_(module.temperature, module.config.temperature_init_value)
+        elif isinstance(module, VlmBlipLMHead):
+            init.zeros_(module.decoder.bias)
+
+    def __init__(self, config: VlmBlip2Config):
+        super().__init__(config)
+        qformer = config.qformer_config
+        if not qformer.use_text:
+            raise ValueError(f"{type(self).__name__} needs the Q-Former's text branch, which this checkpoint has not.")
+        if config.text_config is not None:  # that of a later stage has an LLM, which is of no use here
+            config = copy.deepcopy(config)
+            config.update({"text_config": None, "excludes_language_model": False})
+            self.config = config
+        self.model = VlmBlip2Model(config)
+        self.similarity = VlmBlip2Similarity(config)
+        self.itm_head = nn.Linear(qformer.hidden_size, 2)
+        if self.writes:
+            self.lm_head = VlmBlipLMHead(qformer)
+            self._tied_weights_keys = {"lm_head.decoder.weight": "model.qformer.embeddings.word_embedding.weight"}
+        self.post_init()
+        self.freeze_parts()
+
+    def freeze_parts(self) -> None:
+        """Also freezes what only a loss of weight 0 needs."""
+        super().freeze_parts()
+        unused: list[nn.Module] = [] if self.config.itm_weight else [self.itm_head]
+        if self.writes and not self.config.lm_weight:
+            unused += [self.lm_head.dense, self.lm_head.norm]
+            self.lm_head.decoder.bias.requires_grad_(False)  # its weight is the word embedding
+        for module in unused:
+            module.requires_grad_(False)
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision: str | PreTrainedModel,
+        text: str | PreTrainedModel,
+        vision_kwargs: dict | None = None,
+        text_kwargs: dict | None = None,
+        image_size: int | None = None,
+        dropout: float | None = None,
+        num_query_tokens: int = 32,
+        cross_attention_frequency: int = 2,
+        **config_kwargs,
+    ) -> "VlmBlip2ForPreTraining":
+        """Builds the head on a pretrained image tower and a BERT (section 3.1); all else is new.
+
+        Args:
+            vision: Hub id, folder or instance of a vision encoder, or of a model with a vision tower; copied.
+            text: The same of a BERT, whose weights the Q-Former begins with.
+            vision_kwargs: `from_pretrained` options of the vision tower (`dtype`, `device_map`, `revision`).
+            text_kwargs: The same for the BERT.
+            image_size: Side of the images in pixels, where it is not the tower's: one of ours then interpolates.
+            dropout: All dropout probabilities of the Q-Former; the BERT's own by default.
+            num_query_tokens: How many queries there are.
+            cross_attention_frequency: Queries look at the image in every so many-th layer.
+            **config_kwargs: Fields of [`VlmBlip2Config`].
+
+        Raises:
+            ValueError: if `text` is no BERT, or a foreign tower takes images of another size.
+        """
+        tower = frozen_tower(vision, vision_kwargs, image_size)
+        bert = load_tower(text, "text", text_kwargs or {})
+        fields = {"num_query_tokens": num_query_tokens, "cross_attention_frequency": cross_attention_frequency}
+        qformer = bert_qformer_config(bert.config, tower.config.hidden_size, dropout, **fields)
+        parts = {"vision_config": published_config(tower), "qformer_config": qformer}
+        head = cls(VlmBlip2Config(**{**parts, **config_kwargs}))
+        head.model.vision_model = tower
+        copy_bert_to_qformer(head.model.qformer, bert)
+        head.freeze_parts()
+        return head
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output`: L2-normalised `(I, Q, E)`, of each query one; `last_hidden_state`: queries `(I, Q, H)`."""
+        states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+        queries = self.model.read_images(states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=queries, pooler_output=self.similarity.embed_queries(queries)
+        )
+
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output`: L2-normalised text embeddings `(B, E)` of texts as the tokenizer gives them."""
+        states = self.model.qformer(None, input_ids, attention_mask, keep=1).last_hidden_state
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
+
+    def project_memory(self, states: torch.Tensor) -> QFormerMemory:
+        """Keys and values of images for `match`, of normalised patch states `(I, P, width)`."""
+        return self.model.qformer.project_memory(states)
+
+    def match(
+        self,
+        memory: QFormerMemory,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        memory_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits `(B, 2)`, no match and match, of texts with the images of `project_memory`."""
+        keep = self.config.qformer_config.num_query_tokens
+        queries = self.model.qformer(memory, input_ids, attention_mask, memory_index, keep=keep).last_hidden_state
+        return self.itm_head(queries).mean(dim=1)
+
+    def _contrast(self, output: VlmBlip2Output, positives: torch.Tensor) -> None:
+        """Section 3.2, ITC: fills logits and the loss."""
+        output.logits_per_image = self.similarity(output.image_embeds, gather_with_grad(output.text_embeds).detach())
+        output.logits_per_text = self.similarity(gather_with_grad(output.image_embeds).detach(), output.text_embeds).T
+        smoothing = self.config.label_smoothing
+        targets = (1 - smoothing) * positives / positives.sum(dim=-1, keepdim=True) + smoothing / positives.shape[1]
+        of_images = soft_contrastive_loss(output.logits_per_image, targets)
+        output.loss_itc = (of_images + soft_contrastive_loss(output.logits_per_text, targets)) / 2
+
+    def _match_pairs(self, output, states, memory, input_ids, attention_mask, positives, seed) -> None:
+        """Section 3.2, ITM: fills logits and the part."""
+        batch, qformer = len(states), self.model.qformer
+        own = torch.arange(batch, device=states.device)
+        negative_images, has_image = sample_negatives(output.logits_per_text, positives, seed)
+        negative_texts, has_text = sample_negatives(
+            output.logits_per_image, positives, None if seed is None else seed + 1
+        )
+        pool, image_places = fetch_rows(states, negative_images)
+        if len(pool) > batch:
+            fetched = qformer.project_memory(pool[batch:])
+            pairs = zip(memory, fetched, strict=True)
+            memory = tuple(a and (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in pairs)
+        all_ids, all_masks = gather_texts(input_ids, attention_mask, qformer.config.pad_token_id)
+        input_ids, attention_mask = all_ids[rank() * batch :][:batch], all_masks[rank() * batch :][:batch]
+        output.itm_logits = self.match(
+            memory,
+            torch.cat([input_ids, input_ids, all_ids[negative_texts]]),
+            torch.cat([attention_mask, attention_mask, all_masks[negative_texts]]),
+            torch.cat([own, image_places, own]),
+        )
+        labels = (torch.arange(3 * batch, device=states.device) < batch).long()
+        exists = torch.cat([torch.ones_like(has_image), has_image, has_text])
+        losses = F.cross_entropy(output.itm_logits.float(), labels, reduction="none")
+        output.parts["itm"] = torch.stack([(losses * exists).sum(), exists.sum().float()])
+
+    def write(self, query_states: QueryStates, input_ids, attention_mask, labels) -> torch.Tensor:
+        """Section 3.2, ITG: sum and count `(2,)` of the loss of texts written after the queries."""
+        qformer = self.model.qformer
+        input_ids = with_first_token(input_ids, qformer.config.bos_token_id)
+        states = qformer(None, input_ids, attention_mask, prefix=query_states).last_hidden_state
+        total, count = language_modeling_loss(states, labels, self.lm_head, self.config.label_smoothing)
+        return torch.stack([total, count.to(total.dtype)])
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pair_ids: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        sample_seed: int | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_loss: bool = False,
+    ) -> VlmBlip2Output:
+        """Compares images with texts, or computes the objectives that have a weight.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, channels, height, width)`): The images.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts as the tokenizer gives them, `[CLS]` first and
+                padded to the right; row i belongs to image i. `[DEC]` is put in here.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
+            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere; by default all
+                unpadded ones.
+            pair_ids (`torch.LongTensor` of shape `(B,)`): Pairs of equal id are positives of each other.
+            vision_features (`torch.FloatTensor` of shape `(B, P, width)`): The tower's output in place of images.
+            sample_seed: Seed of the hard negatives, the same on all ranks.
+            interpolate_pos_encoding: Accept another image size than the tower's.
+            return_loss: Whether to compute the losses; otherwise only matching logits and embeddings.
+
+        Raises:
+            ValueError: if images or texts are missing, or the loss is asked for unequal numbers of them.
+        """
+        if input_ids is None:
+            raise ValueError("Pass the texts as input_ids.")
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+        memory = self.model.qformer.project_memory(states)
+        queries = self.model.qformer(memory)
+        output = VlmBlip2Output(query_output=queries.last_hidden_state)
+        output.image_embeds = self.similarity.embed_queries(queries.last_hidden_state)
+        output.text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
+        if not return_loss:
+            output.itm_logits = self.match(memory, input_ids, attention_mask)
+            return output
+        if len(input_ids) != len(states):
+            raise ValueError(f"The loss needs pairs, not {len(states)} images and {len(input_ids)} texts.")
+        positives = positive_pairs(pair_ids, len(states), states.device)
+        self._contrast(output, positives)
+        output.parts = {"itc": torch.stack([output.loss_itc * len(states), output.loss_itc.new_tensor(len(states))])}
+        if self.config.itm_weight:
+            self._match_pairs(output, states, memory, input_ids, attention_mask, positives, sample_seed)
+            output.loss_itm = output.parts["itm"][0] / output.parts["itm"][1].clamp(min=1)
+        if self.config.lm_weight and self.writes:
+            labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
+            output.parts["lm"] = self.write(queries.query_states, input_ids, attention_mask, labels)
+            output.loss_lm = output.parts["lm"][0] / output.parts["lm"][1].clamp(min=1)
+        losses = {"itc": output.loss_itc, "itm": output.loss_itm, "lm": output.loss_lm}
+        weights = {name: getattr(self.config, f"{name}_weight") for name in losses}
+        output.loss = sum(weights[name] * loss for name, loss in losses.items() if loss is not None)
+        return output
+
+
+class VlmBlip2ForImageTextRetrieval(VlmBlip2ForPreTraining):
+    """Finds texts for images and images for texts: by embeddings (ITC), then re-ranked by matching (ITM)."""
+
+    writes = False
+
+
+__all__ = ["VlmBlip2ForImageTextRetrieval", "VlmBlip2ForPreTraining", "VlmBlip2Output"]
