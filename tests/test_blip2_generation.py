@@ -92,7 +92,7 @@ def test_batched_generation_is_one_by_one(head: type, name: str, beams: int) -> 
         alone = model.generate(**one, **options)[0].tolist()
         expected = together[row].tolist()
         assert expected[: len(alone)] == alone
-        assert set(expected[len(alone) :]) <= {tiny.PAD}
+        assert set(expected[len(alone) :]) <= {tiny.PAD, tiny.END}  # a beam may be filled up with either
 
 
 def test_wrong_prompts_are_refused() -> None:

@@ -24,6 +24,8 @@ from .language_model import build_language_model, hidden_states, load_language_m
 from .modeling_clip import build_vision_tower, freeze_unused, load_tower
 from .modeling_qformer import VlmQFormerModel
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "trust_remote_code")
+
 
 def tower_states(
     tower: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
@@ -78,7 +80,7 @@ class VlmBlip2PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, language_model=None, **kwargs):
-        """transformers' `from_pretrained`; parts that are frozen are so again.
+        """transformers' `from_pretrained`; parts that are frozen are so again, and an LLM keeps its own precision.
 
         Args:
             pretrained_model_name_or_path: Id or folder of a checkpoint.
@@ -88,8 +90,15 @@ class VlmBlip2PreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if a checkpoint names an LLM that cannot be loaded.
         """
+        stored = kwargs.get("config") or cls.config_class.from_pretrained(
+            pretrained_model_name_or_path, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        )
+        dtype = None if stored.text_config is None or "dtype" in kwargs else stored.text_config.dtype
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if dtype is not None and model.body.language_model is not None:  # transformers loads all parts in one precision
+            model.body.language_model.to(dtype)
+            model.config.text_config.dtype = dtype
         if model.config.excludes_language_model:
             model.body.fetch_language_model(language_model)
         model.freeze_parts()

@@ -1,6 +1,7 @@
 """Processors of BLIP-2 and InstructBLIP: pictures to pixels, texts to tokens, placeholders for the queries."""
 
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 
 from .image_processing_vlm import VlmImageProcessor
 
@@ -25,12 +26,10 @@ class VlmBlip2Processor(ProcessorMixin):
         tokenizer: In the first stage BERT's with `[DEC]` added, which pads to the right; in the second the LLM's with
             the placeholder `<image>`, which pads to the left.
         num_query_tokens: In the second stage, how many placeholders `<image>` becomes; None in the first.
-        images_first: Whether the placeholders go before the tokenizer's begin token, as the published BLIP-2 and
-            InstructBLIP were trained; `<image>` must then begin every text.
 
     Calling it with `images=` and/or `text=` gives `pixel_values` of shape `(images, 3, height, width)` and `input_ids`
-    and `attention_mask` of shape `(texts, longest text)` as torch tensors. In the second stage each text has `<image>`
-    once for each of its images.
+    and `attention_mask` of shape `(texts, longest text)` as torch tensors. In the second stage each text begins with
+    `<image>`, whose placeholders go before the tokenizer's begin token, as the published models were trained.
     """
 
     text_kwargs = {"padding": "longest", "return_tensors": "pt", "return_token_type_ids": False}
@@ -41,11 +40,9 @@ class VlmBlip2Processor(ProcessorMixin):
         image_processor: VlmImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         num_query_tokens: int | None = None,
-        images_first: bool = False,
         **kwargs,
     ):
         self.num_query_tokens = num_query_tokens
-        self.images_first = images_first
         self.image_token = None if num_query_tokens is None else IMAGE_TOKEN
         self.image_token_id = None if num_query_tokens is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if num_query_tokens is not None:
@@ -84,22 +81,32 @@ class VlmBlip2Processor(ProcessorMixin):
         return cls(image_processor, with_image_token(tokenizer), num_query_tokens)
 
     def __call__(self, images=None, text=None, **kwargs):
-        """See the class; first-stage texts are cut at the tokenizer's `model_max_length`."""
-        if self.num_query_tokens is None:
-            kwargs.setdefault("truncation", True)
-        if self.images_first and text is not None:
-            return self._images_first(images, [text] if isinstance(text, str) else text)
-        return super().__call__(images, text, **kwargs)
+        """See the class.
 
-    def _images_first(self, images, texts: list[str]) -> BatchFeature:
-        """Placeholders, then what the tokenizer makes of each text alone."""
-        wrong = [text for text in texts if text.rfind(IMAGE_TOKEN) != 0]
-        if wrong:
-            raise ValueError(f"Each text begins with {IMAGE_TOKEN} and has it once, unlike {wrong[0]!r}.")
-        read = self.tokenizer([text.removeprefix(IMAGE_TOKEN) for text in texts])["input_ids"]
+        Raises:
+            ValueError: in the second stage, if texts and images differ in number, or a text does not begin with its
+                only `<image>`.
+        """
+        if self.num_query_tokens is None:
+            kwargs.setdefault("truncation", True)  # captions may be cut, prompts may not
+        if self.num_query_tokens is None or text is None:
+            return super().__call__(images, text, **kwargs)
+        texts = [text] if isinstance(text, str) else list(text)
+        wrong = [one for one in texts if one.rfind(IMAGE_TOKEN) != 0]
+        num_images = 0 if images is None else len(make_flat_list_of_images(images))
+        if wrong or num_images not in (0, len(texts)):
+            shown = f"such as {wrong[0]!r}" if wrong else f"{len(texts)} of them for {num_images} images"
+            raise ValueError(f"Each text has one image and begins with {IMAGE_TOKEN}, once; got {shown}.")
+        pixels = {} if images is None else super().__call__(images, **kwargs)
+        return BatchFeature({**self._tokens(texts, **kwargs), **pixels})
+
+    def _tokens(self, texts: list[str], **kwargs) -> BatchFeature:
+        """Placeholders, then what the tokenizer makes of each text alone: its begin token comes after the image."""
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        padding = {name: options.pop(name) for name in ("padding", "padding_side", "return_tensors") if name in options}
+        read = self.tokenizer([one.removeprefix(IMAGE_TOKEN) for one in texts], **options)["input_ids"]
         rows = [[self.image_token_id] * self.num_query_tokens + ids for ids in read]
-        pixels = {} if images is None else super().__call__(images)
-        return BatchFeature({**self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"), **pixels})
+        return self.tokenizer.pad({"input_ids": rows}, **padding)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image."""
@@ -114,7 +121,6 @@ class VlmInstructBlipProcessor(VlmBlip2Processor):
         tokenizer: The LLM's with the placeholder `<image>`.
         qformer_tokenizer: BERT's, by which the Q-Former reads the instruction; it pads to the right.
         num_query_tokens: How many placeholders `<image>` becomes.
-        images_first: See [`VlmBlip2Processor`].
 
     Calling it with `images=` and `text=` also gives `qformer_input_ids` and `qformer_attention_mask`, of the texts
     without their `<image>`.
@@ -126,11 +132,10 @@ class VlmInstructBlipProcessor(VlmBlip2Processor):
         tokenizer: PreTrainedTokenizerBase,
         qformer_tokenizer: PreTrainedTokenizerBase,
         num_query_tokens: int | None = None,
-        images_first: bool = False,
         **kwargs,
     ):
         kwargs["qformer_tokenizer"] = qformer_tokenizer
-        super().__init__(image_processor, tokenizer, num_query_tokens, images_first, **kwargs)
+        super().__init__(image_processor, tokenizer, num_query_tokens, **kwargs)
 
     def __call__(self, images=None, text=None, **kwargs):
         """See the class."""
