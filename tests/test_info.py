@@ -125,7 +125,7 @@ def test_heads_of_blip2(tmp_path, head, llm):
     if llm is not None:
         assert parts["language_model"] == model.model.language_model.num_parameters()
     (result,) = info["results"]
-    assert (result["dataset"], result["task"]) == ("easy-VQA", "visual-question-answering")
+    assert (result["dataset"], result["metric"]) == ("easy-VQA, unseen wordings", "accuracy")
     assert head.__name__ in format_info(info)
 
 

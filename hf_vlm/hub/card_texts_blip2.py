@@ -74,7 +74,10 @@ for instruction in ["What colour is the background?", "Write a short caption for
 MAJORITY = "most frequent training answer"
 VQA_TASK = ("visual-question-answering", "Visual question answering")
 EASY_VQA = ("easy_vqa", "easy-VQA")
-UNSEEN = "Visual question answering, unseen wordings"
+# The index keeps results of the same task apart by their data alone.
+UNSEEN_SCENES, UNSEEN_EASY_VQA = (
+    (f"{kind}_unseen_wordings", f"{name}, unseen wordings") for kind, name in (SCENES, EASY_VQA)
+)
 EASY_NOTE = (
     "Test questions of easy-VQA, drawn at random but always the same, about pictures of one coloured shape; most ask "
     "for yes or no."
@@ -82,8 +85,8 @@ EASY_NOTE = (
 WRITTEN = {
     "vqa_unseen_wordings": Evaluation(
         title="Questions in unseen wordings",
-        task=("visual-question-answering", UNSEEN),
-        dataset=SCENES,
+        task=VQA_TASK,
+        dataset=UNSEEN_SCENES,
         sizes={"questions": "questions"},
         metrics=QUESTIONS,
         note="The same questions about scenes, put as an instruction in words that no training used.",
@@ -100,8 +103,8 @@ WRITTEN = {
     ),
     "easy_vqa_unseen_wordings": Evaluation(
         title="Questions of easy-VQA in unseen wordings",
-        task=("visual-question-answering", UNSEEN),
-        dataset=EASY_VQA,
+        task=VQA_TASK,
+        dataset=UNSEEN_EASY_VQA,
         sizes={"questions": "questions"},
         metrics=QUESTIONS,
         note="The same questions of easy-VQA, put as an instruction in words that no training used.",

@@ -48,7 +48,9 @@ class VlmInstructBlipForConditionalGeneration(VlmBlip2ForConditionalGeneration):
             ValueError: if it has no text branch or no LLM: instructions would be read by random weights.
         """
         options = language_model_kwargs or {}
-        source = VlmBlip2Model.from_pretrained(blip2, **options) if isinstance(blip2, str) else blip2
+        source = blip2
+        if isinstance(blip2, str):
+            source = VlmBlip2ForConditionalGeneration.from_pretrained(blip2, **options)
         body = source.base_model
         if not body.config.qformer_config.use_text:
             raise ValueError(
@@ -57,7 +59,10 @@ class VlmInstructBlipForConditionalGeneration(VlmBlip2ForConditionalGeneration):
             )
         if body.language_model is None:
             raise ValueError("This BLIP-2 has no LLM: train its second stage first, or use from_parts.")
-        return cls._on(body, {}, body.language_model)
+        head = cls._on(body, {}, body.language_model)
+        if isinstance(source, VlmBlip2ForConditionalGeneration):
+            head.generation_config = source.generation_config
+        return head
 
 
 __all__ = ["VlmInstructBlipForConditionalGeneration", "VlmInstructBlipModel"]
