@@ -260,8 +260,9 @@ def bert_qformer_config(bert: PreTrainedConfig, memory_size: int, dropout: float
     """
     shared = bert_text_config(bert, dropout).to_dict()
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act"
-    names += " layer_norm_eps hidden_dropout attention_dropout vocab_size bos_token_id pad_token_id"
-    return {**{name: shared[name] for name in names.split()}, "memory_size": memory_size, **fields}
+    names += " layer_norm_eps hidden_dropout attention_dropout bos_token_id pad_token_id"
+    sizes = {"vocab_size": bert.vocab_size + 1, "memory_size": memory_size}
+    return {**{name: shared[name] for name in names.split()}, **sizes, **fields}
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Training by several losses at once, each over its own global count: what BLIP's and BLIP-2's trainers share."""
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -48,7 +50,7 @@ class PartsTrainer(VlmTrainer):
                 f"start one process a GPU, with torchrun --nproc_per_node {self.args.n_gpu}."
             )
         model = self.accelerator.unwrap_model(self.model)
-        self.head = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.head: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.contrasts = isinstance(self.head, self.contrasting)
         self.step_counter = StepCounter()
         if self.contrasts:

@@ -14,7 +14,7 @@ TRAINED_IN_FULL = ["qformer", "vision_norm", "language_projection"]
 
 
 @dataclass
-class VlmSFTConfig(VlmTrainingArguments, SFTConfig):
+class VlmSFTConfig(VlmTrainingArguments, SFTConfig):  # type: ignore[misc]  # bf16 may be "auto"
     """TRL's `SFTConfig` with the defaults of [`VlmTrainingArguments`]; rows reach the collator as they are."""
 
     max_length: int | None = field(default=None, metadata={"help": "Leave it out: the collator cuts responses."})
