@@ -1,6 +1,6 @@
 """BLIP-2, first stage (arXiv 2301.12597, section 3.2): the Q-Former learns to read a frozen image tower.
 
-A laptop, about 20 minutes on two cores, on scenes of the built-in pictures, after `clip_pretrain.py` (whose image tower
+A laptop, about 25 minutes on two cores, on scenes of the built-in pictures, after `clip_pretrain.py` (whose image tower
 it reads):
 
     python recipes/blip2_stage1.py --config recipes/blip2_stage1/small.yaml
