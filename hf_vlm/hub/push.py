@@ -39,6 +39,7 @@ PROCESSOR = (
     "*.model",
     "chat_template.jinja",
 )
+SECOND_TOKENIZER = "qformer_tokenizer"  # the folder of InstructBLIP's
 CARD = "README.md"
 ABOUT = (CARD, "LICENSE", "training_record.json", "results.json")
 PUSHED = ("config.json", "generation_config.json", *WEIGHTS, *PROCESSOR, *ABOUT)
@@ -96,7 +97,8 @@ def push_folder(
     api = HfApi(token=token)
     with TemporaryDirectory() as scratch:
         source = copy_with_code(folder, config, Path(scratch)) if with_code else folder
-        additions = [CommitOperationAdd(path.name, path) for path in files_to_push(source) if path.name != CARD]
+        paths = [path for path in files_to_push(source) if path.name != CARD]
+        additions = [CommitOperationAdd(path.relative_to(source).as_posix(), path) for path in paths]
         with one_line_errors(repo_id) as undone, ExitStack() as undo:
             if "/" not in repo_id:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -169,7 +171,9 @@ def files_to_push(folder: Path) -> list[Path]:
     """Every file of a checkpoint that the Hub gets; the code only if the config says that it is part of it."""
     patterns = (*PUSHED, "*.py") if "auto_map" in _read_json(folder / "config.json") else PUSHED
     paths = sorted(path for path in folder.iterdir() if path.is_file())
-    return [path for path in paths if any(fnmatch(path.name, pattern) for pattern in patterns)]
+    kept = [path for path in paths if any(fnmatch(path.name, pattern) for pattern in patterns)]
+    second = sorted((folder / SECOND_TOKENIZER).glob("*"))
+    return kept + [path for path in second if any(fnmatch(path.name, pattern) for pattern in PROCESSOR)]
 
 
 def copy_with_code(folder: Path, config: dict, copy: Path) -> Path:

@@ -36,6 +36,15 @@ def logits(source: str, **options) -> str:
     return hashlib.sha256(found.numpy().tobytes()).hexdigest()
 
 
+def body(source: str, text: str | None = None) -> list:
+    """The keys that `AutoModel` misses in a checkpoint, and what it makes of the picture, as a digest of its bits."""
+    model, info = AutoModel.from_pretrained(source, output_loading_info=True)
+    inputs = AutoProcessor.from_pretrained(source)(images=[picture()], text=None if text is None else [text])
+    with torch.inference_mode():
+        found = model(**inputs).last_hidden_state
+    return [sorted(info["missing_keys"]), hashlib.sha256(found.numpy().tobytes()).hexdigest()]
+
+
 def pipelines(source: str) -> list:
     """What both pipelines say of the picture."""
     classify = pipeline("zero-shot-image-classification", model=source)
@@ -75,7 +84,9 @@ def recipe(*args: str) -> None:
     clip_pretrain.main(*TrlParser(groups).parse_args_and_config(list(args)))
 
 
-CALLS = {call.__name__: call for call in (logits, pipelines, push_parts, push_folder, snapshot_download, cli, recipe)}
+CALLS = {
+    call.__name__: call for call in (body, logits, pipelines, push_parts, push_folder, snapshot_download, cli, recipe)
+}
 
 
 def serve() -> None:
