@@ -193,3 +193,5 @@ def main(folder: Path) -> dict[tuple[str, ...], dict]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    if dist.is_initialized():
+        dist.destroy_process_group()  # a process that ends with its threads running may abort
