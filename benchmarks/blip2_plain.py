@@ -53,7 +53,5 @@ class PlainBlip2(VlmBlip2ForPreTraining):
         parts["lm"] = self.write(queries.query_states, input_ids, attention_mask, labels)
         output.loss_itm, output.loss_lm = (total / count for total, count in (parts["itm"], parts["lm"]))
         losses = {"itc": output.loss_itc, "itm": output.loss_itm, "lm": output.loss_lm}
-        output.loss = torch.stack(
-            [getattr(self.config, f"{name}_weight") * each for name, each in losses.items()]
-        ).sum()
+        output.loss = torch.stack([self.config.loss_weights[name] * each for name, each in losses.items()]).sum()
         return output

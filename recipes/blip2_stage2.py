@@ -106,10 +106,11 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
     train, validation = build_data(data_args, size, training_args.seed)
     features = None
     if data_args.feature_cache is not None:
-        data = {"sources": data_args.sources or "scenes", "seed": training_args.seed, "size": size}
+        rows = train if isinstance(train, PairStream) else train.rows
+        data = {"sources": data_args.sources, "mix": data_args.mix, "seed": training_args.seed}
         options = {"bf16": training_args.bf16, "num_workers": training_args.dataloader_num_workers}
         tower = model.model.vision_model
-        features = cached_tower_features(data_args.feature_cache, train.rows, processor, tower, data, **options)
+        features = cached_tower_features(data_args.feature_cache, rows, processor, tower, data, **options)
     texts = {
         "prompt": model_args.prompt,
         "is_encoder_decoder": model.model.language_model.config.is_encoder_decoder,

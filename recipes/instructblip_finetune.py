@@ -39,6 +39,7 @@ from hf_vlm.data import (
     resolve_part,
     scene_instructions,
 )
+from hf_vlm.models import cast_weights
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, add_lora, cached_tower_features, last_checkpoint
 
 
@@ -77,7 +78,7 @@ def build_model(args: ModelArguments, bf16: bool) -> tuple:
     """The second stage with a Q-Former that reads instructions, perhaps LoRA on the LLM, and its processor."""
     dtype = ("bfloat16" if bf16 else "float32") if args.language_model_dtype == "auto" else args.language_model_dtype
     model = VlmInstructBlipForConditionalGeneration.from_blip2(args.model)
-    model.model.language_model.to(getattr(torch, dtype))
+    cast_weights(model.model.language_model, getattr(torch, dtype))
     before = AutoProcessor.from_pretrained(args.model)
     reader = AutoTokenizer.from_pretrained(resolve_part(args.text))
     parts = (before.image_processor, before.tokenizer, reader)
@@ -116,13 +117,12 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
     features = None
     if data_args.feature_cache is not None:
         features = {}
-        for name, rows in pictures.items():
-            data = {"sources": name, "seed": training_args.seed, "size": size}
-            folder = data_args.feature_cache if name == "scenes" else f"{data_args.feature_cache}-{len(features)}"
-            tower = (
-                model.base_model.vision_model if model_args.lora_r == 0 else model.get_base_model().body.vision_model
-            )
-            features[name] = cached_tower_features(folder, rows, processor, tower, data, training_args.bf16)
+        tower = (model.get_base_model() if model_args.lora_r > 0 else model).body.vision_model
+        for number, (name, rows) in enumerate(pictures.items()):
+            folder = f"{data_args.feature_cache}-{number}" if number else data_args.feature_cache
+            data = {"source": data_args.sources[number] if data_args.sources else name}
+            options = {"bf16": training_args.bf16, "num_workers": training_args.dataloader_num_workers}
+            features[name] = cached_tower_features(folder, rows, processor, tower, data, **options)
 
     # TRAIN
     trainer = VlmSFTTrainer(

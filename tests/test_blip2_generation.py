@@ -13,7 +13,7 @@ from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmInstructBlipForConditionalGeneration,
 )
-from hf_vlm.models.language_model import hidden_states, load_language_model, logits_of
+from hf_vlm.models.language_model import cast_weights, hidden_states, load_language_model, logits_of
 
 DECODERS = ["llama", "llama, tied", "opt", "gemma2", "granite", "qwen2", "cohere"]
 Stage2 = VlmBlip2ForConditionalGeneration
@@ -114,7 +114,8 @@ def test_wrong_prompts_are_refused() -> None:
 
 @pytest.mark.parametrize("by_folder", [False, True], ids=["instances", "folders"])
 def test_the_chain_of_stages_keeps_all_weights(by_folder: bool, tmp_path: Path) -> None:
-    first, llm = tiny_blip2.blip2_model(), tiny_blip2.llm("llama, tied").to(torch.bfloat16)
+    first, llm = tiny_blip2.blip2_model(), tiny_blip2.llm("llama, tied")
+    cast_weights(llm, torch.bfloat16)
     llm.generation_config.eos_token_id = [tiny.END, 5]
     weights = {name: t.clone() for name, t in llm.state_dict().items()}
 
@@ -136,6 +137,8 @@ def test_the_chain_of_stages_keeps_all_weights(by_folder: bool, tmp_path: Path) 
         assert body.lm_head.weight is body.model.embed_tokens.weight
         assert model.generation_config.eos_token_id == [tiny.END, 5]
         assert model.base_model.vision_norm.weight.dtype == torch.float32
+        buffers = {name: buffer.dtype for name, buffer in body.named_buffers()}
+        assert set(buffers.values()) == {torch.float32}, buffers  # rotary frequencies
     loss = third.train()(**tiny_blip2.labelled(third, tiny_blip2.stage2_inputs(instruct=True))).loss
     loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in third.parameters())

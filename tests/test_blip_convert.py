@@ -404,7 +404,7 @@ def test_image_sizes_that_cannot_be() -> None:
     model = tiny.blip_model(vision_config=foreign, vision_pooling="mean")
     assert CAPTIONS.from_pretraining(model, image_size=32).config.vision_config.image_size == 32
     message = refusal(ValueError, CAPTIONS.from_pretraining, model, image_size=48)
-    assert message == "A siglip_vision_model tower takes images of 32 pixels, no others."
+    assert message == "A siglip_vision_model tower takes images of 32 pixels, not of 48."
 
 
 def test_heads_without_their_part() -> None:

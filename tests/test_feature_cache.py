@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -17,7 +18,18 @@ from typer.testing import CliRunner
 
 import tiny
 from hf_vlm.cli import app
-from hf_vlm.data import CachedFeatures, ContrastiveCollator, FeatureCacheError, PairDataset, cache_features, feature_key
+from hf_vlm.data import (
+    CachedFeatures,
+    ContrastiveCollator,
+    FeatureCacheError,
+    PairDataset,
+    PairStream,
+    SceneRows,
+    SceneStream,
+    cache_features,
+    feature_key,
+)
+from hf_vlm.training import cached_tower_features
 
 ROWS = [{"image": tiny.image(seed=i), "caption": f"picture {i}"} for i in range(11)]
 DATA = {"path": "tiny", "rows": len(ROWS)}
@@ -316,11 +328,22 @@ def test_command(tmp_path):
     CachedFeatures.open(
         tmp_path / "cache", feature_key(model.vision_model, tiny.clip_processor(), features.key["data"])
     )
+    rows = SceneRows(SceneStream("train", 0, 48), 6, max_words=8)
+    processor, tower = tiny.clip_processor(), model.vision_model
+    again = cached_tower_features(tmp_path / "cache", rows, processor, tower, batch_size=0)  # no batch is made
+    assert torch.equal(again[[0, 5]], features[[0, 5]])
+    with pytest.raises(FeatureCacheError, match="seed is 0, asked is 1"):
+        cached_tower_features(tmp_path / "cache", SceneRows(SceneStream("train", 1, 48), 6), processor, tower)
     assert CliRunner().invoke(app, [*command, "--verify"]).exit_code == 0
     other = CliRunner().invoke(app, [*command, "--image-size", "48"])
     assert "image_size is 32, asked is 48" in str(other.exception)
     endless = CliRunner().invoke(app, command[:4])
     assert "say how many" in str(endless.exception)
+
+
+def test_a_stream_is_refused(tmp_path, tower):
+    with pytest.raises(ValueError, match="A stream has no row numbers"):
+        cached_tower_features(tmp_path, PairStream(datasets.IterableDataset.from_generator(list)), None, tower)
 
 
 def test_command_on_own_data(tmp_path):

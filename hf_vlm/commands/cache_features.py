@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from ..data.feature_cache import CachedFeatures, cache_features, feature_key
+from ..data.feature_cache import CachedFeatures
 from ..data.pairs import Rows
 from ..data.scene_rows import SceneRows
 from ..data.scenes import SceneStream
 from ..data.sources import DataSource, load_source
-from ..models.modeling_blip2 import frozen_tower, tower_states
+from ..models.modeling_blip2 import frozen_tower
 from ..models.modeling_clip import load_tower
+from ..training.features import cached_tower_features
 
 
 def cache_tower(
@@ -38,12 +39,8 @@ def cache_tower(
     tower, processor = load_vision(model, image_size)
     rows, named = open_rows(data, split, seed, limit, columns, processor.size.get("height", 224))
 
-    def encode(pixel_values: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(tower.device.type, torch.bfloat16, enabled=bf16):
-            return tower_states(tower, pixel_values.to(tower.device))
-
-    key = feature_key(tower, processor, named, model)
-    return cache_features(output, rows, processor, encode, key, batch_size, num_workers=workers, verify=verify)
+    options = {"batch_size": batch_size, "num_workers": workers, "verify": verify}
+    return cached_tower_features(output, rows, processor, tower, named, model, bf16, **options)
 
 
 def load_vision(model: str, image_size: int | None) -> tuple[PreTrainedModel, Any]:
@@ -76,13 +73,13 @@ def open_rows(data: str, split: str, seed: int, limit: int, columns: str, size: 
         if limit < 1:
             raise ValueError("Scenes have no end: say how many, such as --limit 10000.")
         stream = SceneStream(split, seed, min(max(size, 48), 1024))  # sides that scenes can have
-        named = {"path": data, "split": split, "seed": seed, "size": stream.size, "rows": limit}
-        return SceneRows(stream, limit), named
+        rows = SceneRows(stream, limit)
+        return rows, rows.key
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
     rows = load_source(DataSource(data, split=split, columns=mapping))
     if 0 < limit < len(rows):
         rows = rows.select(range(limit))
-    return rows, {"path": data, "split": split, "columns": mapping, "rows": len(rows)}
+    return rows, {"path": data, "split": split, "columns": mapping}
 
 
 def summary(output: Path, features: CachedFeatures) -> str:

@@ -22,6 +22,11 @@ class SceneRows:
         self.num_scenes = num_scenes
         self.max_words = max_words
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the pictures of the rows depend on, for the key of a feature cache."""
+        return {"path": "scenes", "split": self.stream.split, "seed": self.stream.seed, "size": self.stream.size}
+
     def __len__(self) -> int:
         return self.num_scenes
 

@@ -7,6 +7,7 @@ from .configuration_instructblip import VlmInstructBlipConfig
 from .configuration_qformer import VlmQFormerConfig
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .image_processing_vlm import VlmImageProcessor
+from .language_model import cast_weights
 from .modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmBlipModel
 from .modeling_blip2 import VlmBlip2Model, tower_states
 from .modeling_blip2_generation import VlmBlip2ForConditionalGeneration, VlmBlip2GenerationOutput
@@ -58,5 +59,6 @@ __all__ = [
     "VlmTextTowerModel",
     "VlmTowerConfig",
     "VlmTowerModel",
+    "cast_weights",
     "tower_states",
 ]

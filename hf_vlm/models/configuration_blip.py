@@ -132,6 +132,11 @@ class VlmBlipConfig(PreTrainedConfig):
         self.vision_config = {**BLIP_VISION, **vision} if isinstance(vision, dict) else vision
         super().__post_init__(**kwargs)
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each loss, by the name that outputs call it by."""
+        return {"itc": self.itc_weight, "itm": self.itm_weight, "lm": self.lm_weight}
+
     def validate_parts(self):
         """Checks that the parts fit each other."""
         if not (self.use_text_encoder or self.use_text_decoder):

@@ -4,18 +4,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_blip import BLIP_VISION
 from .configuration_clip import as_native
 from .configuration_qformer import VlmQFormerConfig
 from .configuration_tower import VlmTowerConfig
 
-# What sets the EVA vision transformer apart from CLIP's. Its last states are normalised by the model around it.
-EVA_VISION = {
-    "use_pre_norm": False,
-    "use_patch_bias": True,
-    "final_norm": "sequence",
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-}
+# EVA's vision transformer has the layout of BLIP's. Its last states are normalised by the model around it.
+EVA_VISION = BLIP_VISION
 
 
 @strict
@@ -71,6 +66,11 @@ class VlmBlip2Config(PreTrainedConfig):
         vision = as_native({} if self.vision_config is None else self.vision_config, VlmTowerConfig.model_type)
         self.vision_config = {**EVA_VISION, **vision} if isinstance(vision, dict) else vision
         super().__post_init__(**kwargs)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each loss, by the name that outputs call it by."""
+        return {"itc": self.itc_weight, "itm": self.itm_weight, "lm": self.lm_weight}
 
     def validate_parts(self):
         """Checks that the Q-Former fits the tower."""

@@ -5,6 +5,8 @@ supervised positions only; what an LLM does to them after its head (scaling, sof
 compared with the LLM itself when a model is made (`check_logits`).
 """
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -43,8 +45,20 @@ def load_language_model(source: str | PreTrainedModel, kwargs: dict | None = Non
 
 
 def commit_of(source: str, kwargs: dict) -> str | None:
-    """The commit of an LLM on the Hub; None for a folder."""
-    return extract_commit_hash(cached_file(source, "config.json", revision=kwargs.get("revision")), None)
+    """The commit of an LLM on the Hub; None for a folder, or where none is in the cache."""
+    if Path(source).exists():
+        return None
+    try:
+        return extract_commit_hash(cached_file(source, "config.json", revision=kwargs.get("revision")), None)
+    except OSError:
+        return None
+
+
+def cast_weights(language_model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives the weights another precision. Not the buffers, as `.to` would: rotary frequencies must stay in float32."""
+    for parameter in language_model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    language_model.config.dtype = dtype
 
 
 def hidden_states(language_model: PreTrainedModel, **inputs) -> torch.Tensor:
@@ -85,4 +99,12 @@ def check_logits(language_model: PreTrainedModel) -> None:
         raise ValueError(f"A {kind} LLM makes its logits in a way that is not known here: choose another LLM.")
 
 
-__all__ = ["build_language_model", "check_logits", "commit_of", "hidden_states", "load_language_model", "logits_of"]
+__all__ = [
+    "build_language_model",
+    "cast_weights",
+    "check_logits",
+    "commit_of",
+    "hidden_states",
+    "load_language_model",
+    "logits_of",
+]

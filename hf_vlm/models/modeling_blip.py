@@ -47,7 +47,7 @@ from .modeling_blip_text import (
     copy_bert,
     with_first_token,
 )
-from .modeling_clip import build_vision_tower, freeze_unused, load_tower, published_config
+from .modeling_clip import build_vision_tower, freeze_unused, load_tower, published_config, resize_tower
 from .modeling_tower import VlmTowerModel
 from .momentum import FeatureQueue, MomentumEncoders
 
@@ -228,11 +228,7 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         bert = load_tower(text, "text", text_kwargs or {})
         if vision_model.config.model_type == VlmTowerConfig.model_type:
             vision_model.config.final_norm = "sequence"  # CLIP normalises the pooled token alone; here all are read
-            if image_size is not None:
-                vision_model.resize_images(image_size)
-        elif image_size not in (None, vision_model.config.image_size):
-            name, own_size = vision_model.config.model_type, vision_model.config.image_size
-            raise ValueError(f"A {name} tower takes images of {own_size} pixels, not of {image_size}.")
+        resize_tower(vision_model, image_size)
         parts = {"vision_config": published_config(vision_model), "text_config": bert_text_config(bert.config, dropout)}
         head = cls(VlmBlipConfig(**{**cls.layout, **parts, **config_kwargs}))
         head.model.vision_model = vision_model
@@ -268,11 +264,7 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         head.load_state_dict(fits, strict=False)
         if new := sorted(own.keys() - fits.keys()):
             logger.warning("Not in the model that %s begins with, and new: %s.", cls.__name__, ", ".join(new))
-        vision = head.config.vision_config
-        if image_size is not None and vision.model_type == VlmTowerConfig.model_type:
-            head.model.vision_model.resize_images(image_size)
-        elif image_size not in (None, vision.image_size):
-            raise ValueError(f"A {vision.model_type} tower takes images of {vision.image_size} pixels, no others.")
+        resize_tower(head.model.vision_model, image_size)
         return head.to(dtype=model.dtype, device=model.device)
 
     def language_modeling(

@@ -20,8 +20,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
 from .configuration_tower import VlmTowerConfig
-from .language_model import build_language_model, hidden_states, load_language_model
-from .modeling_clip import build_vision_tower, freeze_unused, load_tower
+from .language_model import build_language_model, cast_weights, hidden_states, load_language_model
+from .modeling_clip import build_vision_tower, freeze_unused, load_tower, resize_tower
 from .modeling_qformer import VlmQFormerModel
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "trust_remote_code")
@@ -47,11 +47,7 @@ def frozen_tower(source: str | PreTrainedModel, kwargs: dict | None, image_size:
     tower = load_tower(source, "vision", kwargs or {})
     if not isinstance(source, str):
         tower = copy.deepcopy(tower)
-    if image_size not in (None, tower.config.image_size):
-        if tower.config.model_type != VlmTowerConfig.model_type:
-            name, own_size = tower.config.model_type, tower.config.image_size
-            raise ValueError(f"A {name} tower takes images of {own_size} pixels, not of {image_size}.")
-        tower.resize_images(image_size)
+    resize_tower(tower, image_size)
     return tower
 
 
@@ -97,7 +93,7 @@ class VlmBlip2PreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if dtype is not None and model.body.language_model is not None:  # transformers loads all parts in one precision
-            model.body.language_model.to(dtype)
+            cast_weights(model.body.language_model, dtype)
             model.config.text_config.dtype = dtype
         if model.config.excludes_language_model:
             model.body.fetch_language_model(language_model)

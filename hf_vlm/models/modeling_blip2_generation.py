@@ -91,8 +91,9 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         body = VlmBlip2Model.from_pretrained(blip2) if isinstance(blip2, str) else blip2.base_model
         llm = load_language_model(language_model, language_model_kwargs)
         fields = {"text_config": published_config(llm), "image_token_id": image_token_id, "language_model_source": None}
-        if isinstance(language_model, str) and (commit := commit_of(language_model, language_model_kwargs or {})):
-            fields["language_model_source"] = {"id": language_model, "revision": commit}
+        name = language_model if isinstance(language_model, str) else llm.config._name_or_path
+        if name and (commit := commit_of(name, language_model_kwargs or {})):  # compared when the LLM is left out
+            fields["language_model_source"] = {"id": name, "revision": commit}
         return cls._on(body, fields, llm)
 
     @classmethod

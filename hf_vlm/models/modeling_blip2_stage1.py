@@ -114,14 +114,6 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
 
     writes = True
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, VlmBlip2Similarity):
-            init.constant_(module.temperature, module.config.temperature_init_value)
-        elif isinstance(module, VlmBlipLMHead):
-            init.zeros_(module.decoder.bias)
-
     def __init__(self, config: VlmBlip2Config):
         super().__init__(config)
         qformer = config.qformer_config
@@ -139,6 +131,14 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
             self._tied_weights_keys = {"lm_head.decoder.weight": "model.qformer.embeddings.word_embedding.weight"}
         self.post_init()
         self.freeze_parts()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, VlmBlip2Similarity):
+            init.constant_(module.temperature, module.config.temperature_init_value)
+        elif isinstance(module, VlmBlipLMHead):
+            init.zeros_(module.decoder.bias)
 
     def freeze_parts(self) -> None:
         """Also freezes what only a loss of weight 0 needs."""
@@ -325,7 +325,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
             output.parts["lm"] = self.write(queries.query_states, input_ids, attention_mask, labels)
             output.loss_lm = output.parts["lm"][0] / output.parts["lm"][1].clamp(min=1)
         losses = {"itc": output.loss_itc, "itm": output.loss_itm, "lm": output.loss_lm}
-        weights = {name: getattr(self.config, f"{name}_weight") for name in losses}
+        weights = self.config.loss_weights
         output.loss = sum(weights[name] * loss for name, loss in losses.items() if loss is not None)
         return output
 

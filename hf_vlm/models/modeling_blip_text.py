@@ -271,23 +271,34 @@ def bert_text_config(bert: PreTrainedConfig, dropout: float | None = None) -> Vl
 
 
 @torch.no_grad()
+def copy_bert_embeddings(ours: nn.Module, bert: PreTrainedModel) -> None:
+    """Words, positions and norm; there are no token types: that of a first sentence is added to every position."""
+    theirs = bert.embeddings
+    ours.word_embedding.weight[: bert.config.vocab_size] = theirs.word_embeddings.weight
+    ours.position_embedding.weight.copy_(theirs.position_embeddings.weight + theirs.token_type_embeddings.weight[0])
+    ours.norm.load_state_dict(theirs.LayerNorm.state_dict())
+
+
+@torch.no_grad()
+def copy_bert_layer(own: nn.Module, its: nn.Module, with_mlp: bool = True) -> None:
+    """Self-attention and the feed-forward layer."""
+    qkv = [its.attention.self.query, its.attention.self.key, its.attention.self.value]
+    own.self_attention.qkv.weight.copy_(torch.cat([part.weight for part in qkv]))
+    own.self_attention.qkv.bias.copy_(torch.cat([part.bias for part in qkv]))
+    for name, bert_name in BERT_NAMES:
+        if with_mlp or name.startswith("self_attention"):
+            own.get_submodule(name).load_state_dict(its.get_submodule(bert_name).state_dict())
+
+
 def copy_bert(text_model: VlmBlipTextModel, bert: PreTrainedModel) -> None:
     """Copies the weights of a BERT: without an image, and but for the two new words, the same function.
 
-    Cross-attention stays new. BLIP has no token types: that of a first sentence is added to every position.
+    Cross-attention stays new.
     """
     if text_model.owner is text_model:
-        ours, theirs = text_model.embeddings, bert.embeddings
-        ours.word_embedding.weight[: bert.config.vocab_size] = theirs.word_embeddings.weight
-        ours.position_embedding.weight.copy_(theirs.position_embeddings.weight + theirs.token_type_embeddings.weight[0])
-        ours.norm.load_state_dict(theirs.LayerNorm.state_dict())
+        copy_bert_embeddings(text_model.embeddings, bert)
     for own, its in zip(text_model.layers, bert.encoder.layer, strict=True):
-        qkv = [its.attention.self.query, its.attention.self.key, its.attention.self.value]
-        own.self_attention.qkv.weight.copy_(torch.cat([part.weight for part in qkv]))
-        own.self_attention.qkv.bias.copy_(torch.cat([part.bias for part in qkv]))
-        for name, bert_name in BERT_NAMES:
-            if own.owner is own or name.startswith("self_attention"):
-                own.get_submodule(name).load_state_dict(its.get_submodule(bert_name).state_dict())
+        copy_bert_layer(own, its, with_mlp=own.owner is own)
 
 
 def text_generation_config(config: VlmBlipTextConfig) -> GenerationConfig:
@@ -319,7 +330,6 @@ def prompts(
 
 
 __all__ = [
-    "BERT_NAMES",
     "Memory",
     "VlmBlipLMHead",
     "VlmBlipOutput",
@@ -327,6 +337,8 @@ __all__ = [
     "VlmBlipTextModel",
     "bert_text_config",
     "copy_bert",
+    "copy_bert_embeddings",
+    "copy_bert_layer",
     "prompts",
     "text_generation_config",
     "with_first_token",

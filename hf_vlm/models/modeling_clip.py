@@ -408,6 +408,20 @@ def load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTra
     return model
 
 
+def resize_tower(tower: PreTrainedModel, image_size: int | None) -> None:
+    """Makes an image tower take images of `image_size` pixels (None: as it is): one of ours interpolates its positions.
+
+    Raises:
+        ValueError: if a foreign tower takes images of another size.
+    """
+    if image_size is None or image_size == tower.config.image_size:
+        return
+    if tower.config.model_type != VlmTowerConfig.model_type:
+        name, own_size = tower.config.model_type, tower.config.image_size
+        raise ValueError(f"A {name} tower takes images of {own_size} pixels, not of {image_size}.")
+    tower.resize_images(image_size)
+
+
 def published_config(tower: PreTrainedModel) -> dict:
     """A tower's config without the folder that it was loaded from, which is nobody else's business."""
     config = tower.config.to_dict()
@@ -422,4 +436,5 @@ __all__ = [
     "freeze_unused",
     "load_tower",
     "published_config",
+    "resize_tower",
 ]

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qformer import VlmQFormerConfig
-from .modeling_blip_text import BERT_NAMES, bert_text_config
+from .modeling_blip_text import bert_text_config, copy_bert_embeddings, copy_bert_layer
 from .modeling_fusion import LayerMemory, VlmFusionCrossAttention, VlmFusionMLP, VlmFusionSelfAttention
 
 # Keys and values of every layer; None where the queries do not look at the image.
@@ -265,25 +265,15 @@ def bert_qformer_config(bert: PreTrainedConfig, memory_size: int, dropout: float
     return {**{name: shared[name] for name in names.split()}, **sizes, **fields}
 
 
-@torch.no_grad()
 def copy_bert_to_qformer(qformer: VlmQFormerModel, bert: PreTrainedModel) -> None:
     """Copies the weights of a BERT, its feed-forward layers to queries and text alike (section 3.1).
 
-    Queries and cross-attention stay new. There are no token types: that of a first sentence is added to every position.
+    Queries and cross-attention stay new.
     """
-    ours, theirs = qformer.embeddings, bert.embeddings
-    ours.word_embedding.weight[: bert.config.vocab_size] = theirs.word_embeddings.weight
-    ours.position_embedding.weight.copy_(theirs.position_embeddings.weight + theirs.token_type_embeddings.weight[0])
-    ours.norm.load_state_dict(theirs.LayerNorm.state_dict())
+    copy_bert_embeddings(qformer.embeddings, bert)
     for own, its in zip(qformer.layers, bert.encoder.layer, strict=True):
-        qkv = [its.attention.self.query, its.attention.self.key, its.attention.self.value]
-        own.self_attention.qkv.weight.copy_(torch.cat([part.weight for part in qkv]))
-        own.self_attention.qkv.bias.copy_(torch.cat([part.bias for part in qkv]))
-        for name, bert_name in BERT_NAMES:
-            state = its.get_submodule(bert_name).state_dict()
-            own.get_submodule(name).load_state_dict(state)
-            if name.startswith("mlp"):
-                own.get_submodule(f"query_{name}").load_state_dict(state)
+        copy_bert_layer(own, its)
+        own.query_mlp.load_state_dict(own.mlp.state_dict())
 
 
 __all__ = [

@@ -3,17 +3,10 @@
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.wheels import resolve_part
+from ..models.language_model import load_language_model
 
 
 def open_language_model(
@@ -35,9 +28,7 @@ def open_language_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=dequantized, **options)
         return model, tokenizer
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-    config = AutoConfig.from_pretrained(folder, revision=revision)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_pretrained(folder, dtype=dtype, revision=revision), tokenizer
+    return load_language_model(folder, {"dtype": dtype, "revision": revision}), tokenizer
 
 
 __all__ = ["open_language_model"]

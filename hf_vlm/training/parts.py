@@ -92,7 +92,7 @@ class PartsTrainer(VlmTrainer):
 
     def _weighted(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """Their sum with the weights of the config; a head that writes has one part."""
-        weights = {name: getattr(self.head.config, f"{name}_weight") if self.contrasts else 1.0 for name in parts}
+        weights = self.head.config.loss_weights if self.contrasts else dict.fromkeys(parts, 1.0)
         return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
