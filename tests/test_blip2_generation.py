@@ -95,6 +95,18 @@ def test_batched_generation_is_one_by_one(head: type, name: str, beams: int) -> 
         assert set(expected[len(alone) :]) <= {tiny.PAD, tiny.END}  # a beam may be filled up with either
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_frozen_head_gets_contiguous_states(beams: int) -> None:
+    """Of a strided state and a frozen matrix, torch makes a product with a copy of the matrix for every row."""
+    model = tiny_blip2.blip2_model(Stage2, "opt")
+    head, contiguous = model.get_output_embeddings(), []
+    assert not head.weight.requires_grad
+    head.register_forward_hook(lambda _, inputs, output: contiguous.append(inputs[0].is_contiguous()))
+    model.generate(**tiny_blip2.stage2_inputs(), num_beams=beams, min_new_tokens=3, max_new_tokens=3)
+    assert contiguous == [True] * 3
+    assert not head._forward_pre_hooks
+
+
 def test_wrong_prompts_are_refused() -> None:
     model, inputs = tiny_blip2.blip2_model(Stage2, "llama"), tiny_blip2.stage2_inputs()
     with pytest.raises(ValueError, match="Prompts are padded on the right"):

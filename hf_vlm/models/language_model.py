@@ -5,9 +5,12 @@ supervised positions only; what an LLM does to them after its head (scaling, sof
 compared with the LLM itself when a model is made (`check_logits`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
@@ -81,6 +84,20 @@ def logits_of(language_model: PreTrainedModel, states: torch.Tensor) -> torch.Te
     return logits
 
 
+@contextmanager
+def contiguous_inputs(head: nn.Module) -> Iterator[None]:
+    """Within it, a head gets its input in one piece.
+
+    A prefill hands it the last state of each row as a strided view. Of a frozen matrix, torch then makes a copy for
+    each row (`should_fold` in its LinearAlgebra.cpp), which takes longer than all else of the first token.
+    """
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def check_logits(language_model: PreTrainedModel) -> None:
     """Compares `logits_of` with the LLM's own logits on a few tokens.
@@ -104,6 +121,7 @@ __all__ = [
     "cast_weights",
     "check_logits",
     "commit_of",
+    "contiguous_inputs",
     "hidden_states",
     "load_language_model",
     "logits_of",

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
-from .language_model import commit_of, hidden_states, load_language_model, logits_of
+from .language_model import commit_of, contiguous_inputs, hidden_states, load_language_model, logits_of
 from .losses import language_modeling_loss
 from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
 from .modeling_clip import published_config
@@ -221,7 +221,8 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         inputs = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
         embeds = self._embed(input_ids, *inputs)
         llm.generation_config = self.generation_config
-        return llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        with contiguous_inputs(llm.get_output_embeddings()):
+            return llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
 
 
 __all__ = ["VlmBlip2ForConditionalGeneration", "VlmBlip2GenerationOutput"]
