@@ -23,6 +23,7 @@ from ..data.rows import OnError
 from ..data.sources import DataSource
 from ..data.stored import StoredRow, stored_blocks
 from ..evaluation import caption_images, embed_images, embed_texts, match_logits
+from ..evaluation.retrieval import pair_cosines, unit_images
 from ..models import VlmBlipForConditionalGeneration, VlmBlipForPreTraining
 from .tasks import Evaluator, load_checkpoint
 
@@ -178,9 +179,10 @@ def similarity(
     owner: Sequence[int],
     **shown: Any,
 ) -> torch.Tensor:
-    """The cosine `(texts,)` of each text's embedding and its image's, by any model with two towers."""
-    image_embeds = embed_images(model, processor, images, **shown)
-    return (image_embeds[torch.tensor(owner)] * embed_texts(model, processor, texts, **shown)).sum(dim=-1)
+    """The cosine `(texts,)` of each text and its image (of several embeddings, the nearest), by any two-tower model."""
+    image_embeds = unit_images(embed_images(model, processor, images, **shown))
+    pairs = torch.stack([torch.tensor(owner), torch.arange(len(texts))], dim=1)
+    return pair_cosines(image_embeds, embed_texts(model, processor, texts, **shown), pairs)
 
 
 def features(itc: bool) -> datasets.Features:
