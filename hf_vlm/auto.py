@@ -34,6 +34,10 @@ from .models import (
     VlmInstructBlipForConditionalGeneration,
     VlmInstructBlipModel,
     VlmInstructBlipProcessor,
+    VlmLlavaConfig,
+    VlmLlavaForConditionalGeneration,
+    VlmLlavaModel,
+    VlmLlavaProcessor,
     VlmQFormerConfig,
     VlmQFormerModel,
     VlmTextTowerConfig,
@@ -61,12 +65,14 @@ MODELS: dict[type[PreTrainedConfig], dict[Any, type[PreTrainedModel]]] = {
         AutoModel: VlmInstructBlipModel,
         AutoModelForImageTextToText: VlmInstructBlipForConditionalGeneration,
     },
+    VlmLlavaConfig: {AutoModel: VlmLlavaModel, AutoModelForImageTextToText: VlmLlavaForConditionalGeneration},
 }
 PROCESSORS: dict[type[PreTrainedConfig], type[ProcessorMixin]] = {
     VlmClipConfig: VlmClipProcessor,
     VlmBlipConfig: VlmBlipProcessor,
     VlmBlip2Config: VlmBlip2Processor,
     VlmInstructBlipConfig: VlmInstructBlipProcessor,
+    VlmLlavaConfig: VlmLlavaProcessor,
 }
 
 

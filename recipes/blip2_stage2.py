@@ -1,6 +1,6 @@
 """BLIP-2, second stage (arXiv 2301.12597, section 3.3): what the Q-Former reads becomes the prompt of a frozen LLM.
 
-A laptop, about 20 minutes on two cores, on scenes of the built-in pictures, after `blip2_stage1.py`:
+A laptop, about 40 minutes on two cores, on scenes of the built-in pictures, after `blip2_stage1.py`:
 
     python recipes/blip2_stage2.py --config recipes/blip2_stage2/small.yaml
 

@@ -4,6 +4,7 @@ from .configuration_blip import BLIP_VISION, VlmBlipConfig, VlmBlipTextConfig
 from .configuration_blip2 import EVA_VISION, VlmBlip2Config
 from .configuration_clip import VlmClipConfig
 from .configuration_instructblip import VlmInstructBlipConfig
+from .configuration_llava import VlmLlavaConfig
 from .configuration_qformer import VlmQFormerConfig
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .image_processing_vlm import VlmImageProcessor
@@ -16,11 +17,13 @@ from .modeling_blip_generation import VlmBlipForConditionalGeneration, VlmBlipFo
 from .modeling_blip_text import VlmBlipOutput, VlmBlipTextModel
 from .modeling_clip import VlmClipModel, VlmClipOutput
 from .modeling_instructblip import VlmInstructBlipForConditionalGeneration, VlmInstructBlipModel
+from .modeling_llava import VlmLlavaForConditionalGeneration, VlmLlavaModel, VlmLlavaOutput
 from .modeling_qformer import VlmQFormerModel, VlmQFormerOutput
 from .modeling_tower import VlmTextTowerModel, VlmTowerModel
 from .processing_blip import VlmBlipProcessor
 from .processing_blip2 import VlmBlip2Processor, VlmInstructBlipProcessor
 from .processing_clip import VlmClipProcessor
+from .processing_llava import VlmLlavaProcessor
 
 __all__ = [
     "BLIP_VISION",
@@ -52,6 +55,11 @@ __all__ = [
     "VlmInstructBlipForConditionalGeneration",
     "VlmInstructBlipModel",
     "VlmInstructBlipProcessor",
+    "VlmLlavaConfig",
+    "VlmLlavaForConditionalGeneration",
+    "VlmLlavaModel",
+    "VlmLlavaOutput",
+    "VlmLlavaProcessor",
     "VlmQFormerConfig",
     "VlmQFormerModel",
     "VlmQFormerOutput",

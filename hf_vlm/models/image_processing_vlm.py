@@ -1,8 +1,9 @@
 """Image processor of every model here: any picture in, normalised `pixel_values` out.
 
 - One implementation, on PIL: the numbers do not depend on whether torchvision is installed.
-- Three ways to make a picture fit: `"crop"` (CLIP: shortest edge resized, centre cropped), `"squash"` (BLIP, SigLIP:
-  both sides resized) and `"pad"` (LLaVA-1.5: padded to a square with the mean colour, then resized).
+- Four ways to make a picture fit: `"crop"` (CLIP: shortest edge resized, centre cropped), `"squash"` (BLIP, SigLIP:
+  both sides resized), `"pad"` (LLaVA-1.5: padded to a square with the mean colour, then resized) and `"anyres"`
+  (LLaVA-1.6: an overview and the tiles of a grid, see `anyres.py`).
 - Every colour mode becomes RGB the way a viewer shows it: transparency on white, 16-bit greys scaled, CMYK converted.
 """
 
@@ -16,13 +17,16 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .anyres import anyres_views
+
 MAX_ASPECT_RATIO = 16
 
 
 class VlmImageKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Options of [`VlmImageProcessor`] beyond those of every image processor."""
 
-    resize_mode: Literal["crop", "squash", "pad"]
+    resize_mode: Literal["crop", "squash", "pad", "anyres"]
+    image_grid_pinpoints: list[list[int]] | None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -45,18 +49,21 @@ class VlmImageProcessor(PilBackend):
 
     Args:
         size: `{"height": ..., "width": ...}` of the result in pixels.
-        resize_mode: `"crop"`, `"squash"` or `"pad"`; see the module's docstring.
+        resize_mode: `"crop"`, `"squash"`, `"pad"` or `"anyres"`; see the module's docstring.
+        image_grid_pinpoints: `[height, width]` in pixels of the grids that `"anyres"` chooses from.
         resample: PIL's resampling filter.
         image_mean: Mean of each channel, in [0, 1].
         image_std: Standard deviation of each channel, in [0, 1].
 
     Calling it with images (PIL, arrays or tensors; one or a list) gives `pixel_values` of shape
-    `(batch, 3, height, width)` in float32.
+    `(batch, 3, height, width)` in float32; with `"anyres"` one of every view, image by image, and `image_sizes`, the
+    height and width of each image, of shape `(batch, 2)`.
     """
 
     valid_kwargs = VlmImageKwargs
     size = {"height": 224, "width": 224}
     resize_mode = "crop"
+    image_grid_pinpoints = None
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
@@ -110,9 +117,19 @@ class VlmImageProcessor(PilBackend):
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
         return_tensors: str | None,
+        image_grid_pinpoints: list[list[int]] | None = None,
         **kwargs,
     ) -> BatchFeature:
-        if do_resize:
+        sizes = {}
+        if do_resize and resize_mode == "anyres":
+            if not image_grid_pinpoints or size.height != size.width:
+                raise ValueError('resize_mode="anyres" needs image_grid_pinpoints and square tiles.')
+            sizes = {"image_sizes": np.array([(image.height, image.width) for image in images])}
+            resample = PILImageResampling(resample)
+            images = [
+                view for image in images for view in anyres_views(image, image_grid_pinpoints, size.height, resample)
+            ]
+        elif do_resize:
             fill = tuple(round(255 * mean) for mean in image_mean)
             images = [self.fit(image, size, resize_mode, PILImageResampling(resample), fill) for image in images]
         pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32)  # (B, H, W, 3)
@@ -122,7 +139,7 @@ class VlmImageProcessor(PilBackend):
             pixels -= np.array(image_mean, dtype=np.float32)
             pixels /= np.array(image_std, dtype=np.float32)
         pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        return BatchFeature({"pixel_values": pixels, **sizes}, tensor_type=return_tensors)
 
 
 def limit_size(image: Image.Image, longest: int) -> Image.Image:

@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 # A body is read from a head's checkpoint without the head's prefix, before transformers takes
 # `model.language_model.model` for a name of its older vision-language models.
-for body in ("VlmBlip2Model", "VlmInstructBlipModel"):
+for body in ("VlmBlip2Model", "VlmInstructBlipModel", "VlmLlavaModel"):
     register_checkpoint_conversion_mapping(body, [PrefixChange(prefix_to_remove="model")], overwrite=True)
 
 

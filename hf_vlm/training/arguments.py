@@ -1,5 +1,6 @@
 """Training arguments of every recipe: transformers' own, with the defaults that these models need."""
 
+import json
 from dataclasses import dataclass, field
 
 import torch
@@ -23,12 +24,20 @@ class VlmTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Train the matrices of the layers by Muon at this rate, all else by AdamW; default: AdamW."},
     )
+    learning_rates: dict | str | None = field(
+        default=None,
+        metadata={"help": "Rates of modules by name, in place of learning_rate: '{\"language_projection\": 0.01}'."},
+    )
     logging_steps: float = field(default=20, metadata={"help": "Log every so many steps (a fraction below 1)."})
     hub_strategy: str = field(default="end", metadata={"help": "Only end: push_to_hub makes one commit at the end."})
 
     def __post_init__(self):
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(f"hub_strategy must be end, one commit when all is done, not {self.hub_strategy!r}.")
+        if isinstance(self.learning_rates, str):
+            self.learning_rates = json.loads(self.learning_rates)
+        if self.learning_rates and self.muon_learning_rate is not None:
+            raise ValueError("learning_rates are AdamW's: leave out muon_learning_rate.")
         choice = str(self.bf16).lower()
         if choice not in ("auto", "true", "false"):
             raise ValueError(f"bf16 must be true, false or auto, not {self.bf16!r}.")

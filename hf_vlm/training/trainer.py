@@ -75,7 +75,7 @@ class VlmTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """The Trainer's optimiser, or [`MuonAdamW`] with `muon_learning_rate`."""
+        """The Trainer's optimiser, with `learning_rates` for parts; or [`MuonAdamW`] with `muon_learning_rate`."""
         if self.optimizer is None and self.args.muon_learning_rate is not None:
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             self.optimizer = MuonAdamW(
@@ -86,7 +86,11 @@ class VlmTrainer(Trainer):
                 (self.args.adam_beta1, self.args.adam_beta2),
                 self.args.adam_epsilon,
             )
-        return super().create_optimizer(model)
+        if self.optimizer is not None or not self.args.learning_rates:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        optimizer.param_groups = groups_by_rate(self.model, optimizer.param_groups, self.args.learning_rates)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         """Map-style data is shared out by the Trainer's sampler, a stream by its shards."""
@@ -151,4 +155,34 @@ class VlmTrainer(Trainer):
         super().log(logs, start_time)
 
 
-__all__ = ["VlmTrainer"]
+def groups_by_rate(model: nn.Module, groups: list[dict], rates: dict[str, float]) -> list[dict]:
+    """An optimiser's parameter groups, each parted by the learning rates of modules.
+
+    Args:
+        model: Whose parameters they are.
+        groups: The groups of a new optimiser.
+        rates: Learning rates by the name of a module, such as `language_projection`, wherever it is in the model; a
+            module within another one counts for itself.
+
+    Raises:
+        ValueError: if no parameter is trained in a module of that name.
+    """
+    owners, found = {}, set()
+    for name, parameter in model.named_parameters():
+        owner = next((part for part in reversed(name.split(".")) if part in rates), None)
+        owners[parameter] = owner
+        if parameter.requires_grad:
+            found.add(owner)
+    if unknown := [name for name in rates if name not in found]:
+        raise ValueError(f"learning_rates: nothing is trained in a module called {unknown[0]}.")
+    parted = []
+    for group in groups:
+        for owner in (None, *rates):
+            chosen = [p for p in group["params"] if owners[p] == owner]
+            rate = {} if owner is None else {"lr": rates[owner]}
+            if chosen:
+                parted.append({**group, **rate, "params": chosen})
+    return parted
+
+
+__all__ = ["VlmTrainer", "groups_by_rate"]

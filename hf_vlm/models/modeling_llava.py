@@ -1,0 +1,461 @@
+"""LLaVA: what an image tower sees, projected into the places of placeholder tokens of an LLM.
+
+Papers: LLaVA-1.0 (arXiv 2304.08485), 1.5 (arXiv 2310.03744), and the blog post on 1.6 (LLaVA-NeXT).
+
+- The tower's states of one layer (-2 by default, without the class token) go through a linear layer (1.0) or an MLP
+  (1.5, 1.6). Layers after the chosen one are not run.
+- 1.6 sees an image as an overview and tiles: see `anyres.py`.
+- Placeholders are counted, image by image: an image that is cut, missing or too many is an error.
+- Rows without images cost no vision pass. In training an *empty* batch goes through what is trained of projector and
+  tower, so that their parameters have a (zero) gradient and no rank waits for another.
+- The LLM keeps its head; in training logits are made at supervised positions only. Generation is its own `generate`.
+- Packed rows have `position_ids` that restart and no `attention_mask`.
+
+Shapes: B rows, L tokens, I images, T views (tiles and overviews; one an image without "anyres"), P patches, H width of
+the LLM.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .anyres import anyres_layout, join_views
+from .configuration_llava import VlmLlavaConfig
+from .language_model import build_language_model, contiguous_inputs, load_language_model, logits_of
+from .losses import language_modeling_loss
+from .modeling_clip import build_vision_tower, freeze_unused, load_tower, published_config, resize_tower
+from .vision_features import layer_states
+
+Features = dict[str, ModelOutput]
+
+
+@dataclass
+class VlmLlavaOutput(ModelOutput):
+    """Output of [`VlmLlavaForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): Language-modelling loss.
+        logits (`torch.FloatTensor` of shape `(B, L, vocabulary)`): Not with labels, for which logits are made at
+            supervised positions only.
+        past_key_values: The LLM's cache.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, H)`): The LLM's states.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    last_hidden_state: torch.Tensor | None = None
+
+
+class VlmLlavaProjector(nn.Module):
+    """From the tower's width to the LLM's; with "anyres" it also lays out the views of each image."""
+
+    def __init__(self, config: VlmLlavaConfig):
+        super().__init__()
+        self.config = config
+        width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.linear_1 = nn.Linear(width, hidden, bias=config.projector_bias)
+        self.act = self.linear_2 = self.newline = None
+        if config.projector_type == "mlp":
+            self.act = ACT2FN[config.projector_hidden_act]
+            self.linear_2 = nn.Linear(hidden, hidden, bias=config.projector_bias)
+        if config.image_grid_pinpoints is not None:
+            self.newline = nn.Parameter(torch.empty(hidden))
+
+    def forward(self, states: torch.Tensor, image_sizes: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Tokens `(tokens, H)` of each image, from states `(T, P, width)` of its views.
+
+        Raises:
+            ValueError: if the views are not those of images of these sizes.
+        """
+        projected = self.linear_1(states)
+        if self.linear_2 is not None:
+            projected = self.linear_2(self.act(projected))
+        if self.newline is None:
+            return list(projected)
+        if image_sizes is None:
+            raise ValueError("This model looks at tiles: pass image_sizes, which the processor makes.")
+        vision = self.config.vision_config
+        shape = (self.config.image_grid_pinpoints, vision.image_size, vision.patch_size)
+        layouts = [anyres_layout(size, *shape) for size in image_sizes.tolist()]
+        counts = [layout.num_views for layout in layouts]
+        if sum(counts) != len(projected):
+            raise ValueError(f"Images of these sizes have {counts} views, but {len(projected)} came in pixel_values.")
+        if not counts:
+            return [projected.flatten(0, 1) + 0.0 * self.newline]  # empty, with a graph
+        views = projected.split(counts)
+        return [join_views(view, layout, self.newline) for view, layout in zip(views, layouts, strict=True)]
+
+
+class VlmLlavaPreTrainedModel(PreTrainedModel):
+    """Initialisation and capabilities shared by LLaVA's models."""
+
+    config: VlmLlavaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VlmTowerLayer", "VlmTowerEmbeddings"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, VlmLlavaProjector) and module.newline is not None:
+            init.normal_(module.newline, std=module.newline.shape[0] ** -0.5)
+
+    @property
+    def body(self) -> "VlmLlavaModel":
+        """The model without a head of its own."""
+        return self.base_model
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """transformers' `from_pretrained`; the image tower is frozen until a stage says otherwise."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.body.freeze_tower()
+        model.eval()
+        return loaded
+
+
+class VlmLlavaModel(VlmLlavaPreTrainedModel):
+    """The image tower, the projector and the LLM."""
+
+    def __init__(self, config: VlmLlavaConfig, language_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.vision_model = build_vision_tower(config.vision_config)
+        self.projector = VlmLlavaProjector(config)
+        self.language_model = language_model or build_language_model(config.text_config)
+        self.post_init()
+        self.freeze_tower()
+
+    def freeze_tower(self) -> None:
+        """Freezes the image tower, which is then in eval mode whatever `train()` says."""
+        self.vision_model.requires_grad_(False)
+
+    def thaw_tower(self) -> None:
+        """Trains the image tower, but for what lies behind the layer that is read."""
+        self.vision_model.requires_grad_(True)
+        freeze_unused(self.vision_model, uses_pooled_output=False)
+        count = self.config.vision_config.num_hidden_layers + 1 + min(self.config.vision_feature_layer, -1)
+        if self.config.vision_feature_layer >= 0:
+            count = self.config.vision_feature_layer
+        for module in self.vision_model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.config.vision_config.num_hidden_layers:
+                module[count:].requires_grad_(False)
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether anything in the image tower is trained."""
+        return any(parameter.requires_grad for parameter in self.vision_model.parameters())
+
+    def train(self, mode: bool = True) -> "VlmLlavaModel":
+        """Sets training mode everywhere but in a tower or LLM of which nothing is trained."""
+        super().train(mode)
+        for part in (self.vision_model, self.language_model):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the projector reads of views `(T, channels, height, width)`: `(T, P, width)`; it can be cached."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
+            states = layer_states(self.vision_model, pixel_values, self.config.vision_feature_layer)
+        return states[:, 1:] if self.config.vision_feature_select_strategy == "default" else states
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """The tokens of each image, ready for the LLM.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(T, channels, height, width)`): The views of the images.
+            image_sizes (`torch.LongTensor` of shape `(I, 2)`): Height and width of each image, with "anyres".
+            vision_features (`torch.FloatTensor` of shape `(T, P, width)`): In place of the views, what
+                `get_vision_features` made of them.
+
+        Returns:
+            `last_hidden_state`, the tower's, and `pooler_output`: a list of `(tokens, H)`, one an image. As
+            `mm_encoder_outputs={"image": ...}` it serves `forward` and `generate`, also for a later turn.
+
+        Raises:
+            ValueError: unless exactly one of views and features is given.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Pass either pixel_values or vision_features.")
+        if vision_features is None:
+            vision_features = self.get_vision_features(pixel_values)
+        states = vision_features.to(self.projector.linear_1.weight.dtype)
+        return BaseModelOutputWithPooling(states, pooler_output=self.projector(states, image_sizes))
+
+    def _no_images(self) -> list[torch.Tensor]:
+        """The tokens of no image; where projector or tower are trained, with a graph through all of them."""
+        vision = self.config.vision_config
+        if not (self.training and torch.is_grad_enabled()):
+            return []
+        if self.trains_tower:
+            shape = (0, vision.num_channels, vision.image_size, vision.image_size)
+            states = self.get_vision_features(torch.zeros(shape, device=self.device))
+        else:
+            states = torch.zeros(0, 1, vision.hidden_size, device=self.device)
+        states = states.to(self.projector.linear_1.weight.dtype)
+        return self.projector(states, torch.zeros(0, 2)) or [self.projector.linear_1(states).flatten(0, 1)]
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        mm_encoder_outputs: Features | None = None,
+    ) -> torch.Tensor:
+        """Inputs `(B, L, H)` of the LLM: token embeddings, with the images' tokens in the placeholders' places.
+
+        Raises:
+            ValueError: if a row's placeholders are not those of whole images, or not of as many as there are.
+        """
+        if mm_encoder_outputs is not None:
+            images = mm_encoder_outputs["image"].pooler_output
+        elif _any_rows(pixel_values) or _any_rows(vision_features):
+            images = self.get_image_features(pixel_values, image_sizes, vision_features).pooler_output
+        else:
+            images = None
+        is_image = input_ids == self.config.image_token_id
+        self._check_placeholders(is_image, images or [])
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        tokens = self._no_images() if images is None else images
+        if not tokens:
+            return embeds
+        return embeds.masked_scatter(is_image[..., None], torch.cat(tokens).to(embeds.dtype))
+
+    def _check_placeholders(self, is_image: torch.Tensor, images: list[torch.Tensor]) -> None:
+        found = is_image.sum(dim=1).tolist()
+        needed = [len(tokens) for tokens in images]
+        row_ends = torch.tensor(found).cumsum(0).tolist()
+        image_ends = {0, *torch.tensor(needed, dtype=torch.long).cumsum(0).tolist()}
+        if sum(found) != sum(needed) or not image_ends.issuperset(row_ends):
+            raise ValueError(
+                f"The rows have {found} image placeholders, but the images need {needed}, in this order: put the image "
+                "token once for each image into the text, let the processor expand it, and do not cut texts afterwards."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        mm_encoder_outputs: Features | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """The LLM's states; arguments are those of [`VlmLlavaForConditionalGeneration.forward`]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, vision_features, mm_encoder_outputs)
+        return self.language_model.base_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+
+def _any_rows(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and len(tensor) > 0
+
+
+class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin):
+    """Talks about images.
+
+    Example:
+        ```python
+        >>> model = VlmLlavaForConditionalGeneration.from_parts("org/clip-small", "HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> model.generate(**processor(images=images, text=["<image>\nWhat is this?"]), max_new_tokens=20)
+        ```
+    """
+
+    def __init__(self, config: VlmLlavaConfig, language_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.model = VlmLlavaModel(config, language_model)
+        self.post_init()
+        self.model.freeze_tower()
+        self.generation_config = self.model.language_model.generation_config
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision: str | PreTrainedModel,
+        language_model: str | PreTrainedModel,
+        image_token_id: int | None = None,
+        image_size: int | None = None,
+        language_model_kwargs: dict | None = None,
+        **config,
+    ) -> "VlmLlavaForConditionalGeneration":
+        """Builds LLaVA on an image tower and an LLM; the projector is new.
+
+        Args:
+            vision: Id, folder or instance of an image tower, or of a two-tower model that has one; copied.
+            language_model: Id, folder or instance of a causal LLM with its head; changed, not copied.
+            image_token_id: Id of the placeholder in the LLM's tokenizer; by default the first id after its vocabulary.
+                Where the LLM has no such row, its embeddings grow, to a multiple of 64 rows; tied heads stay tied.
+            image_size: Side of an image or tile in pixels, for one of our towers: its positions are interpolated.
+            language_model_kwargs: `from_pretrained` options of the LLM (`dtype`, `revision`, ...).
+            **config: Fields of [`VlmLlavaConfig`], such as `projector_type`.
+
+        Raises:
+            ValueError: if tower or LLM do not serve, or a field does not fit.
+        """
+        tower = load_tower(vision, "vision", {})
+        llm = load_language_model(language_model, language_model_kwargs)
+        vocabulary = llm.get_input_embeddings().num_embeddings
+        image_token_id = vocabulary if image_token_id is None else image_token_id
+        if image_token_id >= vocabulary:
+            llm.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=64)
+        fields = {"vision_config": published_config(tower), "text_config": published_config(llm)}
+        weights = tower.state_dict()
+        model = cls(VlmLlavaConfig(**fields, image_token_id=image_token_id, **config), llm)
+        model.model.vision_model.load_state_dict(weights)
+        resize_tower(model.model.vision_model, image_size)
+        model.model.freeze_tower()
+        return model.to(llm.device).eval()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.language_model.set_output_embeddings(new_embeddings)
+
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`VlmLlavaModel.get_image_features`]."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        mm_encoder_outputs: Features | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VlmLlavaOutput:
+        """Language modelling over texts with images in them.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts with each image's placeholders, as the processor
+                makes them; images are those of the first row, then of the second, and so on.
+            pixel_values (`torch.FloatTensor` of shape `(T, channels, height, width)`): The views of the images.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding; None for packed rows.
+            position_ids (`torch.LongTensor` of shape `(B, L)`): Restarting at each sample of packed rows.
+            past_key_values: The LLM's cache.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, L, H)`): In place of `input_ids` and images.
+            image_sizes (`torch.LongTensor` of shape `(I, 2)`): Height and width of each image, with "anyres".
+            vision_features (`torch.FloatTensor` of shape `(T, P, width)`): In place of `pixel_values`, what
+                `get_vision_features` made of them.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, in place of both.
+            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere.
+            num_items_in_batch: What the summed loss is divided by; the number of supervised tokens by default.
+            logits_to_keep: Make logits of the last so many positions only; 0 of all.
+
+        Returns:
+            [`VlmLlavaOutput`] with `loss`, or, without labels, `logits`.
+
+        Raises:
+            ValueError: if the placeholders do not fit the images.
+        """
+        if labels is not None:
+            kwargs["use_cache"] = False  # packed rows are kept apart only without a cache
+        output = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
+            vision_features=vision_features,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        llm, states = self.model.language_model, output.last_hidden_state
+        if labels is None:
+            logits = logits_of(llm, slice_logits_to_keep(states, logits_to_keep))
+            return VlmLlavaOutput(logits=logits, past_key_values=output.past_key_values, last_hidden_state=states)
+        total, count = language_modeling_loss(states, labels, lambda state: logits_of(llm, state))
+        divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return VlmLlavaOutput(loss=total / divisor, last_hidden_state=states)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        mm_encoder_outputs: Features | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Goes on with each text. Images are read once, whatever the number of beams.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Prompts with placeholders, padded on the left.
+            **kwargs: Options of transformers' `generate`: `num_beams`, `max_new_tokens`, `past_key_values`, ... All
+                other arguments are those of `forward`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, L + length)`: the prompts and what follows them.
+
+        Raises:
+            ValueError: for prompts that are padded on the right, or placeholders that do not fit the images.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        elif not attention_mask[:, -1].all():
+            raise ValueError('Prompts are padded on the right, where the answer goes: use padding_side="left".')
+        llm = self.model.language_model
+        embeds = self.model.embed(input_ids, pixel_values, image_sizes, vision_features, mm_encoder_outputs)
+        llm.generation_config = self.generation_config
+        with contiguous_inputs(llm.get_output_embeddings()):
+            return llm.generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+
+
+__all__ = ["VlmLlavaForConditionalGeneration", "VlmLlavaModel", "VlmLlavaOutput", "VlmLlavaPreTrainedModel"]
