@@ -2,6 +2,8 @@
 
 from .augment import Augmentation
 from .collators import CaptionCollator, ContrastiveCollator, QuestionCollator
+from .conversation_collator import PLAIN_TEMPLATE, ConversationCollator
+from .conversations import Conversation, ConversationRows, caption_conversations, load_conversations
 from .corruption import corrupt_captions
 from .easy_vqa import easy_vqa_images, easy_vqa_questions
 from .emoji import EMOJI_SPLITS, LICENCES, load_emoji
@@ -13,6 +15,7 @@ from .mixing import mix, split_stream
 from .pairs import Pair, PairDataset, PairStream, load_pairs
 from .prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
 from .questions import Question, QuestionDataset, QuestionRows, load_questions, question_source
+from .scene_conversations import SceneConversations
 from .scene_rows import SceneRows
 from .scenes import SceneStream, load_scenes
 from .sources import DataSource, load_source
@@ -21,6 +24,7 @@ from .wheels import WHEELS, resolve_part
 __all__ = [
     "EMOJI_SPLITS",
     "LICENCES",
+    "PLAIN_TEMPLATE",
     "PROMPT_END",
     "TEST_SPLITS",
     "WHEELS",
@@ -29,6 +33,9 @@ __all__ = [
     "CaptionCollator",
     "CaptionPromptCollator",
     "ContrastiveCollator",
+    "Conversation",
+    "ConversationCollator",
+    "ConversationRows",
     "DataSource",
     "FeatureCacheError",
     "ImageError",
@@ -40,9 +47,11 @@ __all__ = [
     "QuestionCollator",
     "QuestionDataset",
     "QuestionRows",
+    "SceneConversations",
     "SceneRows",
     "SceneStream",
     "cache_features",
+    "caption_conversations",
     "caption_instructions",
     "corrupt_captions",
     "easy_vqa_images",
@@ -50,6 +59,7 @@ __all__ = [
     "emoji_captions",
     "emoji_pairs",
     "feature_key",
+    "load_conversations",
     "load_emoji",
     "load_image",
     "load_pairs",

@@ -198,7 +198,7 @@ def _asked(task: str, scene: Scene, names: Sequence[str], rng: random.Random) ->
         return _classification(scene, names, rng)
     if task == "matching":
         return [({"caption": row[key]}, answer) for row in scene["hard_negatives"] for key, answer in _TWINS.items()]
-    return [({"question": question}, response) for question, response in _reasoning(scene["objects"], rng)]
+    return [({"question": question}, response) for question, response in scene_reasoning(scene["objects"], rng)]
 
 
 _TWINS = {"caption": "yes", "negative": "no"}
@@ -222,7 +222,7 @@ def _classification(scene: Scene, names: Sequence[str], rng: random.Random) -> l
     return rows
 
 
-def _reasoning(objects: Sequence[dict[str, Any]], rng: random.Random) -> list[tuple[str, str]]:
+def scene_reasoning(objects: Sequence[dict[str, Any]], rng: random.Random) -> list[tuple[str, str]]:
     """One question of each sort that the scene allows, with an answer and its reason."""
     counts = Counter(thing["name"] for thing in objects)
     singles = [thing for thing in objects if counts[thing["name"]] == 1]
@@ -280,4 +280,11 @@ def _listing(phrases: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))
 
 
-__all__ = ["INSTRUCTION_FEATURES", "caption_instructions", "mix_by_sqrt", "question_instructions", "scene_instructions"]
+__all__ = [
+    "INSTRUCTION_FEATURES",
+    "caption_instructions",
+    "mix_by_sqrt",
+    "question_instructions",
+    "scene_instructions",
+    "scene_reasoning",
+]

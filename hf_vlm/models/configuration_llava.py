@@ -31,8 +31,8 @@ class VlmLlavaConfig(PreTrainedConfig):
         projector_type: `"linear"`, or `"mlp"` of two layers.
         projector_hidden_act: Activation of the MLP.
         projector_bias: Whether the projector has biases.
-        image_grid_pinpoints: `[height, width]` in pixels of the grids of tiles that an image may be cut into ("anyres");
-            None gives every image one view.
+        image_grid_pinpoints: `[height, width]` in pixels of the grids of tiles that an image may be cut into
+            ("anyres"); None gives every image one view.
         initializer_range: Standard deviation of the projector's initialisation.
     """
 

@@ -65,9 +65,9 @@ class VlmLlavaProjector(nn.Module):
         self.config = config
         width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
         self.linear_1 = nn.Linear(width, hidden, bias=config.projector_bias)
-        self.act = self.linear_2 = self.newline = None
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = self.newline = None
         if config.projector_type == "mlp":
-            self.act = ACT2FN[config.projector_hidden_act]
             self.linear_2 = nn.Linear(hidden, hidden, bias=config.projector_bias)
         if config.image_grid_pinpoints is not None:
             self.newline = nn.Parameter(torch.empty(hidden))
@@ -85,9 +85,8 @@ class VlmLlavaProjector(nn.Module):
             return list(projected)
         if image_sizes is None:
             raise ValueError("This model looks at tiles: pass image_sizes, which the processor makes.")
-        vision = self.config.vision_config
-        shape = (self.config.image_grid_pinpoints, vision.image_size, vision.patch_size)
-        layouts = [anyres_layout(size, *shape) for size in image_sizes.tolist()]
+        grids, vision = self.config.image_grid_pinpoints or [], self.config.vision_config
+        layouts = [anyres_layout(size, grids, vision.image_size, vision.patch_size) for size in image_sizes.tolist()]
         counts = [layout.num_views for layout in layouts]
         if sum(counts) != len(projected):
             raise ValueError(f"Images of these sizes have {counts} views, but {len(projected)} came in pixel_values.")
@@ -205,10 +204,10 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         Raises:
             ValueError: unless exactly one of views and features is given.
         """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("Pass either pixel_values or vision_features.")
-        if vision_features is None:
+        if pixel_values is not None and vision_features is None:
             vision_features = self.get_vision_features(pixel_values)
+        elif vision_features is None or pixel_values is not None:
+            raise ValueError("Pass either pixel_values or vision_features.")
         states = vision_features.to(self.projector.linear_1.weight.dtype)
         return BaseModelOutputWithPooling(states, pooler_output=self.projector(states, image_sizes))
 
@@ -280,7 +279,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         """The LLM's states; arguments are those of [`VlmLlavaForConditionalGeneration.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, vision_features, mm_encoder_outputs)
         return self.language_model.base_model(
             inputs_embeds=inputs_embeds,

@@ -147,7 +147,8 @@ class VlmLlavaProcessor(ProcessorMixin):
             kwargs = {**kwargs, "tokenize": False}
             return_dict = kwargs.pop("return_dict", True)
             texts = self.apply_chat_template(chats, chat_template, **kwargs)
-            inputs = self(images=images or None, text=texts, add_special_tokens=False)
+            begins = bool(self.tokenizer.bos_token) and texts[0].startswith(self.tokenizer.bos_token)
+            inputs = self(images=images or None, text=texts, add_special_tokens=not begins)
             return inputs if return_dict else inputs["input_ids"]
         flat = [[{**message, "content": flat_content(message["content"])} for message in chat] for chat in chats]
         template = chat_template or self.chat_template or self.tokenizer.chat_template or VICUNA_TEMPLATE

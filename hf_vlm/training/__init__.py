@@ -10,23 +10,28 @@ from .language_model import open_language_model
 from .lit import cache_text_features, cache_vision_features
 from .precision import choose_bf16
 from .sft import VlmSFTConfig, VlmSFTTrainer, add_lora
+from .stages import STAGES, Stage, apply_stage, stage_named
 from .trainer import VlmTrainer
 
 __all__ = [
+    "STAGES",
     "Blip2Trainer",
     "BlipTrainer",
     "BlipTrainingArguments",
     "ContrastiveTrainer",
     "ContrastiveTrainingArguments",
+    "Stage",
     "VlmSFTConfig",
     "VlmSFTTrainer",
     "VlmTrainer",
     "VlmTrainingArguments",
     "add_lora",
+    "apply_stage",
     "cache_text_features",
     "cache_vision_features",
     "cached_tower_features",
     "choose_bf16",
     "last_checkpoint",
     "open_language_model",
+    "stage_named",
 ]

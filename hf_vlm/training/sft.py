@@ -6,11 +6,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
+from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
 from .arguments import VlmTrainingArguments
 from .trainer import VlmTrainer
 
 # What is trained in full beside LoRA: what stands between the tower and the LLM.
-TRAINED_IN_FULL = ["qformer", "vision_norm", "language_projection"]
+TRAINED_IN_FULL = {
+    "vlm_blip2": ["qformer", "vision_norm", "language_projection"],
+    "vlm_instructblip": ["qformer", "vision_norm", "language_projection"],
+    "vlm_llava": ["projector"],
+}
 
 
 @dataclass
@@ -56,12 +61,13 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear",
-        exclude_modules=r".*(vision_model|qformer|language_projection|lm_head).*",
-        modules_to_save=TRAINED_IN_FULL,
+        exclude_modules=r".*(vision_model|qformer|language_projection|projector|lm_head).*",
+        modules_to_save=TRAINED_IN_FULL[model.config.model_type],
     )
     adapted = get_peft_model(model, config)
-    # PEFT thaws all of these; a trained parameter without a gradient stalls data parallelism.
-    model.body.qformer.freeze_text(all_layers=not model.body.reads_instruction)
+    if isinstance(model, VlmBlip2PreTrainedModel):
+        # PEFT thaws all of these; a trained parameter without a gradient stalls data parallelism.
+        model.body.qformer.freeze_text(all_layers=not model.body.reads_instruction)
     return adapted
 
 

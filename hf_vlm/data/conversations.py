@@ -1,0 +1,155 @@
+"""Conversations about images, read from the formats they are published in, as rows of `messages` and `images`.
+
+- LLaVA-Instruct and mix665k: `conversations` of `{"from": "human" | "gpt", "value": ...}` with `<image>` in the text,
+  and `image`, a path or several; ShareGPT is the same with a `system` turn and often without images.
+- TRL: `messages` of `{"role": ..., "content": ...}`, contents being texts or lists of parts, and `images`.
+- `<image>` is put before the text of its turn, with a line break after it, as LLaVA does.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
+
+from .pairs import Rows
+
+IMAGE_MARK = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class Message(TypedDict):
+    """One turn."""
+
+    role: str
+    content: str
+
+
+class Conversation(TypedDict):
+    """Turns with `<image>` where an image is, and the images in their order, each as `load_image` takes it."""
+
+    messages: list[Message]
+    images: list[Any]
+
+
+def read_conversation(row: Mapping[str, Any], where: str, image_folder: str | Path | None = None) -> Conversation:
+    """A row of any of the formats.
+
+    Args:
+        row: With `messages` or `conversations`, and perhaps `image` or `images`.
+        where: Names the row in errors.
+        image_folder: Where paths of images begin; a path may not lead out of it.
+
+    Raises:
+        ValueError: if there are no turns, they do not alternate from the user to the assistant, a turn is empty, or
+            there are more or fewer `<image>` than images.
+    """
+    turns = row.get("messages") or row.get("conversations")
+    if not turns:
+        raise ValueError(f"{where} has neither messages nor conversations: there is nothing to learn from it.")
+    messages = [_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns)]
+    images = row.get("images") if row.get("images") is not None else row.get("image")
+    images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+    if images and not any(IMAGE_MARK in message["content"] for message in messages):
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = f"{IMAGE_MARK}\n" * len(images) + first["content"]
+    marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
+    if marks != len(images):
+        raise ValueError(f"{where} has {marks} {IMAGE_MARK} in its turns, but {len(images)} images: make them equal.")
+    _check_turns(messages, where)
+    return {"messages": messages, "images": [_located(image, where, image_folder) for image in images]}
+
+
+def _message(turn: Mapping[str, Any], where: str) -> Message:
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if role not in ROLES:
+        raise ValueError(f"{where} is said by {role!r}; it must be one of {', '.join(ROLES)}.")
+    if isinstance(content, list):
+        marks = f"{IMAGE_MARK}\n" * sum(part["type"] == "image" for part in content)
+        content = marks + "".join(part.get("text") or "" for part in content if part["type"] == "text")
+    if not isinstance(content, str) or not content.replace(IMAGE_MARK, "").strip():
+        raise ValueError(f"{where} has no text: {content!r}. Remove the row or give it a text.")
+    if content.count(IMAGE_MARK) == 1:
+        content = f"{IMAGE_MARK}\n{content.replace(IMAGE_MARK, '').strip()}"
+    return {"role": ROLES[role], "content": content}
+
+
+def _check_turns(messages: list[Message], where: str) -> None:
+    spoken = [message["role"] for message in messages if message["role"] != "system"]
+    expected = ["user", "assistant"] * (len(spoken) // 2)
+    if not spoken or spoken != expected or any(message["role"] == "system" for message in messages[1:]):
+        said = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"{where} is said by {said}; user and assistant must take turns, and the assistant come last.")
+    if any(IMAGE_MARK in message["content"] for message in messages if message["role"] == "assistant"):
+        raise ValueError(f"{where} has {IMAGE_MARK} in a turn of the assistant, which cannot show images: remove it.")
+
+
+def _located(image: Any, where: str, folder: str | Path | None) -> Any:
+    if not isinstance(image, str):
+        return image
+    path = PurePosixPath(image)
+    if folder is None or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{where} names the image {image!r}: give image_folder, and paths that stay within it.")
+    return str(Path(folder) / path)
+
+
+class ConversationRows:
+    """Conversations by row number, normalised when they are asked for.
+
+    Args:
+        rows: Rows of any of the formats: a list, a `datasets.Dataset`.
+        image_folder: Where paths of images begin.
+        name: What errors call the rows.
+    """
+
+    def __init__(self, rows: Rows, image_folder: str | Path | None = None, name: str = "conversations"):
+        self.rows = rows
+        self.image_folder = image_folder
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return read_conversation(self.rows[index], f"Row {index} of {self.name}", self.image_folder)
+
+
+def load_conversations(path: str | Path, image_folder: str | Path | None = None) -> ConversationRows:
+    """Reads a file of LLaVA-Instruct's or ShareGPT's kind.
+
+    Args:
+        path: A `.json` file of a list of rows, or a `.jsonl` file of one a line.
+        image_folder: Where paths of images begin.
+
+    Raises:
+        ValueError: if the file is neither.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        rows = [json.loads(line) for line in text.splitlines() if line] if str(path).endswith("l") else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}; it must be a list of rows.")
+    return ConversationRows(rows, image_folder, str(path))
+
+
+def caption_conversations(captions: Sequence[str], images: Sequence[Any]) -> list[Conversation]:
+    """Captions as rows of LLaVA's first stage: the image alone is the user's turn."""
+    return [
+        {
+            "messages": [{"role": "user", "content": IMAGE_MARK}, {"role": "assistant", "content": caption}],
+            "images": [image],
+        }
+        for caption, image in zip(captions, images, strict=True)
+    ]
+
+
+__all__ = [
+    "IMAGE_MARK",
+    "Conversation",
+    "ConversationRows",
+    "Message",
+    "caption_conversations",
+    "load_conversations",
+    "read_conversation",
+]
