@@ -2,19 +2,30 @@
 
 from functools import partial
 
+from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..data.conversations import IMAGE_MARK, SHORT_ANSWER
 from ..data.instruction_templates import Wordings, wordings_of
 from ..data.prompt_collators import prompt_inputs
-from ..evaluation import Prompting
-from ..models import VlmBlip2ForConditionalGeneration, VlmInstructBlipForConditionalGeneration, tower_states
+from ..data.scene_conversations import CAPTION
+from ..evaluation import Chatting, Prompting
+from ..models import (
+    VlmBlip2ForConditionalGeneration,
+    VlmInstructBlipForConditionalGeneration,
+    VlmLlavaForConditionalGeneration,
+    VlmLlavaProcessor,
+    tower_states,
+)
 
 BLIP2_QUESTION = "Question: {question} Short answer:"
 """BLIP-2, which has learned captions alone, is asked as in its paper (arXiv 2301.12597, section 4.1)."""
 
 
-def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting | None:
+def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting | Chatting | None:
     """How the model is given its prompts, or None of a head without a language model."""
+    if isinstance(model, VlmLlavaForConditionalGeneration):
+        return Chatting(partial(say, model, processor))
     if not isinstance(model, VlmBlip2ForConditionalGeneration):
         return None
     body = model.model
@@ -25,14 +36,32 @@ def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting
     return Prompting(partial(prompt_inputs, processor, **options), partial(tower_states, body.vision_model))
 
 
+def say(
+    model: VlmLlavaForConditionalGeneration,
+    processor: VlmLlavaProcessor,
+    images: list[Image.Image],
+    questions: list[str],
+    **options,
+) -> list[str]:
+    """What LLaVA answers to each question about the image beside it; `options` are those of `generate`."""
+    chats = [[{"role": "user", "content": f"{IMAGE_MARK}\n{question}"}] for question in questions]
+    inputs = processor(images=images, text=processor.apply_chat_template(chats, add_generation_prompt=True))
+    written = model.generate(**inputs.to(model.device), **options)
+    return processor.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def caption_prompt(model: PreTrainedModel, wordings: Wordings) -> str | None:
-    """The first wording of InstructBLIP's captions; other heads have learned to write them without being told."""
+    """The first wording of InstructBLIP's captions, or LLaVA's; other heads have learned to write without being told."""
+    if isinstance(model, VlmLlavaForConditionalGeneration):
+        return CAPTION if wordings == "train" else wordings_of("caption", wordings)[0]
     follows = isinstance(model, VlmInstructBlipForConditionalGeneration)
     return wordings_of("caption", wordings)[0] if follows else None
 
 
 def question_wording(model: PreTrainedModel, wordings: Wordings) -> str:
     """What `{question}` is put into: the first wording, BLIP-2's own for one that is seen, none of BLIP's heads."""
+    if isinstance(model, VlmLlavaForConditionalGeneration):
+        return SHORT_ANSWER if wordings == "train" else wordings_of("vqa", wordings)[0]
     if not isinstance(model, VlmBlip2ForConditionalGeneration):
         return "{question}"
     if wordings == "train" and not isinstance(model, VlmInstructBlipForConditionalGeneration):

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..data.instruction_templates import Wordings
-from ..evaluation import Prompting, caption_report, hard_negative_report, retrieval_report, vqa_report
+from ..evaluation import Chatting, Prompting, caption_report, hard_negative_report, retrieval_report, vqa_report
 from ..models import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,
@@ -27,6 +27,7 @@ from ..models import (
     VlmBlipForQuestionAnswering,
     VlmClipModel,
     VlmInstructBlipForConditionalGeneration,
+    VlmLlavaForConditionalGeneration,
 )
 from .prompts import caption_prompt, prompting_of, question_wording
 
@@ -41,6 +42,7 @@ TASKS: dict[type[PreTrainedModel], tuple[str, ...]] = {
     VlmBlip2ForImageTextRetrieval: ("retrieval", "hard_negatives"),
     VlmBlip2ForConditionalGeneration: PROMPTED,
     VlmInstructBlipForConditionalGeneration: PROMPTED,
+    VlmLlavaForConditionalGeneration: PROMPTED,
 }
 KS = (1, 5, 10)
 Reports = dict[str, dict[str, dict[str, Any]]]
@@ -191,7 +193,7 @@ class Evaluator:
         return self.model
 
     @cached_property
-    def prompting(self) -> Prompting | None:
+    def prompting(self) -> Prompting | Chatting | None:
         """How a head with a language model is given its prompts."""
         return prompting_of(self.model, self.processor)
 

@@ -3,7 +3,13 @@
 from .augment import Augmentation
 from .collators import CaptionCollator, ContrastiveCollator, QuestionCollator
 from .conversation_collator import PLAIN_TEMPLATE, ConversationCollator
-from .conversations import Conversation, ConversationRows, caption_conversations, load_conversations
+from .conversations import (
+    CaptionConversations,
+    Conversation,
+    ConversationRows,
+    QuestionConversations,
+    load_conversations,
+)
 from .corruption import corrupt_captions
 from .easy_vqa import easy_vqa_images, easy_vqa_questions
 from .emoji import EMOJI_SPLITS, LICENCES, load_emoji
@@ -31,6 +37,7 @@ __all__ = [
     "Augmentation",
     "CachedFeatures",
     "CaptionCollator",
+    "CaptionConversations",
     "CaptionPromptCollator",
     "ContrastiveCollator",
     "Conversation",
@@ -45,13 +52,13 @@ __all__ = [
     "PromptCollator",
     "Question",
     "QuestionCollator",
+    "QuestionConversations",
     "QuestionDataset",
     "QuestionRows",
     "SceneConversations",
     "SceneRows",
     "SceneStream",
     "cache_features",
-    "caption_conversations",
     "caption_instructions",
     "corrupt_captions",
     "easy_vqa_images",

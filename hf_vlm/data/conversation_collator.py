@@ -17,9 +17,9 @@ from .images import load_image
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    "{% if not add_generation_prompt %}{{ '\\n' }}{% endif %}"
+    "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 )
-"""Of LLaVA's first stage: the image, and its caption in one line."""
+"""Of LLaVA's first stage: the image and its caption. LLaVA ends it with a line break, which does not teach to stop."""
 IGNORED = -100
 
 

@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .conversations import IMAGE_MARK, Conversation, Message
+from .conversations import IMAGE_MARK, SHORT_ANSWER, Conversation, Message
 from .instructions import scene_reasoning
 from .scene_rows import SceneRows
 from .scene_text import OPPOSITES, holds, phrase, place
 
-SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 CAPTION = "Provide a one-sentence caption for the provided image."
 DETAIL_QUESTIONS = (
     "Describe the image in detail.",
@@ -158,4 +157,4 @@ def _listing(phrases: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))
 
 
-__all__ = ["CAPTION", "KINDS", "SHORT_ANSWER", "SceneConversations", "detail", "spoken"]
+__all__ = ["CAPTION", "KINDS", "SceneConversations", "detail", "spoken"]

@@ -22,13 +22,14 @@ from .retrieval import chance, retrieval_metrics, similarity_metrics
 from .suites import GREY, caption_report, hard_negative_report, retrieval_report, vqa_report
 from .text import ptb_tokenize
 from .vqa import majority_answer, majority_answers, normalize_answer, vqa_metrics
-from .writing import Prompting, answer_questions, caption_images, choose_answers
+from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
 from .zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
 
 __all__ = [
     "GREY",
     "MATCH_TOLERANCE",
     "PROMPTS",
+    "Chatting",
     "Prompting",
     "answer_questions",
     "best_threshold",

@@ -22,7 +22,7 @@ from .matching import MATCH_TOLERANCE, match_logits
 from .rerank import rerank_metrics
 from .retrieval import COSINE_TOLERANCE, chance, pair_cosines, retrieval_metrics, unit_images
 from .vqa import majority_answer, majority_answers, vqa_metrics
-from .writing import Prompting, answer_questions, caption_images, choose_answers
+from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
 """What a blind model sees."""
@@ -148,7 +148,7 @@ def caption_report(
     references: Sequence[str | Sequence[str]],
     *,
     prompt: str | None = None,
-    prompting: Prompting | None = None,
+    prompting: Prompting | Chatting | None = None,
     generate_options: Mapping[str, Any] = NO_OPTIONS,
     batch_size: int = 32,
     progress: bool = True,
@@ -194,7 +194,7 @@ def vqa_report(
     *,
     train_questions: Sequence[Mapping[str, Any]] | None = None,
     answer_list: Sequence[str] | None = None,
-    prompting: Prompting | None = None,
+    prompting: Prompting | Chatting | None = None,
     generate_options: Mapping[str, Any] = NO_OPTIONS,
     batch_size: int = 64,
     progress: bool = True,

@@ -9,6 +9,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ class Prompting:
 
     inputs: Callable[[list[str]], Inputs]
     encode: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Chatting:
+    """How a model that talks is asked about images, which it may see in more than one view.
+
+    Attributes:
+        answer: from images and questions, row by row, and options of `generate`, to what the model says.
+    """
+
+    answer: Callable[..., list[str]]
 
 
 def caption_images(
@@ -86,7 +98,7 @@ def answer_questions(
     image_of_question: Sequence[int],
     batch_size: int = 64,
     *,
-    prompting: Prompting | None = None,
+    prompting: Prompting | Chatting | None = None,
     progress: bool = True,
     autocast_dtype: torch.dtype | None = None,
     **generate_kwargs: Any,
@@ -110,6 +122,9 @@ def answer_questions(
         return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     with _evaluating(model, autocast_dtype):
+        if isinstance(prompting, Chatting):
+            answer = partial(prompting.answer, **generate_kwargs)
+            return _said(images, questions, image_of_question, batch_size, answer, progress)
         return _answers(model, processor, images, questions, image_of_question, batch_size, write, progress, prompting)
 
 
@@ -166,8 +181,7 @@ def _answers(
     prompting: Prompting | None = None,
 ) -> list[str]:
     """Answers in the order of the questions; `answer` gives those to a batch from its images' states, row by row."""
-    if len(questions) != len(image_of_question):
-        raise ValueError(f"{len(questions)} questions about {len(image_of_question)} images: must be equal numbers")
+    _check_lengths(questions, image_of_question)
     found = [""] * len(questions)
     lengths = torch.tensor([len(question) for question in questions])
     prepare = (lambda texts: processor(text=texts)) if prompting is None else prompting.inputs
@@ -186,4 +200,31 @@ def _answers(
     return found
 
 
-__all__ = ["Prompting", "answer_questions", "caption_images", "choose_answers"]
+def _said(
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    image_of_question: Sequence[int],
+    batch_size: int,
+    answer: Callable[[list[Image.Image], list[str]], list[str]],
+    progress: bool,
+) -> list[str]:
+    """Answers in the order of the questions, of a model that is given images and questions side by side."""
+    _check_lengths(questions, image_of_question)
+    found = [""] * len(questions)
+    order = sorted(range(len(questions)), key=lambda row: -len(questions[row]))
+    with tqdm(total=len(questions), desc="questions", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            pictures, asked = [images[image_of_question[row]] for row in rows], [questions[row] for row in rows]
+            for row, text in zip(rows, answer(pictures, asked), strict=True):
+                found[row] = text.strip()
+            bar.update(len(rows))
+    return found
+
+
+def _check_lengths(questions: Sequence[str], image_of_question: Sequence[int]) -> None:
+    if not questions or len(questions) != len(image_of_question):
+        raise ValueError(f"{len(questions)} questions about {len(image_of_question)} images: must be equal numbers")
+
+
+__all__ = ["Chatting", "Prompting", "answer_questions", "caption_images", "choose_answers"]

@@ -2,6 +2,7 @@
 
 from .card_texts_blip import BLIP
 from .card_texts_blip2 import BLIP2, INSTRUCTBLIP
+from .card_texts_llava import LLAVA
 from .card_types import BLIND, CHECKPOINT, QUESTIONS, RECALLS, SCENES, Architecture, Evaluation
 
 ARCHITECTURES = {
@@ -41,6 +42,7 @@ print(embed(image))""",
     "vlm_blip": BLIP,
     "vlm_blip2": BLIP2,
     "vlm_instructblip": INSTRUCTBLIP,
+    "vlm_llava": LLAVA,
 }
 
 EVALUATIONS = {

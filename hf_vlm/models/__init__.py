@@ -21,7 +21,7 @@ from .modeling_llava import VlmLlavaForConditionalGeneration, VlmLlavaModel, Vlm
 from .modeling_qformer import VlmQFormerModel, VlmQFormerOutput
 from .modeling_tower import VlmTextTowerModel, VlmTowerModel
 from .processing_blip import VlmBlipProcessor
-from .processing_blip2 import VlmBlip2Processor, VlmInstructBlipProcessor
+from .processing_blip2 import VlmBlip2Processor, VlmInstructBlipProcessor, with_image_token
 from .processing_clip import VlmClipProcessor
 from .processing_llava import VlmLlavaProcessor
 
@@ -69,4 +69,5 @@ __all__ = [
     "VlmTowerModel",
     "cast_weights",
     "tower_states",
+    "with_image_token",
 ]

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+import datasets
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
+from ..data.pairs import Rows
 from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
 from .arguments import VlmTrainingArguments
 from .trainer import VlmTrainer
@@ -38,6 +40,11 @@ class VlmSFTTrainer(VlmTrainer, SFTTrainer):
 
     args: VlmSFTConfig
 
+    def __init__(self, model, args: VlmSFTConfig, train_dataset: datasets.Dataset | Rows, **kwargs):
+        if not isinstance(train_dataset, datasets.Dataset | datasets.IterableDataset):
+            train_dataset = as_dataset(train_dataset)
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the model's forward, divided by the supervised tokens of all ranks and micro-batches."""
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
@@ -45,6 +52,16 @@ class VlmSFTTrainer(VlmTrainer, SFTTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone: logits of a whole evaluation set are of no use."""
         return Trainer.prediction_step(self, model, inputs, True, ignore_keys)
+
+
+def as_dataset(rows: Rows) -> datasets.Dataset:
+    """Rows that are made when they are asked for as a data set, which TRL wants: nothing is copied or stored."""
+
+    def read(batch: dict[str, list[int]]) -> dict[str, list]:
+        found = [rows[row] for row in batch["row"]]
+        return {name: [row[name] for row in found] for name in found[0]}
+
+    return datasets.Dataset.from_dict({"row": range(len(rows))}).with_transform(read)
 
 
 def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -> PeftModel:
@@ -71,4 +88,4 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -
     return adapted
 
 
-__all__ = ["TRAINED_IN_FULL", "VlmSFTConfig", "VlmSFTTrainer", "add_lora"]
+__all__ = ["TRAINED_IN_FULL", "VlmSFTConfig", "VlmSFTTrainer", "add_lora", "as_dataset"]
