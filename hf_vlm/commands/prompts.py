@@ -51,7 +51,7 @@ def say(
 
 
 def caption_prompt(model: PreTrainedModel, wordings: Wordings) -> str | None:
-    """The first wording of InstructBLIP's captions, or LLaVA's; other heads have learned to write without being told."""
+    """The first wording of InstructBLIP's captions, or LLaVA's; other heads write them without being told."""
     if isinstance(model, VlmLlavaForConditionalGeneration):
         return CAPTION if wordings == "train" else wordings_of("caption", wordings)[0]
     follows = isinstance(model, VlmInstructBlipForConditionalGeneration)

@@ -20,6 +20,7 @@ OWN_AUTO_CLASS = {
     "VlmBlip2ForImageTextRetrieval": "AutoModelForPreTraining",
     "VlmBlip2ForConditionalGeneration": "AutoModelForImageTextToText",
     "VlmInstructBlipForConditionalGeneration": "AutoModelForImageTextToText",
+    "VlmLlavaForConditionalGeneration": "AutoModelForImageTextToText",
 }
 
 

@@ -113,6 +113,9 @@ class VlmLlavaProcessor(ProcessorMixin):
                 raise ValueError(f"The texts have {IMAGE_TOKEN} {found} times, but there are {given} images.")
             if kwargs.get("truncation"):
                 raise ValueError("Cutting texts could cut an image: shorten them before, or leave out truncation.")
+            begin = self.tokenizer.bos_token
+            if begin and all(one.startswith(begin) for one in texts):  # as chat templates may have written it
+                kwargs.setdefault("add_special_tokens", False)
             text = texts
         if images is not None:
             images = make_flat_list_of_images(images)
@@ -147,8 +150,7 @@ class VlmLlavaProcessor(ProcessorMixin):
             kwargs = {**kwargs, "tokenize": False}
             return_dict = kwargs.pop("return_dict", True)
             texts = self.apply_chat_template(chats, chat_template, **kwargs)
-            begins = bool(self.tokenizer.bos_token) and texts[0].startswith(self.tokenizer.bos_token)
-            inputs = self(images=images or None, text=texts, add_special_tokens=not begins)
+            inputs = self(images=images or None, text=texts)
             return inputs if return_dict else inputs["input_ids"]
         flat = [[{**message, "content": flat_content(message["content"])} for message in chat] for chat in chats]
         template = chat_template or self.chat_template or self.tokenizer.chat_template or VICUNA_TEMPLATE

@@ -1,0 +1,124 @@
+"""LLaVA, second stage (arXiv 2304.08485, section 4.2; 2310.03744, section 3): visual instruction tuning, by TRL.
+
+A laptop, about 60 minutes on two cores, on conversations about scenes of the built-in pictures and on easy-VQA, after
+`llava_align.py`:
+
+    python recipes/llava_instruct.py --config recipes/llava_instruct/small.yaml
+
+The published recipes (1.0, 1.5 in full and by LoRA, 1.6) on several GPUs, on your own conversations:
+
+    torchrun --nproc_per_node 8 recipes/llava_instruct.py --config recipes/llava_instruct/paper_1.5.yaml
+
+The stage says what is trained: projector and LLM in full, or by LoRA (`--stage llava-1.5-lora`). Every scalar key of
+the YAML is also an option. A stopped run continues when started again.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import datasets
+import torch
+from torch.utils.data import ConcatDataset
+from transformers import AutoProcessor, set_seed
+from trl import TrlParser
+
+from hf_vlm import VlmLlavaForConditionalGeneration
+from hf_vlm.commands.evaluate import save_scene_report
+from hf_vlm.commands.finish import finish_run
+from hf_vlm.data import (
+    ConversationCollator,
+    ConversationRows,
+    QuestionConversations,
+    SceneConversations,
+    SceneRows,
+    SceneStream,
+    easy_vqa_images,
+    easy_vqa_questions,
+    load_conversations,
+)
+from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, apply_stage, last_checkpoint, stage_named
+
+
+@dataclass
+class ModelArguments:
+    """The first stage, and what of it is trained."""
+
+    model: str = field(metadata={"help": "Hub id or folder of a first stage (or of a second, to go on with)."})
+    stage: str = field(default="llava-1.5-instruct", metadata={"help": "What is trained, and how fast: see STAGES."})
+    chat_template: str | None = field(default=None, metadata={"help": "File of a chat template; the processor's own."})
+
+
+@dataclass
+class DataArguments:
+    """Where the conversations come from."""
+
+    sources: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "Conversations: {path: file.json, image_folder: ...} in LLaVA's or ShareGPT's format, or {path, "
+            "split} of a data set with messages and images; none: scenes and easy-VQA."
+        },
+    )
+    eval_sources: list[dict] | None = field(default=None, metadata={"help": "Not used; the test sets are at the end."})
+    max_tokens: int = field(default=2048, metadata={"help": "Longest sample in tokens, those of images included."})
+    packed: bool = field(default=True, metadata={"help": "Put several samples into one row, without padding."})
+    row_tokens: int | None = field(default=None, metadata={"help": "Tokens of a packed row; max_tokens by default."})
+    train_scenes: int = field(default=30_000, metadata={"help": "Scenes to talk about."})
+    max_words: int | None = field(default=None, metadata={"help": "Longest caption of a scene in words."})
+    num_scenes: int = field(default=500, metadata={"help": "Scenes of each test set."})
+
+
+def build_data(args: DataArguments, size: int, seed: int) -> ConcatDataset:
+    """Conversations of all sources, one after the other; the trainer shuffles them."""
+    if args.sources is None:
+        scenes = SceneRows(SceneStream("train", seed, size), args.train_scenes, args.max_words)
+        easy_vqa = QuestionConversations(easy_vqa_questions("train"), easy_vqa_images("train"))
+        return ConcatDataset([SceneConversations(scenes, seed), easy_vqa])
+    parts = []
+    for source in args.sources:
+        path, folder = source["path"], source.get("image_folder")
+        if path.endswith((".json", ".jsonl")):
+            parts.append(load_conversations(path, folder))
+        else:
+            rows = datasets.load_dataset(path, split=source.get("split", "train"))
+            parts.append(ConversationRows(rows, folder, path))
+    return ConcatDataset(parts)
+
+
+def main(model_args: ModelArguments, data_args: DataArguments, training_args: VlmSFTConfig) -> None:
+    """Model, data, train; then, on the built-in pictures, the test sets."""
+    set_seed(training_args.seed)
+
+    # MODEL
+    model = VlmLlavaForConditionalGeneration.from_pretrained(model_args.model, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(model_args.model)
+    if model_args.chat_template is not None:
+        with open(model_args.chat_template, encoding="utf-8") as file:
+            processor.chat_template = file.read()
+    stage = stage_named(model_args.stage)
+    training_args.learning_rates = training_args.learning_rates or dict(stage.rates)
+    model = apply_stage(model, stage)
+
+    # DATA
+    size = processor.image_processor.size["height"]
+    train = build_data(data_args, size, training_args.seed)
+    collator = ConversationCollator(processor, data_args.max_tokens, data_args.packed, data_args.row_tokens)
+
+    # TRAIN
+    trainer = VlmSFTTrainer(
+        model, training_args, train_dataset=train, data_collator=collator, processing_class=processor
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    whole = copy.deepcopy(model).merge_and_unload() if stage.lora else model
+    if trainer.is_world_process_zero():
+        if stage.lora:
+            model.save_pretrained(f"{training_args.output_dir}/adapter")
+        whole.save_pretrained(training_args.output_dir)
+        processor.save_pretrained(training_args.output_dir)
+        if data_args.sources is None:
+            save_scene_report(training_args.output_dir, whole, processor, data_args.num_scenes, size)
+    finish_run(trainer, "llava_instruct", model_args, data_args, has_easy_vqa=True)
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ModelArguments, DataArguments, VlmSFTConfig)).parse_args_and_config())
