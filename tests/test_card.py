@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, TrainerCallback
 
 import tiny
 import tiny_blip2
+import tiny_llava
 from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,
@@ -30,6 +31,8 @@ from hf_vlm import (
     VlmClipProcessor,
     VlmInstructBlipForConditionalGeneration,
     VlmInstructBlipModel,
+    VlmLlavaForConditionalGeneration,
+    VlmLlavaModel,
     VlmTowerModel,
 )
 from hf_vlm.auto import PROCESSORS
@@ -51,8 +54,9 @@ BLIP_HEADS = (
 )
 STAGE_ONE = (VlmBlip2Model, VlmBlip2ForPreTraining, VlmBlip2ForImageTextRetrieval)
 INSTRUCTED = (VlmInstructBlipModel, VlmInstructBlipForConditionalGeneration)
-HEADS = {*BLIP_HEADS, *STAGE_ONE, VlmBlip2ForConditionalGeneration, *INSTRUCTED}
-BASE_MODELS = {VlmBlipModel, VlmBlip2Model, VlmInstructBlipModel}
+TALKING = (VlmLlavaModel, VlmLlavaForConditionalGeneration)
+HEADS = {*BLIP_HEADS, *STAGE_ONE, VlmBlip2ForConditionalGeneration, *INSTRUCTED, *TALKING}
+BASE_MODELS = {VlmBlipModel, VlmBlip2Model, VlmInstructBlipModel, VlmLlavaModel}
 BUILDERS = {
     "vlm_clip": (tiny.clip_model, tiny.clip_processor),
     **{f"vlm_blip {head.__name__}": (partial(tiny.blip_model, head), tiny.blip_processor) for head in BLIP_HEADS},
@@ -71,6 +75,10 @@ BUILDERS = {
             tiny_blip2.instruct_processor,
         )
         for head in INSTRUCTED
+    },
+    **{
+        f"vlm_llava {head.__name__}": (partial(tiny_llava.llava_model, head), tiny_llava.llava_processor)
+        for head in TALKING
     },
 }
 ROOT = Path(__file__).resolve().parents[1]

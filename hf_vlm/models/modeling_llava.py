@@ -6,8 +6,8 @@ Papers: LLaVA-1.0 (arXiv 2304.08485), 1.5 (arXiv 2310.03744), and the blog post 
   (1.5, 1.6). Layers after the chosen one are not run.
 - 1.6 sees an image as an overview and tiles: see `anyres.py`.
 - Placeholders are counted, image by image: an image that is cut, missing or too many is an error.
-- Rows without images cost no vision pass. In training an *empty* batch goes through what is trained of projector and
-  tower, so that their parameters have a (zero) gradient and no rank waits for another.
+- Rows without images cost no vision pass. In training an *empty* batch goes through the projector, and through a tower
+  that is trained (one blank view if it is not ours), so that all have a (zero) gradient and no rank waits for another.
 - The LLM keeps its head; in training logits are made at supervised positions only. Generation is its own `generate`.
 - Packed rows have `position_ids` that restart and no `attention_mask`.
 
@@ -31,6 +31,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .anyres import anyres_layout, join_views
 from .configuration_llava import VlmLlavaConfig
+from .configuration_tower import VlmTowerConfig
 from .language_model import build_language_model, contiguous_inputs, load_language_model, logits_of
 from .losses import language_modeling_loss
 from .modeling_clip import build_vision_tower, freeze_unused, load_tower, published_config, resize_tower
@@ -81,6 +82,8 @@ class VlmLlavaProjector(nn.Module):
         projected = self.linear_1(states)
         if self.linear_2 is not None:
             projected = self.linear_2(self.act(projected))
+        if not len(projected):  # no image: no tokens, but a graph through all that is trained
+            return [projected.flatten(0, 1) + (0.0 if self.newline is None else 0.0 * self.newline)]
         if self.newline is None:
             return list(projected)
         if image_sizes is None:
@@ -90,8 +93,6 @@ class VlmLlavaProjector(nn.Module):
         counts = [layout.num_views for layout in layouts]
         if sum(counts) != len(projected):
             raise ValueError(f"Images of these sizes have {counts} views, but {len(projected)} came in pixel_values.")
-        if not counts:
-            return [projected.flatten(0, 1) + 0.0 * self.newline]  # empty, with a graph
         views = projected.split(counts)
         return [join_views(view, layout, self.newline) for view, layout in zip(views, layouts, strict=True)]
 
@@ -216,13 +217,14 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         vision = self.config.vision_config
         if not (self.training and torch.is_grad_enabled()):
             return []
-        if self.trains_tower:
-            shape = (0, vision.num_channels, vision.image_size, vision.image_size)
-            states = self.get_vision_features(torch.zeros(shape, device=self.device))
+        if self.trains_tower:  # foreign towers take no empty batch
+            num_views = int(vision.model_type != VlmTowerConfig.model_type)
+            shape = (num_views, vision.num_channels, vision.image_size, vision.image_size)
+            states = self.get_vision_features(torch.zeros(shape, device=self.device))[:0]
         else:
             states = torch.zeros(0, 1, vision.hidden_size, device=self.device)
         states = states.to(self.projector.linear_1.weight.dtype)
-        return self.projector(states, torch.zeros(0, 2)) or [self.projector.linear_1(states).flatten(0, 1)]
+        return self.projector(states)
 
     def embed(
         self,
