@@ -115,7 +115,8 @@ def spoken(asked: Mapping[str, str]) -> str:
         ("above or below", {"above": "above", "below": "below"}),
     ):
         if choice in subject:
-            return sentence(subject.replace(choice, sides[answer]))
+            first, second = subject.split(f" {choice} ")
+            return sentence(f"{first} is {sides[answer]} {second}")
     raise ValueError(f"No sentence is known for the answer to {question!r}.")
 
 

@@ -1,0 +1,211 @@
+"""Conversations: readers of the published formats, scenes, and the batches made of them."""
+
+import json
+
+import pytest
+import torch
+
+import tiny
+import tiny_llava
+from hf_vlm.data import (
+    PLAIN_TEMPLATE,
+    CaptionConversations,
+    ConversationCollator,
+    ConversationRows,
+    QuestionConversations,
+    SceneConversations,
+    SceneRows,
+    SceneStream,
+    load_conversations,
+)
+from hf_vlm.data.conversation_collator import fill_rows
+from hf_vlm.data.conversations import read_conversation
+from hf_vlm.data.scene_conversations import spoken
+
+CHATML = (
+    "{% for message in messages %}{{ '<start>' + message['role'] + ' ' + message['content'] + '<end>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start>assistant ' }}{% endif %}"
+)
+LLAVA_ROW = {
+    "id": "1",
+    "image": "coco/1.jpg",
+    "conversations": [
+        {"from": "human", "value": "What is this?\n<image>"},
+        {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "And that?"},
+        {"from": "gpt", "value": "A dog."},
+    ],
+}
+
+
+def talk(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_llava_rows_have_the_image_before_the_text_and_stay_in_their_folder(tmp_path):
+    row = read_conversation(LLAVA_ROW, "row 1", tmp_path)
+    assert [turn["content"] for turn in row["messages"]] == ["<image>\nWhat is this?", "A cat.", "And that?", "A dog."]
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * 2
+    assert row["images"] == [str(tmp_path / "coco" / "1.jpg")]
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../b.png"])
+def test_paths_that_lead_out_of_the_folder_are_refused(tmp_path, path):
+    with pytest.raises(ValueError, match="row 1 names the image"):
+        read_conversation({**LLAVA_ROW, "image": path}, "row 1", tmp_path)
+
+
+def test_messages_of_trl_in_parts_and_without_marks():
+    parts = [{"type": "image"}, {"type": "text", "text": "a red cat"}]
+    row = {"messages": [{"role": "user", "content": parts}, *talk("", "tree")[1:]], "images": [tiny.image()]}
+    assert read_conversation(row, "r")["messages"][0]["content"] == "<image>\na red cat"
+    unmarked = {"messages": talk("a dog", "tree"), "images": [tiny.image(), tiny.image()]}
+    assert read_conversation(unmarked, "r")["messages"][0]["content"] == "<image>\n<image>\na dog"
+
+
+def test_text_alone_and_a_system_turn():
+    row = {"conversations": [{"from": "system", "value": "be kind"}, *LLAVA_ROW["conversations"][2:]]}
+    found = read_conversation(row, "r")
+    assert found["images"] == []
+    assert [turn["role"] for turn in found["messages"]] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "neither messages nor conversations"),
+        ({"messages": talk("a", "b", "c")}, "take turns"),
+        ({"messages": talk("a", "<image>\nb"), "images": [0]}, "cannot show images"),
+        ({"messages": talk("<image>\na", "b")}, "1 <image> in its turns, but 0 images"),
+        ({"messages": talk("a", " ")}, "turn 1 has no text"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "said by 'tool'"),
+    ],
+)
+def test_rows_that_cannot_be_learned_are_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        ConversationRows([row])[0]
+
+
+def test_files_of_json_and_jsonl(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([LLAVA_ROW]))
+    (tmp_path / "a.jsonl").write_text(json.dumps(LLAVA_ROW) + "\n" + json.dumps(LLAVA_ROW) + "\n")
+    assert len(load_conversations(tmp_path / "a.json", tmp_path)) == 1
+    assert len(load_conversations(tmp_path / "a.jsonl", tmp_path)) == 2
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        load_conversations(tmp_path / "b.json")
+
+
+def scenes(count: int = 60) -> SceneRows:
+    return SceneRows(SceneStream("train", 0, 64), count, 16)
+
+
+@pytest.mark.parametrize("kind", ["conversation", "detail", "reasoning", "short", "caption"])
+def test_scene_conversations_are_read_like_any_other(kind):
+    rows = SceneConversations(scenes(), kinds={kind: 1.0})
+    for number in range(len(rows)):
+        row = rows[number]
+        assert row == rows[number]
+        assert read_conversation(row, "scene")["messages"] == row["messages"]
+
+
+def test_answers_as_sentences_say_what_the_question_asks():
+    assert spoken({"question": "Is there a cat in the picture?", "answer": "no"}) == "No, there is no cat in it."
+    assert spoken({"question": "Is the background red?", "answer": "yes"}) == "Yes, the background is red."
+    asked = {"question": "Is the cat to the left of the dog?", "answer": "no"}
+    assert spoken(asked) == "No, the cat is not to the left of the dog."
+    asked = {"question": "Is the cat above or below the dog?", "answer": "below"}
+    assert spoken(asked) == "The cat is below the dog."
+    stream = scenes(200).stream
+    for number in range(200):
+        for question in stream.scene(number)["questions"]:
+            assert spoken(question).endswith(".")
+
+
+def test_captions_and_questions_as_conversations():
+    captions = CaptionConversations(scenes())
+    assert captions[3]["messages"][0]["content"] == "<image>"
+    assert captions[3]["messages"][1]["content"] in scenes()[3]["caption"]
+    questions = [{"question": "a?", "answer": "b", "index": 1}, {"question": "c?", "answer": "d", "index": 1}]
+    row = QuestionConversations(questions, [{"image": 0}, {"image": 7}])[0]
+    assert row["images"] == [7]
+    assert [turn["content"] for turn in row["messages"]][1:] == ["b", "c?", "d"]
+    assert row["messages"][0]["content"].startswith("<image>\na?\nAnswer")
+
+
+def rows() -> list[dict]:
+    return [
+        {"messages": talk("<image>\nthe red cat", "a dog", "two tree", "house"), "images": [tiny.image()]},
+        {"messages": talk("a house", "green"), "images": []},
+        {"messages": talk("<image>\nand <image> tree", "blue"), "images": [tiny.image(80, 30), tiny.image(seed=2)]},
+    ]
+
+
+def learned(processor, labels: torch.Tensor) -> str:
+    return processor.tokenizer.decode(labels[labels != -100])
+
+
+@pytest.mark.parametrize("anyres", [False, True])
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_only_what_the_assistant_says_is_learned(template, anyres):
+    processor = tiny_llava.llava_processor(anyres)
+    batch = ConversationCollator(processor, chat_template=template)(rows())
+    assert [learned(processor, row).split() for row in batch["labels"]] == [
+        "a dog <end> house <end>".split(),
+        "green <end>".split(),
+        "blue <end>".split(),
+    ]
+    images = batch["input_ids"] == processor.image_token_id
+    assert not (batch["labels"] == processor.image_token_id).any()
+    sizes = [(36, 40), (30, 80), (36, 40)]
+    counts = [processor.num_image_tokens(*size) for size in sizes]
+    assert images.sum(dim=1).tolist() == [counts[0], 0, counts[1] + counts[2]]
+    model = tiny_llava.llava_model(anyres=anyres)
+    assert model(**batch).loss > 0
+
+
+def test_the_plain_template_learns_the_caption_and_its_end():
+    processor = tiny_llava.llava_processor()
+    row = {"messages": talk("<image>", "a red cat"), "images": [tiny.image()]}
+    batch = ConversationCollator(processor, chat_template=PLAIN_TEMPLATE)([row])
+    assert learned(processor, batch["labels"][0]) == "a red cat <end>"
+
+
+@pytest.mark.parametrize("anyres", [False, True])
+def test_packed_batches_have_the_loss_and_gradients_of_padded_ones(anyres):
+    processor, model = tiny_llava.llava_processor(anyres), tiny_llava.llava_model(anyres=anyres)
+    results = []
+    for options in ({}, {"packed": True}, {"packed": True, "row_length": 512}):
+        batch = ConversationCollator(processor, max_length=400, **options)(rows())
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((loss.detach(), gradients))
+        assert ("attention_mask" in batch) == (not options)
+    for loss, gradients in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradients, results[0][1], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_are_filled_without_overflow_and_without_loss():
+    lengths = [5, 9, 3, 7, 2, 10, 1]
+    filled = fill_rows(lengths, 10)
+    assert sorted(number for row in filled for number in row) == list(range(len(lengths)))
+    assert all(sum(lengths[number] for number in row) <= 10 for row in filled)
+    assert len(filled) == 4
+
+
+def test_long_samples_are_cut_at_the_end_but_never_within_an_image():
+    processor = tiny_llava.llava_processor()
+    whole = ConversationCollator(processor)(rows()[:1])["input_ids"]
+    cut = ConversationCollator(processor, max_length=whole.shape[1] - 3)(rows()[:1])["input_ids"]
+    assert torch.equal(cut, whole[:, :-3])
+    with pytest.raises(ValueError, match=r"sample 0 of the batch: an image of 16 tokens .* does not fit"):
+        ConversationCollator(processor, max_length=10)(rows()[:1])
+
+
+def test_a_template_that_hides_who_speaks_is_refused():
+    changing = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="changes turn 1 when another follows"):
+        ConversationCollator(tiny_llava.llava_processor(), chat_template=changing)(rows()[:1])
