@@ -5,6 +5,7 @@ import operator
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -15,7 +16,8 @@ from transformers import (
 
 import tiny
 import tiny_blip2
-from hf_vlm import VlmImageProcessor, VlmLlavaForConditionalGeneration
+import tiny_llava
+from hf_vlm import VlmBlip2ForConditionalGeneration, VlmImageProcessor, VlmLlavaForConditionalGeneration
 from hf_vlm.models.anyres import anyres_layout
 
 GRIDS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
@@ -269,3 +271,14 @@ def test_saved_and_loaded_by_the_auto_classes(tmp_path):
     assert not info["unexpected_keys"]
     assert torch.equal(body.projector.newline, own.model.projector.newline)
     assert not any(p.requires_grad for p in loaded.model.vision_model.parameters())
+
+
+def test_a_loaded_model_is_saved_under_the_same_names(tmp_path):
+    for name, model in (
+        ("llava", tiny_llava.llava_model()),
+        ("blip2", tiny_blip2.blip2_model(VlmBlip2ForConditionalGeneration, "llama")),
+    ):
+        model.save_pretrained(tmp_path / name)
+        type(model).from_pretrained(tmp_path / name).save_pretrained(tmp_path / f"{name} again")
+        first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in (name, f"{name} again"))
+        assert first.keys() == second.keys()

@@ -47,6 +47,15 @@ def load_language_model(source: str | PreTrainedModel, kwargs: dict | None = Non
     return model
 
 
+def keep_names(model: PreTrainedModel) -> None:
+    """Lets a loaded model be saved under its own names.
+
+    transformers takes `model.language_model.model` for a name of its older vision-language models when it loads, finds
+    the weight all the same, and would put the prefix before it once more when it saves.
+    """
+    model._weight_conversions = []
+
+
 def commit_of(source: str, kwargs: dict) -> str | None:
     """The commit of an LLM on the Hub; None for a folder, or where none is in the cache."""
     if Path(source).exists():
@@ -123,6 +132,7 @@ __all__ = [
     "commit_of",
     "contiguous_inputs",
     "hidden_states",
+    "keep_names",
     "load_language_model",
     "logits_of",
 ]

@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
 from .configuration_tower import VlmTowerConfig
-from .language_model import build_language_model, cast_weights, hidden_states, load_language_model
+from .language_model import build_language_model, cast_weights, hidden_states, keep_names, load_language_model
 from .modeling_clip import build_vision_tower, freeze_unused, load_tower, resize_tower
 from .modeling_qformer import VlmQFormerModel
 
@@ -97,6 +97,7 @@ class VlmBlip2PreTrainedModel(PreTrainedModel):
             model.config.text_config.dtype = dtype
         if model.config.excludes_language_model:
             model.body.fetch_language_model(language_model)
+        keep_names(model)
         model.freeze_parts()
         model.eval()
         return loaded

@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from .anyres import anyres_layout, join_views
 from .configuration_llava import VlmLlavaConfig
 from .configuration_tower import VlmTowerConfig
-from .language_model import build_language_model, contiguous_inputs, load_language_model, logits_of
+from .language_model import build_language_model, contiguous_inputs, keep_names, load_language_model, logits_of
 from .losses import language_modeling_loss
 from .modeling_clip import build_vision_tower, freeze_unused, load_tower, published_config, resize_tower
 from .vision_features import layer_states
@@ -128,6 +128,7 @@ class VlmLlavaPreTrainedModel(PreTrainedModel):
         """transformers' `from_pretrained`; the image tower is frozen until a stage says otherwise."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        keep_names(model)
         model.body.freeze_tower()
         model.eval()
         return loaded
