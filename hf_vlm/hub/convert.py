@@ -21,28 +21,40 @@ from . import (
     convert_blip2_original,
     convert_blip_original,
     convert_clip,
+    convert_llava,
     convert_open_clip,
 )
 from .state_dict import load_complete, read_state_dict
 
-NATIVE = {"clip": convert_clip, "blip": convert_blip, "blip-2": convert_blip2, "instructblip": convert_blip2}
+NATIVE = {
+    "clip": convert_clip,
+    "blip": convert_blip,
+    "blip-2": convert_blip2,
+    "instructblip": convert_blip2,
+    "llava": convert_llava,
+    "llava_next": convert_llava,
+}
 OWN = {
     "vlm_clip": convert_clip,
     "vlm_blip": convert_blip,
     "vlm_blip2": convert_blip2,
     "vlm_instructblip": convert_blip2,
+    "vlm_llava": convert_llava,
 }
 NATIVE_PROCESSORS = {
     "CLIPProcessor": convert_clip,
     "BlipProcessor": convert_blip,
     "Blip2Processor": convert_blip2,
     "InstructBlipProcessor": convert_blip2,
+    "LlavaProcessor": convert_llava,
+    "LlavaNextProcessor": convert_llava,
 }
 OWN_PROCESSORS = {
     "VlmClipProcessor": convert_clip,
     "VlmBlipProcessor": convert_blip,
     "VlmBlip2Processor": convert_blip2,
     "VlmInstructBlipProcessor": convert_blip2,
+    "VlmLlavaProcessor": convert_llava,
 }
 
 
@@ -79,11 +91,11 @@ def from_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrained
 
     Args:
         model_or_path: A `CLIPModel`, a BLIP for captions, questions or retrieval, a BLIP-2 for generation or retrieval,
-            or an InstructBLIP for generation, or the folder or Hub id of one.
+            an InstructBLIP, or a LLaVA (1.5, 1.6) for generation, or the folder or Hub id of one.
 
     Returns:
-        [`VlmClipModel`] or the head of our BLIP, BLIP-2 or InstructBLIP, in eval mode, with copies of the weights in
-            their dtype.
+        [`VlmClipModel`] or the head of our BLIP, BLIP-2, InstructBLIP or LLaVA, in eval mode, with copies of the
+            weights in their dtype.
 
     Raises:
         ValueError: if it is of another architecture, or its weights are not exactly those of its class.

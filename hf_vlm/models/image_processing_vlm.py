@@ -130,7 +130,7 @@ class VlmImageProcessor(PilBackend):
                 view for image in images for view in anyres_views(image, image_grid_pinpoints, size.height, resample)
             ]
         elif do_resize:
-            fill = tuple(round(255 * mean) for mean in image_mean)
+            fill = tuple(int(255 * mean) for mean in image_mean)  # rounded down, as LLaVA does
             images = [self.fit(image, size, resize_mode, PILImageResampling(resample), fill) for image in images]
         pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32)  # (B, H, W, 3)
         if do_rescale:
