@@ -173,10 +173,11 @@ def test_what_clip_cannot_express_is_refused(build: Callable[[], VlmClipModel], 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     bert = save(tmp_path, BertModel(BertConfig(**tiny.layer_sizes(), vocab_size=20)))
     assert refusal(from_transformers, bert) == (
-        f"{bert} is of architecture bert, which cannot be converted here; clip, blip, blip-2, instructblip, llava, llava_next can."
+        f"{bert} is of architecture bert, which cannot be converted here; "
+        "clip, blip, blip-2, instructblip, llava, llava_next can."
     )
     assert refusal(to_transformers, str(bert)).endswith(
-        "architecture bert, which cannot be converted here; vlm_clip, vlm_blip, vlm_blip2, vlm_instructblip, llava, llava_next can."
+        "which cannot be converted here; vlm_clip, vlm_blip, vlm_blip2, vlm_instructblip, vlm_llava can."
     )
     assert refusal(to_transformers, native_clip()).startswith("This object is of architecture clip, ")
     part = CLIPForImageClassification(tiny.native_clip_config())
