@@ -39,6 +39,7 @@ class Task(StrEnum):
     caption = "caption"
     vqa = "vqa"
     vqa_unseen_wordings = "vqa_unseen_wordings"
+    pope = "pope"
 
 
 @app.command(epilog="Example: `hf-vlm quickstart --output my-first-clip`")

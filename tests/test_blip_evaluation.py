@@ -371,7 +371,7 @@ def test_scenes(checkpoints, head, tasks):
             VlmBlipForQuestionAnswering,
             "emoji",
             None,
-            "can do vqa, but emoji serves for retrieval, caption: take scenes",
+            "can do vqa, pope, but emoji serves for retrieval, caption: take scenes",
         ),
         (VlmBlipForPreTraining, "emoji", "hard_negatives", "nothing for 'hard_negatives' in emoji"),
         (VlmBlipModel, "scenes", None, "holds a VlmBlipModel of type vlm_blip; evaluated are VlmClipModel, VlmBlipFor"),

@@ -29,8 +29,9 @@ from hf_vlm.commands.evaluate import (
     save_scene_report,
 )
 from hf_vlm.commands.prompts import caption_prompt, prompting_of, question_wording
+from hf_vlm.commands.settings import Settings
 from hf_vlm.commands.tables import format_reports
-from hf_vlm.commands.tasks import Evaluator, Settings, TestSet
+from hf_vlm.commands.tasks import Evaluator, TestSet
 from hf_vlm.data import PROMPT_END, easy_vqa_questions
 from hf_vlm.data.instruction_templates import TRAIN_WORDINGS, UNSEEN_WORDINGS
 from hf_vlm.evaluation import (

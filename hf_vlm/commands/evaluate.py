@@ -19,12 +19,13 @@ from ..data.scenes import SceneStream, load_scenes
 from ..data.sources import DataSource, load_source
 from ..evaluation import hard_negative_report, retrieval_report
 from .prompts import prompting_of
+from .settings import DEFAULTS, Settings
 from .tables import by_task, format_report, format_reports, retrieval_table
-from .tasks import DEFAULTS, KS, TASKS, Evaluator, Reports, Settings, TestSet, chosen_tasks, load_checkpoint
+from .tasks import KS, TASKS, Evaluator, Reports, TestSet, chosen_tasks, load_checkpoint
 
 EMOJI_TASKS = ("retrieval", "caption")
 QUESTION_TASKS = ("vqa", "vqa_unseen_wordings")
-SCENE_TASKS = ("retrieval", "hard_negatives", "caption", *QUESTION_TASKS)
+SCENE_TASKS = ("retrieval", "hard_negatives", "caption", *QUESTION_TASKS, "pope")
 OWN_TASKS = ("retrieval", "caption", *QUESTION_TASKS)
 TRAIN_SCENES = 1000  # whose questions the majority row counts
 AFTER_TRAINING = Settings(beams=1, answer_tokens=8, max_questions=400)
@@ -114,6 +115,7 @@ def report_on_scenes(
             references=list(captions),
             hard_negatives=scenes["hard_negatives"],
             questions=scenes["questions"],
+            objects=[[thing["name"] for thing in things] for things in scenes["objects"]],
             train_questions=train_questions,
         )
         reports[split] = evaluator.run(tasks, test)

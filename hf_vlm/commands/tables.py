@@ -37,6 +37,8 @@ def format_report(report: Report) -> str:
         table = caption_table(rows)
     elif "vqa_accuracy" in first:
         table = vqa_table(rows)
+    elif "pope_f1" in first:
+        table = pope_table(rows)
     else:
         table = retrieval_table(rows)
     return _aligned(table)
@@ -84,6 +86,15 @@ def vqa_table(report: Report) -> list[list[str]]:
     return table
 
 
+def pope_table(report: Report) -> list[list[str]]:
+    """Rows of cells: the questions after objects, and how well it is said what is there."""
+    names = ["accuracy", "precision", "recall", "f1", "yes_rate", "unclear"]
+    table = [["test set", "questions", *(name.replace("_", " ") for name in names)]]
+    for name, scores in report.items():
+        table.append([name, f"{scores['questions']:.0f}", *_cells(scores, [f"pope_{key}" for key in names])])
+    return table
+
+
 def _rows(report: Report) -> dict[str, Mapping[str, Any]]:
     """The rows of a table: a test set, then what its report holds besides."""
     rows: dict[str, Mapping[str, Any]] = {}
@@ -117,6 +128,7 @@ __all__ = [
     "format_report",
     "format_reports",
     "hard_negative_table",
+    "pope_table",
     "retrieval_table",
     "vqa_table",
 ]

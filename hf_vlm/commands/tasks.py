@@ -5,6 +5,7 @@
 - `caption`: captions are written and compared with references.
 - `vqa`: questions are answered, in words or from a closed list. `vqa_unseen_wordings`: the same, asked of a language
   model in words that no instruction was trained with.
+- `pope`: it is said of objects whether they are there, as often yes as no.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,19 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..data.instruction_templates import Wordings
-from ..evaluation import Chatting, Prompting, caption_report, hard_negative_report, retrieval_report, vqa_report
+from ..data.pope import pope_questions
+from ..evaluation import (
+    Chatting,
+    Prompting,
+    caption_report,
+    hard_negative_report,
+    pope_report,
+    retrieval_report,
+    vqa_report,
+)
 from ..models import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,
@@ -30,14 +39,15 @@ from ..models import (
     VlmLlavaForConditionalGeneration,
 )
 from .prompts import caption_prompt, prompting_of, question_wording
+from .settings import DEFAULTS, Settings
 
-PROMPTED = ("caption", "vqa", "vqa_unseen_wordings")
+PROMPTED = ("caption", "vqa", "vqa_unseen_wordings", "pope")
 TASKS: dict[type[PreTrainedModel], tuple[str, ...]] = {
     VlmClipModel: ("retrieval", "hard_negatives"),
     VlmBlipForPreTraining: ("retrieval", "hard_negatives", "caption"),
     VlmBlipForImageTextRetrieval: ("retrieval", "hard_negatives"),
     VlmBlipForConditionalGeneration: ("caption",),
-    VlmBlipForQuestionAnswering: ("vqa",),
+    VlmBlipForQuestionAnswering: ("vqa", "pope"),
     VlmBlip2ForPreTraining: ("retrieval", "hard_negatives"),
     VlmBlip2ForImageTextRetrieval: ("retrieval", "hard_negatives"),
     VlmBlip2ForConditionalGeneration: PROMPTED,
@@ -60,6 +70,7 @@ class TestSet:
         hard_negatives: `(I,)`, dicts of `caption`, `negative` and `kind`.
         questions: `(I,)`, dicts of `question`, `answer` and perhaps `kind`.
         train_questions: questions of the training set.
+        objects: `(I,)`, names of all that is in a picture.
     """
 
     __test__ = False  # no test class for pytest
@@ -71,6 +82,7 @@ class TestSet:
     hard_negatives: Sequence[Sequence[Mapping[str, str]]] | None = None
     questions: Sequence[Sequence[Mapping[str, Any]]] | None = None
     train_questions: Sequence[Mapping[str, Any]] | None = None
+    objects: Sequence[Sequence[str]] | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -81,45 +93,9 @@ class TestSet:
             "caption": self.references,
             "vqa": self.questions,
             "vqa_unseen_wordings": self.questions,
+            "pope": self.objects,
         }
         return tuple(task for task, needed in needs.items() if needed is not None)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How tasks are done.
-
-    Args:
-        rerank: Candidates of each query that a matching model re-ranks.
-        prompt: What captions begin with, not scored. Of a language model, the instruction, in place of a wording.
-        wordings: Whether InstructBLIP is asked in the first of the trained or of the unseen wordings of a task.
-        beams: Beams of captions.
-        caption_tokens: The longest caption in tokens.
-        answer_tokens: The longest answer in tokens.
-        max_questions: Questions of a test set that are asked, the first (0: all).
-        rank_answers: Choose from the answers of the training questions in place of writing.
-        bf16: Run under autocast to bfloat16.
-        progress: Show progress bars.
-    """
-
-    rerank: int = 32
-    prompt: str | None = None
-    wordings: Wordings = "train"
-    beams: int = 3
-    caption_tokens: int = 40
-    answer_tokens: int = 10
-    max_questions: int = 0
-    rank_answers: bool = False
-    bf16: bool = False
-    progress: bool = True
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """What every report takes."""
-        return {"progress": self.progress, "autocast_dtype": torch.bfloat16 if self.bf16 else None}
-
-
-DEFAULTS = Settings()
 
 
 def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -205,6 +181,7 @@ class Evaluator:
             "caption": self.caption,
             "vqa": self.vqa,
             "vqa_unseen_wordings": partial(self.vqa, wordings="unseen"),
+            "pope": self.pope,
         }
         return {task: reports[task](test) for task in tasks}
 
@@ -270,6 +247,18 @@ class Evaluator:
         )
         return report
 
+    def pope(self, test: TestSet) -> dict[str, Any]:
+        """The metrics of `pope_report`."""
+        return pope_report(
+            self.model,
+            self.processor,
+            test.images,
+            self._asked(pope_questions(test.objects or []), self.settings.wordings),
+            prompting=self.prompting,
+            generate_options=self._generation(self.settings.answer_tokens, used=1, beams=1),
+            **self.settings.shown,
+        )
+
     def _asked(
         self, questions: Sequence[Sequence[Mapping[str, Any]]], wordings: Wordings
     ) -> list[list[dict[str, Any]]]:
@@ -291,4 +280,4 @@ class Evaluator:
         return {"max_new_tokens": min(tokens, room), "num_beams": beams}
 
 
-__all__ = ["DEFAULTS", "KS", "TASKS", "Evaluator", "Reports", "Settings", "TestSet", "chosen_tasks", "load_checkpoint"]
+__all__ = ["KS", "TASKS", "Evaluator", "Reports", "TestSet", "chosen_tasks", "load_checkpoint"]

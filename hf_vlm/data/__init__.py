@@ -19,6 +19,7 @@ from .images import ImageError, load_image
 from .instructions import caption_instructions, mix_by_sqrt, question_instructions, scene_instructions
 from .mixing import mix, split_stream
 from .pairs import Pair, PairDataset, PairStream, load_pairs
+from .pope import pope_questions
 from .prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
 from .questions import Question, QuestionDataset, QuestionRows, load_questions, question_source
 from .scene_conversations import SceneConversations
@@ -75,6 +76,7 @@ __all__ = [
     "load_source",
     "mix",
     "mix_by_sqrt",
+    "pope_questions",
     "prompt_inputs",
     "question_instructions",
     "question_source",

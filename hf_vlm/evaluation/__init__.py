@@ -7,6 +7,7 @@
 - `filtering`: bad image-text pairs found by a score.
 - `captioning`: CIDEr, BLEU and ROUGE-L; `text`: the words that they count.
 - `vqa`: soft accuracy and exact match of answers, and the majority's answer.
+- `pope`: whether objects are said to be there that are not.
 - `matching`: scores of image-text pairs by a model that sees both; `rerank`: retrieval with them.
 - `writing`: captions and answers for a whole test set; `blocks`: what each of its images is encoded for, once.
 - `suites`: the above on whole data sets, model and data in, report out.
@@ -17,9 +18,10 @@ from .embed import embed_images, embed_texts
 from .filtering import best_threshold, filter_metrics
 from .hard_negatives import hard_negative_metrics
 from .matching import MATCH_TOLERANCE, match_logits
+from .pope import pope_metrics, says_yes
 from .rerank import rerank_metrics
 from .retrieval import chance, retrieval_metrics, similarity_metrics
-from .suites import GREY, caption_report, hard_negative_report, retrieval_report, vqa_report
+from .suites import GREY, caption_report, hard_negative_report, pope_report, retrieval_report, vqa_report
 from .text import ptb_tokenize
 from .vqa import majority_answer, majority_answers, normalize_answer, vqa_metrics
 from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
@@ -48,10 +50,13 @@ __all__ = [
     "majority_answers",
     "match_logits",
     "normalize_answer",
+    "pope_metrics",
+    "pope_report",
     "ptb_tokenize",
     "rerank_metrics",
     "retrieval_metrics",
     "retrieval_report",
+    "says_yes",
     "similarity_metrics",
     "vqa_metrics",
     "vqa_report",

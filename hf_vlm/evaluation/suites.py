@@ -2,7 +2,8 @@
 
 - Two-tower models and the comparing heads of BLIP and BLIP-2: retrieval (with `rerank`, also re-ranked by ITM) and
   hard negatives.
-- BLIP's writing heads, and with `prompting` models that go on with a prompt: captions and answers.
+- BLIP's writing heads, and with `prompting` models that go on with a prompt: captions and answers, of which those
+  about objects tell hallucinations (POPE).
 - **Blind rows**: the same model on a plain grey picture in place of every image. What it still gets right it took from
   the texts alone. Retrieval needs none: on equal images nothing beats `chance`.
 """
@@ -19,6 +20,7 @@ from .captioning import caption_metrics
 from .embed import embed_images, embed_texts
 from .hard_negatives import hard_negative_metrics
 from .matching import MATCH_TOLERANCE, match_logits
+from .pope import pope_metrics
 from .rerank import rerank_metrics
 from .retrieval import COSINE_TOLERANCE, chance, pair_cosines, retrieval_metrics, unit_images
 from .vqa import majority_answer, majority_answers, vqa_metrics
@@ -253,4 +255,46 @@ def _majority(train_questions: Sequence[Mapping[str, Any]], kinds: list[str] | N
     return [by_kind.get(kind, of_all) for kind in kinds]
 
 
-__all__ = ["GREY", "caption_report", "hard_negative_report", "retrieval_report", "vqa_report"]
+def pope_report(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    questions: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    prompting: Prompting | Chatting | None = None,
+    generate_options: Mapping[str, Any] = NO_OPTIONS,
+    batch_size: int = 64,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Whether a model says that things are there which are not.
+
+    Args:
+        questions: `(I,)`, for each picture dicts with `question`, `answer` ("yes" or "no") and `kind`.
+        The rest as in `vqa_report`.
+
+    Returns:
+        The keys of `pope_metrics`; under `blind` the same beside a grey picture, under `majority` the same for yes to
+        everything.
+
+    Raises:
+        ValueError: the lengths differ, or there are no questions.
+    """
+    rows = [(i, asked) for i, of_image in enumerate(questions) for asked in of_image]
+    texts, truths, kinds = ([asked[name] for _, asked in rows] for name in ("question", "answer", "kind"))
+    options = {"progress": progress, "autocast_dtype": autocast_dtype, **generate_options}
+
+    def answer(images: Sequence[Image.Image], texts: list[str], image_of_text: list[int]) -> list[str]:
+        return answer_questions(
+            model, processor, images, texts, image_of_text, batch_size, prompting=prompting, **options
+        )
+
+    report: dict[str, Any] = pope_metrics(answer(images, texts, [i for i, _ in rows]), truths, kinds)
+    asked_once = list(dict.fromkeys(texts))
+    blind = dict(zip(asked_once, answer([GREY], asked_once, [0] * len(asked_once)), strict=True))
+    report["blind"] = pope_metrics([blind[text] for text in texts], truths, kinds)
+    report["majority"] = pope_metrics(["yes"] * len(texts), truths, kinds)
+    return report
+
+
+__all__ = ["GREY", "caption_report", "hard_negative_report", "pope_report", "retrieval_report", "vqa_report"]

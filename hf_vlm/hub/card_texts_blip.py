@@ -1,6 +1,6 @@
 """What a model card says of BLIP and of each of its heads."""
 
-from .card_types import RECALLS, SCENES, Architecture, Evaluation, Head
+from .card_types import POPE, RECALLS, SCENES, Architecture, Evaluation, Head
 
 BLIP_START = """import hf_vlm  # registers the architecture with the Auto classes
 from PIL import Image
@@ -113,7 +113,8 @@ print(outputs.last_hidden_state.shape)  # states of the text's tokens that have 
             ),
             rows={"reranked": "re-ranked by ITM", "chance": "chance"},
             own=("reranked",),
-        )
+        ),
+        "pope": POPE,
     },
 )
 

@@ -1,6 +1,6 @@
 """What a model card says of BLIP-2 and InstructBLIP and of each of their heads."""
 
-from .card_types import BLIND, QUESTIONS, RECALLS, SCENES, Architecture, Evaluation, Head
+from .card_types import BLIND, POPE, QUESTIONS, RECALLS, SCENES, VQA_TASK, Architecture, Evaluation, Head
 
 START = """import hf_vlm  # registers the architecture with the Auto classes
 from PIL import Image
@@ -72,7 +72,6 @@ for instruction in ["What colour is the background?", "Write a short caption for
 }
 
 MAJORITY = "most frequent training answer"
-VQA_TASK = ("visual-question-answering", "Visual question answering")
 EASY_VQA = ("easy_vqa", "easy-VQA")
 # The index keeps results of the same task apart by their data alone.
 UNSEEN_SCENES, UNSEEN_EASY_VQA = (
@@ -110,6 +109,7 @@ WRITTEN = {
         note="The same questions of easy-VQA, put as an instruction in words that no training used.",
         rows={"blind": BLIND, "majority": MAJORITY},
     ),
+    "pope": POPE,
 }
 
 RETRIEVAL = Evaluation(

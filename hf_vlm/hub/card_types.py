@@ -93,7 +93,38 @@ QUESTIONS = {
     "vqa_accuracy_question_colour": "accuracy, colour",
     "vqa_accuracy_question_yesno": "accuracy, yes or no",
 }
+OBJECTS = {
+    "pope_accuracy": "accuracy",
+    "pope_precision": "precision",
+    "pope_recall": "recall",
+    "pope_f1": "F1",
+    "pope_yes_rate": "yes rate",
+}
 SCENES = ("hf_vlm_scenes", "Scenes of built-in emoji drawings")
 BLIND = "the same beside a grey picture"
+VQA_TASK = ("visual-question-answering", "Visual question answering")
+POPE = Evaluation(
+    title="Objects that are not there",
+    task=VQA_TASK,
+    dataset=("hf_vlm_scenes_pope", "Scenes of built-in emoji drawings, after objects"),
+    sizes={"questions": "questions"},
+    metrics=OBJECTS,
+    note=(
+        "Half of the questions ask for an object that is in the scene, half for one that is not: drawn at random, the "
+        "most frequent, or the one most often beside what is there (POPE). Precision, recall and F1 are those of yes."
+    ),
+    rows={"blind": BLIND, "majority": "always yes"},
+)
 
-__all__ = ["BLIND", "CHECKPOINT", "QUESTIONS", "RECALLS", "SCENES", "Architecture", "Evaluation", "Head"]
+__all__ = [
+    "BLIND",
+    "CHECKPOINT",
+    "POPE",
+    "QUESTIONS",
+    "RECALLS",
+    "SCENES",
+    "VQA_TASK",
+    "Architecture",
+    "Evaluation",
+    "Head",
+]

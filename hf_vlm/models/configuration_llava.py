@@ -59,7 +59,7 @@ class VlmLlavaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_parts(self):
-        """Checks that tiles fit the tower and that there is a class token where one is to be kept or left out."""
+        """Checks that tiles fit the tower, and that the LLM is a causal one."""
         side = self.vision_config.image_size
         for shape in self.image_grid_pinpoints or []:
             if len(shape) != 2 or any(pixels <= 0 or pixels % side for pixels in shape):

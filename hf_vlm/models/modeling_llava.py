@@ -7,7 +7,7 @@ Papers: LLaVA-1.0 (arXiv 2304.08485), 1.5 (arXiv 2310.03744), and the blog post 
 - 1.6 sees an image as an overview and tiles: see `anyres.py`.
 - Placeholders are counted, image by image: an image that is cut, missing or too many is an error.
 - Rows without images cost no vision pass. In training an *empty* batch goes through the projector, and through a tower
-  that is trained (one blank view if it is not ours), so that all have a (zero) gradient and no rank waits for another.
+  that is trained (a blank view), so that all have a (zero) gradient and no rank waits for another.
 - The LLM keeps its head; in training logits are made at supervised positions only. Generation is its own `generate`.
 - Packed rows have `position_ids` that restart and no `attention_mask`.
 
@@ -15,6 +15,7 @@ Shapes: B rows, L tokens, I images, T views (tiles and overviews; one an image w
 the LLM.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,10 @@ from transformers.utils.generic import can_return_tuple
 
 from .anyres import anyres_layout, join_views
 from .configuration_llava import VlmLlavaConfig
-from .configuration_tower import VlmTowerConfig
 from .language_model import build_language_model, contiguous_inputs, keep_names, load_language_model, logits_of
 from .losses import language_modeling_loss
-from .modeling_clip import build_vision_tower, freeze_unused, load_tower, published_config, resize_tower
-from .vision_features import layer_states
+from .modeling_clip import build_vision_tower, load_tower, published_config, resize_tower
+from .vision_features import has_class_token, layer_states, read_parameters
 
 Features = dict[str, ModelOutput]
 
@@ -140,6 +140,11 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
     def __init__(self, config: VlmLlavaConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         self.vision_model = build_vision_tower(config.vision_config)
+        if config.vision_feature_select_strategy == "default" and not has_class_token(self.vision_model):
+            raise ValueError(
+                f'A {config.vision_config.model_type} tower has no class token, and "default" would leave a patch out: '
+                'set vision_feature_select_strategy="full".'
+            )
         self.projector = VlmLlavaProjector(config)
         self.language_model = language_model or build_language_model(config.text_config)
         self.post_init()
@@ -151,14 +156,8 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
 
     def thaw_tower(self) -> None:
         """Trains the image tower, but for what lies behind the layer that is read."""
-        self.vision_model.requires_grad_(True)
-        freeze_unused(self.vision_model, uses_pooled_output=False)
-        count = self.config.vision_config.num_hidden_layers + 1 + min(self.config.vision_feature_layer, -1)
-        if self.config.vision_feature_layer >= 0:
-            count = self.config.vision_feature_layer
-        for module in self.vision_model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == self.config.vision_config.num_hidden_layers:
-                module[count:].requires_grad_(False)
+        for parameter in read_parameters(self.vision_model, self.config.vision_feature_layer):
+            parameter.requires_grad_(True)
 
     @property
     def trains_tower(self) -> bool:
@@ -218,9 +217,8 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         vision = self.config.vision_config
         if not (self.training and torch.is_grad_enabled()):
             return []
-        if self.trains_tower:  # foreign towers take no empty batch
-            num_views = int(vision.model_type != VlmTowerConfig.model_type)
-            shape = (num_views, vision.num_channels, vision.image_size, vision.image_size)
+        if self.trains_tower:  # a blank view, for towers take no empty batch
+            shape = (1, vision.num_channels, vision.image_size, vision.image_size)
             states = self.get_vision_features(torch.zeros(shape, device=self.device))[:0]
         else:
             states = torch.zeros(0, 1, vision.hidden_size, device=self.device)
@@ -255,11 +253,13 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         return embeds.masked_scatter(is_image[..., None], torch.cat(tokens).to(embeds.dtype))
 
     def _check_placeholders(self, is_image: torch.Tensor, images: list[torch.Tensor]) -> None:
-        found = is_image.sum(dim=1).tolist()
+        """Checks that every run of placeholders, up to a word or the end of its row, is that of whole images."""
         needed = [len(tokens) for tokens in images]
-        row_ends = torch.tensor(found).cumsum(0).tolist()
-        image_ends = {0, *torch.tensor(needed, dtype=torch.long).cumsum(0).tolist()}
-        if sum(found) != sum(needed) or not image_ends.issuperset(row_ends):
+        run_ends = is_image & ~nn.functional.pad(is_image[:, 1:], (0, 1))
+        ends = is_image.flatten().cumsum(0)[run_ends.flatten()].tolist()
+        image_ends = torch.tensor([0, *needed]).cumsum(0).tolist()
+        if image_ends[-1] != (ends or [0])[-1] or not set(image_ends).issuperset(ends):
+            found = is_image.sum(dim=1).tolist()
             raise ValueError(
                 f"The rows have {found} image placeholders, but the images need {needed}, in this order: put the image "
                 "token once for each image into the text, let the processor expand it, and do not cut texts afterwards."
@@ -339,16 +339,17 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
             ValueError: if tower or LLM do not serve, or a field does not fit.
         """
         tower = load_tower(vision, "vision", {})
+        if image_size is not None:
+            tower = copy.deepcopy(tower)
+            resize_tower(tower, image_size)
         llm = load_language_model(language_model, language_model_kwargs)
         vocabulary = llm.get_input_embeddings().num_embeddings
         image_token_id = vocabulary if image_token_id is None else image_token_id
         if image_token_id >= vocabulary:
             llm.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=64)
         fields = {"vision_config": published_config(tower), "text_config": published_config(llm)}
-        weights = tower.state_dict()
         model = cls(VlmLlavaConfig(**fields, image_token_id=image_token_id, **config), llm)
-        model.model.vision_model.load_state_dict(weights)
-        resize_tower(model.model.vision_model, image_size)
+        model.model.vision_model.load_state_dict(tower.state_dict())
         model.model.freeze_tower()
         return model.to(llm.device).eval()
 

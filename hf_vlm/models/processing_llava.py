@@ -1,7 +1,7 @@
 """Processor of LLaVA: pictures to views, conversations to tokens, placeholders for the tokens of each image."""
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import load_image, make_flat_list_of_images
 
 from .anyres import anyres_layout
 from .image_processing_vlm import VlmImageProcessor
@@ -20,6 +20,7 @@ VICUNA_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+IMAGE_PARTS = ("image", "image_url")
 
 
 class VlmLlavaProcessor(ProcessorMixin):
@@ -57,6 +58,7 @@ class VlmLlavaProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         tokenizer.padding_side = "left"  # a tokenizer's files do not keep it
+        chat_template = chat_template or tokenizer.chat_template or VICUNA_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
@@ -89,7 +91,6 @@ class VlmLlavaProcessor(ProcessorMixin):
             patch_size=vision.patch_size,
             num_additional_image_tokens=int(has_class_token(model.model.vision_model)),
             vision_feature_select_strategy=config.vision_feature_select_strategy,
-            chat_template=tokenizer.chat_template or VICUNA_TEMPLATE,
         )
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
@@ -105,21 +106,29 @@ class VlmLlavaProcessor(ProcessorMixin):
             ValueError: if the texts hold another number of `<image>` than there are images, or are to be cut, which
                 could cut an image.
         """
+        images = _loaded(images)
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            found = sum(one.count(IMAGE_TOKEN) for one in texts)
-            given = 0 if images is None else len(make_flat_list_of_images(images))
-            if found != given:
-                raise ValueError(f"The texts have {IMAGE_TOKEN} {found} times, but there are {given} images.")
-            if kwargs.get("truncation"):
+            text = [text] if isinstance(text, str) else list(text)
+            self._check_images(text, images)
+            if kwargs.get("truncation") or kwargs.get("text_kwargs", {}).get("truncation"):
                 raise ValueError("Cutting texts could cut an image: shorten them before, or leave out truncation.")
             begin = self.tokenizer.bos_token
-            if begin and all(one.startswith(begin) for one in texts):  # as chat templates may have written it
+            if begin and all(one.startswith(begin) for one in text):  # as chat templates may have written it
                 kwargs.setdefault("add_special_tokens", False)
-            text = texts
         if images is not None:
             images = make_flat_list_of_images(images)
         return super().__call__(images, text, **kwargs)
+
+    def _check_images(self, texts: list[str], images) -> None:
+        """Images in nested lists are counted text by text, others in all."""
+        found = [one.count(IMAGE_TOKEN) for one in texts]
+        if isinstance(images, list) and any(isinstance(one, list) for one in images):
+            given = [len(one) if isinstance(one, list) else 1 for one in images]
+        else:
+            found, given = [sum(found)], [0 if images is None else len(make_flat_list_of_images(images))]
+        if found != given:
+            times, count = (", ".join(map(str, counts)) for counts in (found, given))
+            raise ValueError(f"The texts have {IMAGE_TOKEN} {times} times, but there are {count} images.")
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """How many tokens an image of this size in pixels becomes."""
@@ -145,35 +154,41 @@ class VlmLlavaProcessor(ProcessorMixin):
         """
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         chats = conversation if batched else [conversation]
-        if kwargs.get("tokenize"):
-            images = [image for chat in chats for image in _images_of(chat)]
-            kwargs = {**kwargs, "tokenize": False}
-            return_dict = kwargs.pop("return_dict", True)
-            texts = self.apply_chat_template(chats, chat_template, **kwargs)
-            inputs = self(images=images or None, text=texts)
-            return inputs if return_dict else inputs["input_ids"]
+        images = [_images_of(chat) for chat in chats]
+        if kwargs.get("tokenize") and any(images):
+            options = kwargs.get("processor_kwargs") or {}
+            kwargs["processor_kwargs"] = {"images": images if batched else images[0], **options}
         flat = [[{**message, "content": flat_content(message["content"])} for message in chat] for chat in chats]
-        template = chat_template or self.chat_template or self.tokenizer.chat_template or VICUNA_TEMPLATE
-        kwargs.pop("return_dict", None)
-        options = {name: kwargs[name] for name in ("add_generation_prompt", "continue_final_message") if name in kwargs}
-        texts = [
-            self.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options) for chat in flat
-        ]
-        return texts if batched else texts[0]
+        return super().apply_chat_template(flat if batched else flat[0], chat_template, **kwargs)
 
 
 def flat_content(content: str | list[dict]) -> str:
     """A message's content as one text, with `<image>` and a line break for each image before the rest."""
     if isinstance(content, str):
         return content
-    num_images = sum(part["type"] == "image" for part in content)
+    num_images = sum(part["type"] in IMAGE_PARTS for part in content)
     words = "".join(part["text"] for part in content if part["type"] == "text")
     return f"{IMAGE_TOKEN}\n" * num_images + words
 
 
 def _images_of(chat: list[dict]) -> list:
+    """Pictures, addresses and paths in a conversation; an image may also be named alone, to be given beside it."""
     parts = [part for message in chat if not isinstance(message["content"], str) for part in message["content"]]
-    return [part["image"] for part in parts if part["type"] == "image" and "image" in part]
+    found = []
+    for part in parts:
+        if part["type"] == "image_url":  # as OpenAI writes it
+            part = part["image_url"] if isinstance(part["image_url"], dict) else {"url": part["image_url"]}
+        elif part["type"] != "image":
+            continue
+        found += [part[key] for key in ("image", "url", "path", "base64") if key in part]
+    return found
+
+
+def _loaded(images):
+    """Addresses, paths and base64 in any lists as pictures."""
+    if isinstance(images, (list, tuple)):
+        return [_loaded(one) for one in images]
+    return load_image(images) if isinstance(images, str) else images
 
 
 __all__ = ["VICUNA_TEMPLATE", "VlmLlavaProcessor", "flat_content"]

@@ -69,4 +69,19 @@ def layer_states(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int)
     return states[0]
 
 
-__all__ = ["has_class_token", "layer_states"]
+def read_parameters(tower: PreTrainedModel, layer: int) -> list[nn.Parameter]:
+    """The parameters that `layer_states` depends on: a trained one without a gradient stalls data parallelism."""
+    parent, name = _stack_of(tower)
+    layers = getattr(parent, name)
+    unread = {id(parameter) for parameter in layers[resolve_layer(layer, len(layers)) :].parameters()}
+    last = next(reversed(list(layers.parameters())))
+    found = []
+    for name, parameter in tower.named_parameters():  # what is registered behind the layers is called behind them
+        if id(parameter) not in unread and not name.endswith("mask_token"):
+            found.append(parameter)
+        if parameter is last:
+            return found
+    return found
+
+
+__all__ = ["has_class_token", "layer_states", "read_parameters"]
