@@ -102,6 +102,37 @@ def test_blip2_runs(tmp_path: Path) -> None:
         assert each["same_tokens"] == 1 or each["precision"] == "bf16"
 
 
+@pytest.mark.slow
+def test_llava_runs(tmp_path: Path) -> None:
+    output = tmp_path / "llava.json"
+    command = [sys.executable, "benchmarks/llava.py", "--small", "--repeats", "1", "--device", "cpu"]
+    command += ["--threads", "1", "--output", str(output)]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(output.read_text())
+    training = {each["contender"]: each for each in report["training"]}
+    assert [*training] == ["hf_vlm", "hf_vlm, padded", "transformers, by length", "transformers"]
+    own, padded, grouped, native = training.values()
+    assert own["supervised"] < own["tokens"] < own["positions"] < padded["positions"] == native["positions"]
+    assert grouped["positions"] < native["positions"]
+    assert max(padded["flops"], grouped["flops"]) < native["flops"]
+    for each in training.values():
+        assert (each["tokens"], each["supervised"]) == (own["tokens"], own["supervised"])
+        assert 0 < each["forward_backward_seconds"]["low"] < each["step_seconds"]["low"]
+        assert each["tokens_per_second"]["median"] == pytest.approx(each["tokens"] / each["step_seconds"]["median"])
+        assert each["difference_fp32"] < 1e-5
+        assert each["last_loss"] == pytest.approx(own["last_loss"], rel=0.02)
+        assert (each["peak_memory_bytes"] is None) == (each["contender"] == "transformers, by length")
+    second_turn = ["hf_vlm", "transformers, cache kept", "transformers"]
+    for part, names, batch in (("answers", ["hf_vlm", "transformers"], 2), ("second_turn", second_turn, 1)):
+        found = [(each["precision"], each["contender"]) for each in report[part]]
+        assert found == [(precision, name) for precision in ("fp32", "bf16") for name in names]
+        for each in report[part]:
+            assert 0 < each["first_seconds"]["low"] < each["seconds"]["low"]
+            assert each["different_answers"] == each["batch"] == batch
+            assert each["same_tokens"] == 1 or each["precision"] == "bf16"
+
+
 def test_plain_blip_computes_the_same() -> None:
     model = tiny.blip_model().train()
     plain = PlainBlip(model.config).train()
