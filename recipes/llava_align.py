@@ -68,6 +68,9 @@ class DataArguments:
     packed: bool = field(default=True, metadata={"help": "Put several samples into one row, without padding."})
     train_scenes: int = field(default=30_000, metadata={"help": "Scenes to train on."})
     max_words: int | None = field(default=None, metadata={"help": "Longest caption of a scene in words."})
+    scene_aspects: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Width over height of the scenes, of which each has one."}
+    )
 
 
 def build_model(args: ModelArguments, bf16: bool) -> tuple[VlmLlavaForConditionalGeneration, VlmLlavaProcessor]:
@@ -91,8 +94,8 @@ def build_model(args: ModelArguments, bf16: bool) -> tuple[VlmLlavaForConditiona
 def build_data(args: DataArguments, size: int, seed: int) -> CaptionConversations:
     """Images with their captions, as conversations."""
     if args.sources is None:
-        scenes = SceneRows(SceneStream("train", seed, size), args.train_scenes, args.max_words)
-        return CaptionConversations(scenes, seed)
+        stream = SceneStream("train", seed, size, aspects=args.scene_aspects)
+        return CaptionConversations(SceneRows(stream, args.train_scenes, args.max_words), seed)
     return CaptionConversations(mix([DataSource(**source) for source in args.sources], seed=seed), seed)
 
 

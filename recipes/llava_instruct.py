@@ -65,13 +65,20 @@ class DataArguments:
     row_tokens: int | None = field(default=None, metadata={"help": "Tokens of a packed row; max_tokens by default."})
     train_scenes: int = field(default=30_000, metadata={"help": "Scenes to talk about."})
     max_words: int | None = field(default=None, metadata={"help": "Longest caption of a scene in words."})
+    scene_aspects: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Width over height of the scenes, of which each has one."}
+    )
     num_scenes: int = field(default=500, metadata={"help": "Scenes of each test set."})
+    lora_run: str | None = field(
+        default=None, metadata={"help": "Folder of this stage by LoRA, whose results the card shows beside these."}
+    )
 
 
 def build_data(args: DataArguments, size: int, seed: int) -> ConcatDataset:
     """Conversations of all sources, one after the other; the trainer shuffles them."""
     if args.sources is None:
-        scenes = SceneRows(SceneStream("train", seed, size), args.train_scenes, args.max_words)
+        stream = SceneStream("train", seed, size, aspects=args.scene_aspects)
+        scenes = SceneRows(stream, args.train_scenes, args.max_words)
         easy_vqa = QuestionConversations(easy_vqa_questions("train"), easy_vqa_images("train"))
         return ConcatDataset([SceneConversations(scenes, seed), easy_vqa])
     parts = []
@@ -116,7 +123,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
         whole.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
         if data_args.sources is None:
-            save_scene_report(training_args.output_dir, whole, processor, data_args.num_scenes, size)
+            shown = {"aspects": data_args.scene_aspects, "beside": {"lora": data_args.lora_run}}
+            save_scene_report(training_args.output_dir, whole, processor, data_args.num_scenes, size, **shown)
     finish_run(trainer, "llava_instruct", model_args, data_args, has_easy_vqa=True)
 
 

@@ -21,6 +21,7 @@ from hf_vlm.data import (
 from hf_vlm.data.conversation_collator import fill_rows
 from hf_vlm.data.conversations import read_conversation
 from hf_vlm.data.scene_conversations import spoken
+from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer
 
 CHATML = (
     "{% for message in messages %}{{ '<start>' + message['role'] + ' ' + message['content'] + '<end>' + '\\n' }}"
@@ -203,6 +204,31 @@ def test_long_samples_are_cut_at_the_end_but_never_within_an_image():
     assert torch.equal(cut, whole[:, :-3])
     with pytest.raises(ValueError, match=r"sample 0 of the batch: an image of 16 tokens .* does not fit"):
         ConversationCollator(processor, max_length=10)(rows()[:1])
+
+
+@pytest.mark.parametrize("anyres", [False, True])
+def test_lengths_are_known_without_opening_the_images(anyres):
+    processor = tiny_llava.llava_processor(anyres)
+    collator = ConversationCollator(processor)
+    side = processor.image_processor.size["height"]
+    square = [{**row, "images": [tiny.image(side, side) for _ in row["images"]]} for row in rows()]
+    lengths = [len(collator.tokens(row["messages"], row["images"], "a row")[0]) for row in square]
+    assert [collator.length({**row, "images": ["not there.png"] * len(row["images"])}) for row in rows()] == lengths
+    assert ConversationCollator(processor, max_length=20).length(rows()[2]) == 20
+
+
+def test_rows_are_grouped_by_length(tmp_path):
+    long, short = rows()[0], {"messages": talk("a house", "green"), "images": []}
+    mixed = [long if number % 3 else short for number in range(96)]
+    collator = ConversationCollator(tiny_llava.llava_processor())
+    padding = {}
+    for strategy in ("random", "group_by_length"):
+        options = {"bf16": "false", "report_to": "none", "per_device_train_batch_size": 4, "seed": 1}
+        args = VlmSFTConfig(str(tmp_path), train_sampling_strategy=strategy, **options)
+        parts = {"data_collator": collator, "processing_class": collator.processor}
+        trainer = VlmSFTTrainer(tiny_llava.llava_model(), args, train_dataset=mixed, **parts)
+        padding[strategy] = sum(int((batch["attention_mask"] == 0).sum()) for batch in trainer.get_train_dataloader())
+    assert padding["group_by_length"] < padding["random"] / 3
 
 
 def test_a_template_that_hides_who_speaks_is_refused():

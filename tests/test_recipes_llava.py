@@ -6,17 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+)
 from trl import TrlParser
 
 import tiny
 import tiny_blip2
-from hf_vlm import VlmLlavaForConditionalGeneration
-from hf_vlm.training import STAGES, VlmSFTConfig
+from hf_vlm import VlmLlavaConfig, VlmLlavaForConditionalGeneration
+from hf_vlm.training import STAGES, VlmSFTConfig, apply_stage
 from recipes import llava_align, llava_instruct
 
 OPTIONS = (
@@ -131,13 +137,148 @@ def test_lora_saves_an_adapter_with_the_projector_and_the_merged_model(folder, a
         torch.testing.assert_close(adapted(**inputs).logits, merged(**inputs).logits, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llava_align", "llava_instruct"])
-def test_every_config_is_read_and_names_a_stage(name):
-    recipe = {"llava_align": llava_align, "llava_instruct": llava_instruct}[name]
+RECIPES = {"llava_align": llava_align, "llava_instruct": llava_instruct}
+PAPERS = {
+    # batch, epochs, tokens of a sample, and the first rate of each part after warm-up
+    "llava_align/paper_1.0": (128, 1, 2048, {"projector": 2e-3}),
+    "llava_align/paper_1.5": (256, 1, 2048, {"projector": 1e-3}),
+    "llava_align/paper_1.6": (256, 1, 4096, {"projector": 1e-3}),
+    "llava_instruct/paper_1.0": (32, 3, 2048, {"projector": 2e-5, "language_model": 2e-5}),
+    "llava_instruct/paper_1.5": (128, 1, 2048, {"projector": 2e-5, "language_model": 2e-5}),
+    "llava_instruct/paper_1.5_lora": (128, 1, 2048, {"projector": 2e-5, "language_model": 2e-4}),
+    "llava_instruct/paper_1.6": (128, 1, 4096, {"projector": 1e-5, "language_model": 1e-5, "vision_model": 2e-6}),
+}
+SMALLS = ["small", "small_1.6"]
+SIDE = 48  # of a tiny image in pixels
+VISION, HIDDEN = 1024, 4096  # widths of ViT-L and of a LLM of 7B
+LINEAR, MLP = VISION * HIDDEN + HIDDEN, VISION * HIDDEN + HIDDEN + HIDDEN**2 + HIDDEN
+
+
+def config_of(name: str) -> Path:
+    recipe, config = name.split("/")
+    return Path(RECIPES[recipe].__file__).with_suffix("") / f"{config}.yaml"
+
+
+def parse(name: str) -> tuple:
+    """The three groups of arguments of a YAML file."""
+    recipe = RECIPES[name.split("/")[0]]
     groups = (recipe.ModelArguments, recipe.DataArguments, VlmSFTConfig)
-    configs = sorted(Path(recipe.__file__).with_suffix("").glob("*.yaml"))
-    assert len(configs) == 4
-    for config in configs:
-        model, _, training = TrlParser(groups).parse_args_and_config(["--config", str(config), "--bf16", "false"])
-        assert model.stage in STAGES
-        assert training.weight_decay == 0.0
+    return TrlParser(groups).parse_args_and_config(["--config", str(config_of(name)), "--bf16", "false"])
+
+
+def test_every_config_is_tested():
+    found = {f"{name}/{file.stem}" for name in RECIPES for file in config_of(f"{name}/small").parent.glob("*.yaml")}
+    smalls = {f"{name}/{config}" for name in RECIPES for config in SMALLS}
+    assert found == {*PAPERS, *smalls, "llava_instruct/small_lora"}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_papers_say_what_was_published(name):
+    model, data, args = parse(name)
+    batch, epochs, tokens, rates = PAPERS[name]
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == batch
+    assert (args.num_train_epochs, args.max_steps, data.max_tokens) == (epochs, -1, tokens)
+    assert (args.weight_decay, args.warmup_steps, args.lr_scheduler_type) == (0.0, 0.03, "cosine")
+    stage = STAGES[model.stage]
+    assert stage.rates == rates
+    assert args.learning_rates is None
+    assert stage.lora == ({"r": 128, "alpha": 256, "dropout": 0.05} if "lora" in name else {})
+
+
+@pytest.mark.parametrize(("name", "projector"), [("1.0", LINEAR), ("1.5", MLP), ("1.6", MLP + HIDDEN)])
+def test_the_published_sizes_are_trained(name, projector):
+    """What each stage trains of ViT-L/14 and a Vicuna of 7B, by number of parameters."""
+    model_args, *_ = parse(f"llava_align/paper_{name}")
+    side = 224 if name == "1.0" else 336
+    tower = CLIPVisionConfig(
+        hidden_size=VISION,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=side,
+        patch_size=14,
+    )
+    grids = [[int(side) for side in grid.split("x")] for grid in (model_args.image_grid_pinpoints or "").split()]
+    config = VlmLlavaConfig(
+        vision_config=tower,
+        text_config=LlamaConfig(vocab_size=32_000),
+        projector_type=model_args.projector_type,
+        image_grid_pinpoints=grids or None,
+    )
+    with torch.device("meta"):
+        model = VlmLlavaForConditionalGeneration(config)
+    llm = sum(p.numel() for p in model.model.language_model.parameters())
+    # Of the tower 23 layers are read, not the last, nor the norm behind it.
+    layer = 4 * (VISION**2 + VISION) + 2 * VISION * 4096 + 4096 + VISION + 4 * VISION
+    tower = 3 * 14 * 14 * VISION + VISION + ((side // 14) ** 2 + 1) * VISION + 2 * VISION + 23 * layer
+    expected = {"align": projector, "instruct": projector + llm + (tower if name == "1.6" else 0)}
+    for stage, count in expected.items():
+        apply_stage(model, STAGES[f"llava-{name}-{stage}"])
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count, stage
+
+
+def tiny_values(name: str, folder: Path, output: Path, **options) -> dict:
+    """The values of a YAML file with tiny parts, few rows a step and no progress bars."""
+    values = yaml.safe_load(config_of(name).read_text())
+    if name.startswith("llava_align"):
+        values |= {"vision": f"{folder}/clip", "language_model": f"{folder}/llm", "image_size": SIDE}
+        if "image_grid_pinpoints" in values:
+            values["image_grid_pinpoints"] = f"{SIDE}x{2 * SIDE} {2 * SIDE}x{SIDE}"
+    values |= {"output_dir": str(output), "per_device_train_batch_size": 2, "disable_tqdm": True, "bf16": False}
+    values |= {"max_steps": 3, "save_steps": 1, "logging_steps": 1, "dataloader_num_workers": 0, "report_to": "none"}
+    return values | options
+
+
+def run_values(name: str, values: dict, file: Path) -> Path:
+    recipe = RECIPES[name.split("/")[0]]
+    file.write_text(yaml.safe_dump(values))
+    groups = (recipe.ModelArguments, recipe.DataArguments, VlmSFTConfig)
+    recipe.main(*TrlParser(groups).parse_args_and_config(["--config", str(file)]))
+    return Path(values["output_dir"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1.0", "1.5", "1.5_lora", "1.6"])
+def test_papers_run(version, folder, tmp_path):
+    """Both stages at shrunken sizes, with sources of the kind that each names."""
+    first = f"llava_align/paper_{version.removesuffix('_lora')}"
+    values = tiny_values(first, folder, tmp_path / "align")
+    values["sources"][0]["path"] = f"{folder}/pairs.parquet"
+    aligned = run_values(first, values, tmp_path / "align.yaml")
+    second = f"llava_instruct/paper_{version}"
+    source = {"path": f"{folder}/talk.json", "image_folder": str(folder)}
+    values = tiny_values(second, folder, tmp_path / "instruct", model=str(aligned), sources=[source])
+    output = run_values(second, values, tmp_path / "instruct.yaml")
+    trained = {"projector", "language_model", *(["vision_model"] if version == "1.6" else [])}
+    assert changed(aligned, output) == trained
+    state = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
+    assert all(line["loss"] < 20 for line in state["log_history"] if "loss" in line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SMALLS)
+def test_small_runs_stops_and_resumes(config, folder, tmp_path):
+    """On scenes and easy-VQA: LoRA, then in full with LoRA's results beside it in the card."""
+    name = f"llava_align/{config}"
+    scenes = {"train_scenes": 24}
+    aligned = run_values(name, tiny_values(name, folder, tmp_path / "align", **scenes), tmp_path / "align.yaml")
+    name, options = f"llava_instruct/{config}", {**scenes, "model": str(aligned), "num_scenes": 2}
+    lora = "llava_instruct/small_lora"
+    run_values(lora, tiny_values(lora, folder, tmp_path / "lora", **options), tmp_path / "lora.yaml")
+    values = tiny_values(name, folder, tmp_path / "full", lora_run=str(tmp_path / "lora"), **options)
+    output = run_values(name, values, tmp_path / "full.yaml")
+    shutil.rmtree(output / "checkpoint-3")
+    weights = load_file(output / "model.safetensors")
+    run_values(name, values, tmp_path / "full.yaml")
+    again = load_file(output / "model.safetensors")
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    results, other = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("full", "lora"))
+    assert set(results) == {"caption", "vqa", "vqa_unseen_wordings", "pope", "easy_vqa", "easy_vqa_unseen_wordings"}
+    for task, report in results.items():
+        for test_set, scores in report.items():
+            own = {key: value for key, value in other[task][test_set].items() if not isinstance(value, dict)}
+            assert scores["lora"] == own
+            assert "blind" in scores
+    card = (output / "README.md").read_text()
+    assert "Objects that are not there" in card
+    assert card.count("| the same stage by LoRA |") == sum(map(len, results.values()))

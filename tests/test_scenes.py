@@ -92,13 +92,13 @@ def perhaps(words: str, a: dict, b: dict) -> bool:
     return {"to the left of": ax < bx, "to the right of": ax > bx, "above": ay < by, "below": ay > by}[words]
 
 
-def third(value: float, size: int, words: tuple[str, str, str]) -> str:
-    return words[int(3 * value // size)]
+def third(value: float, side: int, words: tuple[str, str, str]) -> str:
+    return words[int(3 * value // side)]
 
 
-def position(thing: dict, size: int) -> str:
+def position(thing: dict, size: tuple[int, int]) -> str:
     x, y = centre(thing)
-    found = f"{third(y, size, ('top', '', 'bottom'))} {third(x, size, ('left', '', 'right'))}".strip()
+    found = f"{third(y, size[1], ('top', '', 'bottom'))} {third(x, size[0], ('left', '', 'right'))}".strip()
     return found or "centre"
 
 
@@ -114,7 +114,7 @@ def verdict(caption: str, scene: dict, reader: Reader, relation) -> bool:
     if match := re.fullmatch(r"an? (?P<colour>\w+) background with (?P<list>.+)", caption):
         said = re.findall(rf"(?:^|, | and )(an? .+?) (?:at|on|in) the ({PLACES})(?=,| and |$)", match["list"])
         found = Counter((reader.claims[phrase][0], where) for phrase, where in said)
-        there = Counter((thing["name"], position(thing, scene["image"].width)) for thing in objects)
+        there = Counter((thing["name"], position(thing, scene["image"].size)) for thing in objects)
         return scene["background"] == match["colour"] and found == there
     if match := re.fullmatch(rf"(?P<list>.+) {ON}", caption):
         said = reader.listing(match["list"])
@@ -162,6 +162,26 @@ def test_sizes_and_numbers_of_objects(size: int, objects: tuple[int, int]) -> No
         scene = stream.scene(index)
         assert scene["image"].size == (size, size)
         assert objects[0] <= len(scene["objects"]) <= objects[1]
+
+
+def test_scenes_of_several_shapes(reader: "Reader") -> None:
+    stream = SceneStream(size=96, aspects=(2.0, 0.5, 1.0))
+    made = [stream.scene(index) for index in range(60)]
+    assert {scene["image"].size for scene in made} == {(192, 96), (96, 192), (96, 96)}
+    for scene in made:
+        pixels = np.asarray(scene["image"])
+        inside = np.zeros(pixels.shape[:2], dtype=bool)
+        for x0, y0, x1, y1 in (thing["box"] for thing in scene["objects"]):
+            inside[y0:y1, x0:x1] = True
+            assert max(x1 - x0, y1 - y0) <= 0.7 * 96 + 1  # as large as in a square
+        assert (pixels[~inside] == BACKGROUNDS[scene["background"]]).all()
+        assert all(verdict(caption, scene, reader, surely) for caption in scene["captions"])
+        for asked in scene["questions"]:
+            if asked["question"].startswith("Where in the picture is the "):
+                name = asked["question"].removeprefix("Where in the picture is the ").rstrip("?")
+                [thing] = [thing for thing in scene["objects"] if thing["name"] == name]
+                assert asked["answer"] == position(thing, scene["image"].size)
+    assert any(box[2] > 96 for scene in made for box in (thing["box"] for thing in scene["objects"]))
 
 
 def test_backgrounds_are_far_apart() -> None:
@@ -246,7 +266,7 @@ def answer(question: str, scene: dict, reader: Reader) -> set[str]:
         anchor = only(match[2])
         return {thing["name"] for thing in objects if surely(match[1], thing, anchor)}
     if match := re.fullmatch(r"Where in the picture is the (.+)\?", question):
-        return {position(only(match[1]), scene["image"].width)}
+        return {position(only(match[1]), scene["image"].size)}
     if match := re.fullmatch(r"How many (.+) are there\?", question):
         return {str(counts[reader.singular[match[1]]])}
     if match := re.fullmatch(r"Is there an? (.+) in the picture\?", question):
@@ -440,6 +460,8 @@ def test_a_fixed_test_set(tmp_path: Path) -> None:
         ({"size": 32}, "48 to 1024 pixels, got 32"),
         ({"objects": (2, 5)}, r"within 1 to 4, got \(2, 5\)"),
         ({"objects": (3, 2)}, r"got \(3, 2\)"),
+        ({"aspects": (1, 5)}, r"1/4 to 4, at least one, got \(1, 5\)"),
+        ({"aspects": ()}, "at least one"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict, message: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..data.sources import DataSource, load_source
 from ..evaluation import hard_negative_report, retrieval_report
 from .prompts import prompting_of
 from .settings import DEFAULTS, Settings
-from .tables import by_task, format_report, format_reports, retrieval_table
+from .tables import add_row, by_task, format_report, format_reports, retrieval_table
 from .tasks import KS, TASKS, Evaluator, Reports, TestSet, chosen_tasks, load_checkpoint
 
 EMOJI_TASKS = ("retrieval", "caption")
@@ -73,6 +73,7 @@ def report_on_scenes(
     task: str | None = None,
     splits: Sequence[str] = TEST_SPLITS,
     size: int = 64,
+    aspects: Sequence[float] = (1.0,),
     settings: Settings = DEFAULTS,
 ) -> Reports:
     """All that a head can do, on scenes of each test set.
@@ -83,7 +84,8 @@ def report_on_scenes(
         num_scenes: Scenes of each test set.
         task: One of `SCENE_TASKS`; all that the head can do by default.
         splits: Test sets, of `EMOJI_SPLITS`.
-        size: Pixels a side of a scene.
+        size: Pixels of the shorter side of a scene.
+        aspects: Width over height, of which each scene has one.
         settings: How tasks are done.
 
     Returns:
@@ -102,11 +104,11 @@ def report_on_scenes(
     tasks = chosen_tasks(model, SCENE_TASKS, task, "scenes")
     train_questions = None
     if not set(tasks).isdisjoint(QUESTION_TASKS):
-        stream = SceneStream("train", size=size)
+        stream = SceneStream("train", size=size, aspects=aspects)
         train_questions = list(chain.from_iterable(stream.scene(i)["questions"] for i in range(TRAIN_SCENES)))
     evaluator, reports = Evaluator(model, processor, settings), {}
     for split in splits:
-        scenes = load_scenes(split, num_scenes, size=size)
+        scenes = load_scenes(split, num_scenes, size=size, aspects=aspects)
         captions = scenes["captions"]
         test = TestSet(
             images=scenes["image"],
@@ -166,18 +168,25 @@ def save_scene_report(
     num_scenes: int,
     size: int,
     settings: Settings = AFTER_TRAINING,
+    aspects: Sequence[float] = (1.0,),
+    beside: Mapping[str, str | None] = {},
 ) -> None:
     """The end of a recipe: all that its head can do on scenes, printed and written to `results.json` in the folder.
 
-    A head with a language model also answers questions of easy-VQA, and does all as `settings` say.
+    A head with a language model also answers questions of easy-VQA, and does all as `settings` say. The results of
+    other runs, whose folders `beside` names, become rows of these; a run that is not there is left out.
     """
     if prompting_of(model.eval(), processor) is None:
-        reports = report_on_scenes(model, processor, num_scenes, size=size)
+        reports = report_on_scenes(model, processor, num_scenes, size=size, aspects=aspects)
     else:
-        reports = report_on_scenes(model, processor, num_scenes, size=size, settings=settings)
+        reports = report_on_scenes(model, processor, num_scenes, size=size, aspects=aspects, settings=settings)
         reports |= report_on_easy_vqa(model, processor, settings.max_questions, settings=settings)
     print(format_reports(reports))
-    Path(folder, "results.json").write_text(json.dumps(by_task(reports), indent=2))
+    results = by_task(reports)
+    for row, other in beside.items():
+        if other is not None and Path(other, "results.json").is_file():
+            add_row(results, row, json.loads(Path(other, "results.json").read_text()))
+    Path(folder, "results.json").write_text(json.dumps(results, indent=2))
 
 
 def evaluate_checkpoint(

@@ -13,13 +13,21 @@ ROWS = {
     "itm_blind": "by ITM, blind",
     "majority": "majority answer",
 }
-Report = Mapping[str, Mapping[str, Any]]
+Report = Mapping[str, dict[str, Any]]
 
 
 def by_task(reports: Mapping[str, Report]) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Reports by test set and task turned into reports by task and test set, as `results.json` holds them."""
     tasks = dict.fromkeys(task for of_set in reports.values() for task in of_set)
     return {task: {name: of_set[task] for name, of_set in reports.items() if task in of_set} for task in tasks}
+
+
+def add_row(results: Mapping[str, Report], row: str, others: Mapping[str, Report]) -> None:
+    """Puts another run's own numbers as a row into each evaluation, by task and test set, that both have."""
+    for task, report in results.items():
+        for name, scores in report.items():
+            if found := others.get(task, {}).get(name):
+                scores[row] = {key: value for key, value in found.items() if not isinstance(value, dict)}
 
 
 def format_reports(reports: Mapping[str, Report]) -> str:
@@ -123,6 +131,7 @@ def _aligned(table: list[list[str]]) -> str:
 
 __all__ = [
     "ROWS",
+    "add_row",
     "by_task",
     "caption_table",
     "format_report",

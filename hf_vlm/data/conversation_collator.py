@@ -93,6 +93,17 @@ class ConversationCollator:
             batch |= dict(self.processor.image_processor(images, return_tensors="pt"))
         return batch
 
+    def length(self, row: Conversation) -> int:
+        """About how many tokens a row has, by which batches can be grouped: its images are not opened.
+
+        An image counts as many as one of the tower's own size has.
+        """
+        text = self.render(row["messages"], add_generation_prompt=False)
+        size = self.processor.image_processor.size
+        more = self.processor.num_image_tokens(size["height"], size["width"]) - 1  # than the mark in the text
+        images = more * len(row["images"])
+        return min(len(self.processor.tokenizer(text)["input_ids"]) + images, self.max_length)
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The text of a conversation."""
         if not messages:

@@ -74,7 +74,7 @@ class SceneConversations:
         if kind == "caption":
             return [(CAPTION, self.rows.short(scene["captions"])[0])]
         if kind == "detail":
-            return [(rng.choice(DETAIL_QUESTIONS), detail(scene, self.rows.stream.size))]
+            return [(rng.choice(DETAIL_QUESTIONS), detail(scene))]
         if kind == "reasoning":
             asked = scene_reasoning(scene["objects"], rng)
             return [(question, sentence(answer)) for question, answer in rng.sample(asked, len(asked))]
@@ -133,7 +133,7 @@ def _statement(body: str, holds_true: bool) -> str:
     return f"{subject} is{negation} {side} {other}"
 
 
-def detail(scene: Scene, size: int) -> str:
+def detail(scene: Scene) -> str:
     """All that is in a scene: how many of what, where each is, and how neighbours lie to each other."""
     objects: Sequence[dict[str, Any]] = scene["objects"]
     counts = Counter(thing["name"] for thing in objects)
@@ -141,7 +141,7 @@ def detail(scene: Scene, size: int) -> str:
     said = [f"The image shows {listed} on {phrase(scene['background'] + ' background')}."]
     seen: Counter[str] = Counter()
     for thing in objects:
-        name, where = thing["name"], place(thing["box"], size)
+        name, where = thing["name"], place(thing["box"], scene["image"].size)
         seen[name] += 1
         which = f"The {name}" if counts[name] == 1 else f"{'One' if seen[name] == 1 else 'Another'} {name}"
         at = {"left": "on", "right": "on", "centre": "in"}.get(where, "at")

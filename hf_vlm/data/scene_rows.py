@@ -25,7 +25,9 @@ class SceneRows:
     @property
     def key(self) -> dict[str, Any]:
         """What the pictures of the rows depend on, for the key of a feature cache."""
-        return {"path": "scenes", "split": self.stream.split, "seed": self.stream.seed, "size": self.stream.size}
+        stream = self.stream
+        key = {"path": "scenes", "split": stream.split, "seed": stream.seed, "size": stream.size}
+        return key if stream.aspects == (1.0,) else key | {"aspects": stream.aspects}
 
     def __len__(self) -> int:
         return self.num_scenes

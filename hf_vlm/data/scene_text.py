@@ -111,10 +111,10 @@ def reaches(subject: dict, words: str, other: dict) -> bool:
     return {"to the left of": x0 < u0, "to the right of": x1 > u1, "above": y0 < v0, "below": y1 > v1}[words]
 
 
-def place(box: list[int], size: int) -> str:
-    """Where the middle of a box lies among the thirds of the picture: `top left`, `left`, `centre`, ..."""
-    column = min(3 * (box[0] + box[2]) // (2 * size), 2)
-    row = min(3 * (box[1] + box[3]) // (2 * size), 2)
+def place(box: list[int], size: tuple[int, int]) -> str:
+    """Where the middle of a box lies among the thirds of a picture of (width, height): `top left`, `centre`, ..."""
+    column = min(3 * (box[0] + box[2]) // (2 * size[0]), 2)
+    row = min(3 * (box[1] + box[3]) // (2 * size[1]), 2)
     return " ".join(filter(None, (("top", "", "bottom")[row], ("left", "", "right")[column]))) or "centre"
 
 
@@ -124,14 +124,20 @@ class SceneText:
     Args:
         objects: dicts with `name` and `box`.
         background: name of its colour.
-        size: pixels a side of the picture.
+        size: width and height of the picture in pixels.
         names: names that may stand for an object that is not there.
         colours: names of all background colours.
         rng: decides what is said; the same state gives the same texts.
     """
 
     def __init__(
-        self, objects: list[dict], background: str, size: int, names: list[str], colours: list[str], rng: random.Random
+        self,
+        objects: list[dict],
+        background: str,
+        size: tuple[int, int],
+        names: list[str],
+        colours: list[str],
+        rng: random.Random,
     ) -> None:
         self.objects, self.background, self.size = objects, background, size
         self.names, self.colours, self.rng = names, colours, rng
@@ -204,7 +210,7 @@ class SceneText:
 
     def _where(self) -> list[tuple[str, str, str]]:
         asked = []
-        margin = self.size // 16
+        margin = min(self.size) // 16
         placed = []
         for thing in self.singles:
             x0, y0, x1, y1 = thing["box"]

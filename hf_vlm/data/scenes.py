@@ -12,8 +12,7 @@
 
 import itertools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -22,28 +21,11 @@ import numpy as np
 from PIL import Image
 
 from .emoji import EMOJI_SPLITS, load_emoji
+from .scene_drawings import BACKGROUNDS, Drawing, cut_out, paste
 from .scene_text import MOST_OBJECTS, SceneText, conflict, is_nameable, plural
-
-BACKGROUNDS = {
-    "red": (214, 40, 40),
-    "orange": (255, 140, 0),
-    "yellow": (255, 225, 50),
-    "green": (40, 150, 60),
-    "turquoise": (70, 215, 205),
-    "blue": (40, 80, 220),
-    "purple": (125, 45, 170),
-    "pink": (255, 150, 200),
-    "brown": (115, 70, 35),
-    "grey": (128, 128, 128),
-    "white": (255, 255, 255),
-    "black": (0, 0, 0),
-}
 
 SIDES = {1: (0.35, 0.70), 2: (0.30, 0.45), 3: (0.26, 0.40), 4: (0.24, 0.36)}  # longer side of a drawing / the picture's
 REPEAT_FRACTION = 1 / 3
-FAINT = 16  # alpha of 255: fainter edge pixels are left away, so that boxes are tight around what is seen
-CONTRAST = 80  # of 255, in some colour channel
-CONTRAST_FRACTION = 0.4  # share of a drawing's pixels that must stand out from the background
 
 SCENE_FEATURES = datasets.Features(
     {
@@ -66,27 +48,16 @@ SCENE_FEATURES = datasets.Features(
 )
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """One drawing, cut to its ink: `picture` has premultiplied colours, `backgrounds` are those it stands out from."""
-
-    name: str
-    emoji: str
-    emoji_id: int
-    style: str
-    picture: Image.Image
-    backgrounds: frozenset[str]
-
-
 class SceneStream:
     """Scenes 0, 1, 2, ... of a split and a seed.
 
     Args:
         split: a split of `EMOJI_SPLITS`; its drawings and its names are all that scenes show and say.
         seed: another seed gives other scenes.
-        size: pixels a side, 48 to 1024.
+        size: pixels of the shorter side, 48 to 1024.
         objects: fewest and most objects in a scene, within 1 to 4.
         cache_dir: cache of `load_emoji`.
+        aspects: width over height, 1/4 to 4, of which each scene has one; drawings are as large as in a square.
 
     Raises:
         ValueError: an argument out of range.
@@ -100,6 +71,7 @@ class SceneStream:
         size: int = 64,
         objects: tuple[int, int] = (1, MOST_OBJECTS),
         cache_dir: str | Path | None = None,
+        aspects: Sequence[float] = (1.0,),
     ) -> None:
         if split not in EMOJI_SPLITS:
             raise ValueError(f"split of the scenes must be one of {', '.join(EMOJI_SPLITS)}, got {split!r}")
@@ -107,8 +79,11 @@ class SceneStream:
             raise ValueError(f"size of the scenes must be 48 to 1024 pixels, got {size}")
         if not 1 <= objects[0] <= objects[1] <= MOST_OBJECTS:
             raise ValueError(f"objects in a scene must be (fewest, most) within 1 to {MOST_OBJECTS}, got {objects}")
+        if not aspects or not all(0.25 <= aspect <= 4 for aspect in aspects):
+            raise ValueError(f"aspects of the scenes must be 1/4 to 4, at least one, got {aspects}")
         self.split, self.seed, self.size, self.objects = split, seed, size, tuple(objects)
         self.cache_dir = cache_dir
+        self.aspects = tuple(aspects)
 
     def __getstate__(self) -> dict:
         """Without the decoded drawings: a worker process loads its own from the cache."""
@@ -119,7 +94,7 @@ class SceneStream:
         """The drawings of the split whose names scenes can use."""
         rows = load_emoji(max(96, self.size // 2), self.cache_dir)[self.split]
         kept = [index for index, name in enumerate(rows["name"]) if is_nameable(name)]
-        return [_cut_out(row) for row in rows.select(kept)]
+        return [cut_out(row) for row in rows.select(kept)]
 
     @cached_property
     def by_emoji(self) -> dict[int, list[Drawing]]:
@@ -141,7 +116,7 @@ class SceneStream:
             index: its number, from 0.
 
         Returns:
-            dict with `index`, `image` (RGB, `size` x `size`), `background` (a name of `BACKGROUNDS`), `objects` (dicts
+            dict with `index`, `image` (RGB), `background` (a name of `BACKGROUNDS`), `objects` (dicts
             with `name`, `emoji`, `emoji_id`, `style` and `box`, [x0, y0, x1, y1] in pixels, x1 and y1 exclusive),
             `captions`, `questions` and `hard_negatives` as `SceneText` makes them.
         """
@@ -149,13 +124,14 @@ class SceneStream:
         background = rng.choice(list(BACKGROUNDS))
         drawings = self._choose(background, rng)
         sides = [rng.uniform(*SIDES[len(drawings)]) * self.size for _ in drawings]
-        canvas = np.empty((self.size, self.size, 3), dtype=np.uint8)
+        width, height = self._shape(rng)
+        canvas = np.empty((height, width, 3), dtype=np.uint8)
         canvas[:] = BACKGROUNDS[background]
         objects = []
-        for drawing, slot in zip(drawings, _layout(drawings, sides, self.size, rng), strict=True):
+        for drawing, slot in zip(drawings, _layout(drawings, sides, (width, height), rng), strict=True):
             described = {key: getattr(drawing, key) for key in ("name", "emoji", "emoji_id", "style")}
-            objects.append(described | {"box": _paste(canvas, drawing.picture, slot)})
-        text = SceneText(objects, background, self.size, self.names, list(BACKGROUNDS), rng)
+            objects.append(described | {"box": paste(canvas, drawing.picture, slot)})
+        text = SceneText(objects, background, (width, height), self.names, list(BACKGROUNDS), rng)
         return {
             "index": index,
             "image": Image.fromarray(canvas),
@@ -183,6 +159,11 @@ class SceneStream:
 
     def _scene_of_row(self, row: dict) -> dict:
         return self.scene(row["index"])
+
+    def _shape(self, rng: random.Random) -> tuple[int, int]:
+        """Width and height; where there is nothing to choose, chance is not asked."""
+        aspect = self.aspects[0] if len(self.aspects) == 1 else rng.choice(self.aspects)
+        return round(self.size * max(aspect, 1)), round(self.size / min(aspect, 1))
 
     def _choose(self, background: str, rng: random.Random) -> list[Drawing]:
         """Drawings that stand out from the background, of one emoji or of names that exclude each other."""
@@ -216,17 +197,18 @@ def load_scenes(
     size: int = 64,
     objects: tuple[int, int] = (1, MOST_OBJECTS),
     cache_dir: str | Path | None = None,
+    aspects: Sequence[float] = (1.0,),
 ) -> datasets.Dataset:
     """A fixed test set: scenes 0 to n - 1 of a stream whose seed is not the default one of training.
 
     Args:
-        split, seed, size, objects, cache_dir: as of `SceneStream`.
+        split, seed, size, objects, cache_dir, aspects: as of `SceneStream`.
         n: number of scenes.
 
     Returns:
         Data set in memory with the columns that `SceneStream.scene` makes (images as PNG).
     """
-    stream = SceneStream(split, seed, size, objects, cache_dir)
+    stream = SceneStream(split, seed, size, objects, cache_dir, aspects)
     return datasets.Dataset.from_list([stream.scene(index) for index in range(n)], features=SCENE_FEATURES)
 
 
@@ -236,31 +218,18 @@ def _indices(shards: list[int], step: int, num_scenes: int | None) -> Iterator[d
             yield {"index": index}
 
 
-def _cut_out(row: dict) -> Drawing:
-    picture = row["image"].convert("RGBA")
-    picture = picture.crop(picture.getchannel("A").point(lambda alpha: 255 * (alpha >= FAINT)).getbbox())
-    pixels = np.asarray(picture.resize((24, 24), Image.Resampling.BILINEAR)).astype(int)
-    ink = pixels[pixels[..., 3] > 127][:, :3]
-    visible = frozenset(
-        name
-        for name, colour in BACKGROUNDS.items()
-        if (np.abs(ink - colour).max(axis=1) >= CONTRAST).mean() >= CONTRAST_FRACTION
-    )
-    return Drawing(row["name"], row["emoji"], row["emoji_id"], row["style"], picture.convert("RGBa"), visible)
-
-
 def _layout(
-    drawings: list[Drawing], sides: list[float], size: int, rng: random.Random
+    drawings: list[Drawing], sides: list[float], shape: tuple[int, int], rng: random.Random
 ) -> list[tuple[int, int, int, int]]:
     """Slots (x0, y0, x1, y1) at random, apart by a gap; all smaller if they do not fit after some tries."""
-    gap = max(1, size // 32)
+    gap = max(1, min(shape) // 32)
     while True:
         slots: list[tuple[int, int, int, int]] = []
         for drawing, side in zip(drawings, sides, strict=True):
             scale = side / max(drawing.picture.size)
             width, height = (max(4, round(length * scale)) for length in drawing.picture.size)
             for _ in range(30):
-                x, y = rng.randint(0, size - width), rng.randint(0, size - height)
+                x, y = rng.randint(0, shape[0] - width), rng.randint(0, shape[1] - height)
                 slot = (x, y, x + width, y + height)
                 if all(_apart(slot, other, gap) for other in slots):
                     slots.append(slot)
@@ -275,20 +244,6 @@ def _layout(
 def _apart(slot: tuple[int, ...], other: tuple[int, ...], gap: int) -> bool:
     aside = slot[2] + gap <= other[0] or other[2] + gap <= slot[0]
     return aside or slot[3] + gap <= other[1] or other[3] + gap <= slot[1]
-
-
-def _paste(canvas: np.ndarray, picture: Image.Image, slot: tuple[int, int, int, int]) -> list[int]:
-    """Draw the picture into its slot of the canvas `(size, size, 3)`; gives the box of the pixels that it changed."""
-    x0, y0, x1, y1 = slot
-    pixels = np.asarray(picture.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)).astype(np.uint16)
-    alpha = pixels[..., 3:]
-    under = canvas[y0:y1, x0:x1]
-    drawn = pixels[..., :3] + (under * (255 - alpha) + 127) // 255
-    drawn = np.where(alpha >= FAINT, np.minimum(drawn, 255), under).astype(np.uint8)
-    changed = (drawn != under).any(axis=2)
-    canvas[y0:y1, x0:x1] = drawn
-    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
-    return [int(x0 + columns[0]), int(y0 + rows[0]), int(x0 + columns[-1] + 1), int(y0 + rows[-1] + 1)]
 
 
 __all__ = ["BACKGROUNDS", "SCENE_FEATURES", "SceneStream", "load_scenes"]

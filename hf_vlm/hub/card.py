@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_texts import ARCHITECTURES, CHECKPOINT, EVALUATIONS, TEST_SETS
-from .card_types import Architecture, Evaluation, Head
+from .card_types import OTHER_RUNS, Architecture, Evaluation, Head
 from .record import Record, read_json, read_record
 
 RESULTS_NAME = "results.json"
@@ -157,7 +157,7 @@ def results_section(name: str, by_set: dict[str, dict[str, Any]], model_type: st
     for test_set, scores in by_set.items():
         counts = [number(scores.get(key), digits=0) for key in sizes]
         rows.append([TEST_SETS.get(test_set, test_set), *counts, *(number(scores.get(key)) for key in metrics)])
-        for row, label in evaluation.rows.items():
+        for row, label in (evaluation.rows | OTHER_RUNS).items():
             if nested := scores.get(row):
                 rows.append([label, *("" for _ in sizes), *(number(nested.get(key)) for key in metrics)])
     heading = f"### {escape(evaluation.title)}"

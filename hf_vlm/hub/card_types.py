@@ -100,6 +100,8 @@ OBJECTS = {
     "pope_f1": "F1",
     "pope_yes_rate": "yes rate",
 }
+OTHER_RUNS = {"lora": "the same stage by LoRA"}
+"""Rows of any evaluation that are other runs' results, by key."""
 SCENES = ("hf_vlm_scenes", "Scenes of built-in emoji drawings")
 BLIND = "the same beside a grey picture"
 VQA_TASK = ("visual-question-answering", "Visual question answering")
@@ -119,6 +121,7 @@ POPE = Evaluation(
 __all__ = [
     "BLIND",
     "CHECKPOINT",
+    "OTHER_RUNS",
     "POPE",
     "QUESTIONS",
     "RECALLS",
