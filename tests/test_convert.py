@@ -561,7 +561,7 @@ def test_another_original_is_refused() -> None:
     resnet = {"visual.conv1.weight": torch.ones(2, 3, 3, 3), "visual.layer1.0.conv1.weight": torch.ones(2, 2, 3, 3)}
     assert refusal(from_original, resnet, hidden_act="gelu") == (
         "Not a known layout: its tensors are visual.conv1.weight, visual.layer1.0.conv1.weight, ...; "
-        "open_clip's vision transformers, BLIP and BLIP-2 are known."
+        "those of open_clip's vision transformers, BLIP, BLIP-2 and LLaVA are known."
     )
 
 

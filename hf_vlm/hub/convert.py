@@ -22,6 +22,7 @@ from . import (
     convert_blip_original,
     convert_clip,
     convert_llava,
+    convert_llava_original,
     convert_open_clip,
 )
 from .state_dict import load_complete, read_state_dict
@@ -110,10 +111,11 @@ def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedMo
     """The model of transformers that computes the same as ours, so that everything which knows it can serve it.
 
     Args:
-        model_or_path: A [`VlmClipModel`] or a head of our BLIP, BLIP-2 or InstructBLIP, or the folder or Hub id of one.
+        model_or_path: A [`VlmClipModel`] or a head of our BLIP, BLIP-2, InstructBLIP or LLaVA, or the folder or Hub id
+            of one.
 
     Returns:
-        `CLIPModel` or the class of BLIP, BLIP-2 or InstructBLIP for the same task, in eval mode, with copies of the
+        `CLIPModel` or the class of BLIP, BLIP-2, InstructBLIP or LLaVA for the same task, in eval mode, with copies of the
             weights in their dtype.
 
     Raises:
@@ -165,31 +167,44 @@ def from_original(
     config: PreTrainedConfig | None = None,
     hidden_act: str | None = None,
     image_size: int | None = None,
+    base: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Our model of weights in the layout of the code they were published with: open_clip's (OpenAI's too), BLIP's
-    (LAVIS's too), or that of BLIP-2's first stage in LAVIS.
+    (LAVIS's too), that of BLIP-2's first stage in LAVIS, or LLaVA's.
 
     Args:
         state_dict_or_path: The tensors by name, or a `.safetensors`, `.pt`, `.pth` or `.bin` file of them (also a
-            training checkpoint). A pickle is read as plain tensors only.
+            training checkpoint), or a folder with a `model.safetensors`, `pytorch_model.bin` (or their parts with an
+            index) or `mm_projector.bin`. A pickle is read as plain tensors only.
         config: The config; without it, the sizes are read from the tensors, and heads are as wide as in that code (64,
-            but in ViT-H, ViT-g and ViT-bigG).
+            but in ViT-H, ViT-g and ViT-bigG). A LLaVA needs it, or a `base`.
         hidden_act: CLIP only: the activation, where no config says it: `"quick_gelu"` for OpenAI's weights, `"gelu"`
             for most others.
         image_size: BLIP only: another side of the images in pixels, to which position embeddings are interpolated.
+        base: LLaVA only: a [`VlmLlavaForConditionalGeneration`] of `from_parts(tower, llm, ...)`, whose projector, and
+            LLM and tower where the checkpoint has them, get its weights in place. Its `image_token_id` is an id past
+            the words of the checkpoint's tokenizer. LLaVA's code writes grids as `[width, height]`;
+            `image_grid_pinpoints` here are `[height, width]`.
 
     Returns:
-        [`VlmClipModel`], or the head of BLIP that the weights are, in eval mode and float32. A BLIP of pretraining has
-        its momentum encoders and queue, but not with another `image_size`.
+        [`VlmClipModel`], or the head of BLIP that the weights are, or `base`, in eval mode; in float32, but a base in
+        its own dtypes. A BLIP of pretraining has its momentum encoders and queue, but not with another `image_size`.
 
     Raises:
-        ValueError: if the layout is another one, CLIP's activation is not said or said twice, or tensors are missing,
-            unexpected or of another shape (the first few are named).
+        ValueError: if the layout is another one, CLIP's activation is not said or said twice, a LLaVA lacks a part and
+            has no `base`, or tensors are missing, unexpected or of another shape (the first few are named). A `base` is
+            then unchanged.
     """
     if isinstance(state_dict_or_path, str | Path):
-        state_dict_or_path = read_state_dict(state_dict_or_path)
+        is_folder = Path(state_dict_or_path).is_dir()
+        read = convert_llava_original.read_folder if is_folder else read_state_dict
+        state_dict_or_path = read(Path(state_dict_or_path))
     # Data parallelism leaves a prefix on every name.
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict_or_path.items()}
+    if convert_llava_original.is_llava(state_dict):
+        return convert_llava_original.from_original(state_dict, config, base)
+    if base is not None:
+        raise ValueError("These are not the weights of a LLaVA in its own code's layout, for which a base serves.")
     if convert_open_clip.is_open_clip(state_dict):
         return convert_open_clip.from_original(state_dict, config, hidden_act)
     if convert_blip2_original.is_blip2(state_dict):
@@ -198,7 +213,8 @@ def from_original(
         return convert_blip_original.from_original(state_dict, config, image_size)
     names = ", ".join(list(state_dict)[:3])
     raise ValueError(
-        f"Not a known layout: its tensors are {names}, ...; open_clip's vision transformers, BLIP and BLIP-2 are known."
+        f"Not a known layout: its tensors are {names}, ...; those of open_clip's vision transformers, BLIP, BLIP-2 and "
+        "LLaVA are known."
     )
 
 

@@ -3,13 +3,11 @@
 A table is a tuple of pairs (one name, the other name). A `*` stands for any part of a name, the same on both sides.
 """
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -132,12 +130,20 @@ def read_state_dict(path: str | Path) -> StateDict:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
         raise ValueError(
             f"{path} cannot be read as plain tensors (damaged, a TorchScript archive, or code inside): save its state "
             "dict as safetensors with the code that it came from."
         ) from error
-    return loaded.get("state_dict", loaded.get("model", loaded))
+    if isinstance(loaded, dict):
+        loaded = loaded.get("state_dict", loaded.get("model", loaded))
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in loaded.items()
+    ):
+        raise ValueError(f"{path} holds something else than tensors by name: save the state dict alone.")
+    return loaded
 
 
 __all__ = [
