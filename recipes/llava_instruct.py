@@ -14,7 +14,7 @@ the YAML is also an option. A stopped run continues when started again.
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import datasets
 import torch
@@ -23,7 +23,7 @@ from transformers import AutoProcessor, set_seed
 from trl import TrlParser
 
 from hf_vlm import VlmLlavaForConditionalGeneration
-from hf_vlm.commands.evaluate import save_scene_report
+from hf_vlm.commands.evaluate import AFTER_TRAINING, save_scene_report
 from hf_vlm.commands.finish import finish_run
 from hf_vlm.data import (
     ConversationCollator,
@@ -69,6 +69,7 @@ class DataArguments:
         default_factory=lambda: [1.0], metadata={"help": "Width over height of the scenes, of which each has one."}
     )
     num_scenes: int = field(default=500, metadata={"help": "Scenes of each test set."})
+    num_questions: int = field(default=400, metadata={"help": "Questions of each test set, the first."})
     lora_run: str | None = field(
         default=None, metadata={"help": "Folder of this stage by LoRA, whose results the card shows beside these."}
     )
@@ -123,8 +124,11 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
         whole.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
         if data_args.sources is None:
-            shown = {"aspects": data_args.scene_aspects, "beside": {"lora": data_args.lora_run}}
-            save_scene_report(training_args.output_dir, whole, processor, data_args.num_scenes, size, **shown)
+            settings = replace(AFTER_TRAINING, max_questions=data_args.num_questions, bf16=training_args.bf16)
+            options = {"aspects": data_args.scene_aspects, "beside": {"lora": data_args.lora_run}}
+            save_scene_report(
+                training_args.output_dir, whole, processor, data_args.num_scenes, size, settings, **options
+            )
     finish_run(trainer, "llava_instruct", model_args, data_args, has_easy_vqa=True)
 
 

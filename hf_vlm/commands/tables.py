@@ -13,16 +13,17 @@ ROWS = {
     "itm_blind": "by ITM, blind",
     "majority": "majority answer",
 }
-Report = Mapping[str, dict[str, Any]]
+Report = Mapping[str, Mapping[str, Any]]
+Results = dict[str, dict[str, dict[str, Any]]]  # by task and test set
 
 
-def by_task(reports: Mapping[str, Report]) -> dict[str, dict[str, Mapping[str, Any]]]:
+def by_task(reports: Mapping[str, Report]) -> Results:
     """Reports by test set and task turned into reports by task and test set, as `results.json` holds them."""
     tasks = dict.fromkeys(task for of_set in reports.values() for task in of_set)
-    return {task: {name: of_set[task] for name, of_set in reports.items() if task in of_set} for task in tasks}
+    return {task: {name: dict(of_set[task]) for name, of_set in reports.items() if task in of_set} for task in tasks}
 
 
-def add_row(results: Mapping[str, Report], row: str, others: Mapping[str, Report]) -> None:
+def add_row(results: Results, row: str, others: Mapping[str, Report]) -> None:
     """Puts another run's own numbers as a row into each evaluation, by task and test set, that both have."""
     for task, report in results.items():
         for name, scores in report.items():

@@ -115,8 +115,8 @@ def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedMo
             of one.
 
     Returns:
-        `CLIPModel` or the class of BLIP, BLIP-2, InstructBLIP or LLaVA for the same task, in eval mode, with copies of the
-            weights in their dtype.
+        `CLIPModel` or the class of BLIP, BLIP-2, InstructBLIP or LLaVA for the same task, in eval mode, with copies of
+            the weights in their dtype.
 
     Raises:
         ValueError: if it is of another architecture, or an option (named) has no equivalent there: another text

@@ -24,6 +24,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -132,6 +133,17 @@ class VlmLlavaPreTrainedModel(PreTrainedModel):
         model.body.freeze_tower()
         model.eval()
         return loaded
+
+    def load_adapter(self, *args, **kwargs):
+        """transformers' `load_adapter`; also `from_pretrained` of an adapter's folder calls it.
+
+        transformers takes `model.language_model.model` for a name of its older vision-language models. A weight that it
+        does not find under the newer name it looks for under the given one, but not an adapter's: that stays random.
+        """
+        own_names = get_model_conversion_mapping(self, add_legacy=False)
+        info = super().load_adapter(*args, weight_mapping=own_names, **kwargs)
+        keep_names(self)
+        return info
 
 
 class VlmLlavaModel(VlmLlavaPreTrainedModel):
@@ -423,8 +435,8 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
             logits = logits_of(llm, slice_logits_to_keep(states, logits_to_keep))
             return VlmLlavaOutput(logits=logits, past_key_values=output.past_key_values, last_hidden_state=states)
         total, count = language_modeling_loss(states, labels, lambda state: logits_of(llm, state))
-        divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return VlmLlavaOutput(loss=total / divisor, last_hidden_state=states)
+        divisor = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch)
+        return VlmLlavaOutput(loss=total / divisor.clamp(min=1), last_hidden_state=states)  # 0 where nothing is learned
 
     @torch.no_grad()
     def generate(
