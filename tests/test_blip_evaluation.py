@@ -342,7 +342,7 @@ def checkpoints(tmp_path_factory):
         (VlmBlipForPreTraining, "retrieval hard_negatives caption"),
         (VlmBlipForImageTextRetrieval, "retrieval hard_negatives"),
         (VlmBlipForConditionalGeneration, "caption"),
-        (VlmBlipForQuestionAnswering, "vqa"),
+        (VlmBlipForQuestionAnswering, "vqa pope"),
     ],
 )
 def test_scenes(checkpoints, head, tasks):
@@ -356,6 +356,7 @@ def test_scenes(checkpoints, head, tasks):
         "hard_negatives": ["by ITM", "blind", "by ITM, blind"],
         "caption": ["blind"],
         "vqa": ["blind", "majority answer"],
+        "pope": ["blind", "majority answer"],
     }.items():
         if task in tasks.split():
             assert task.replace("_", " ") in table.splitlines()

@@ -420,7 +420,7 @@ def test_small_runs_stops_and_resumes(name, tmp_path, parts):
     assert [line["step"] for line in curve(folder / "checkpoint-3") if "loss" in line] == [1, 2, 3]
     assert_loads(name, folder)
     results = json.loads((folder / "results.json").read_text())
-    written = {"caption", "vqa", "vqa_unseen_wordings", "easy_vqa", "easy_vqa_unseen_wordings"}
+    written = {"caption", "vqa", "vqa_unseen_wordings", "pope", "easy_vqa", "easy_vqa_unseen_wordings"}
     assert set(results) == ({"retrieval", "hard_negatives"} if name == "blip2_stage1" else written)
     record = json.loads((folder / "training_record.json").read_text())
     assert ("easy-VQA" in [entry["name"] for entry in record["data"]]) == (name == "instructblip_finetune")
