@@ -308,7 +308,7 @@ def test_scenes_and_easy_vqa_at_the_end_of_a_recipe(tmp_path, capsys):
     save_scene_report(tmp_path, *with_llm(INSTRUCT), num_scenes=2, size=48, settings=quick)
     results = json.loads((tmp_path / "results.json").read_text())
     asked = ("vqa", "vqa_unseen_wordings")
-    assert list(results) == ["caption", *asked, *(f"easy_{task}" for task in asked)]
+    assert list(results) == ["caption", *asked, "pope", *(f"easy_{task}" for task in asked)]
     for task, by_set in results.items():
         assert list(by_set) == (
             ["test"] if task.startswith("easy") else ["unseen_style", "unseen_emoji", "unseen_both"]
