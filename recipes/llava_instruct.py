@@ -121,6 +121,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
     if trainer.is_world_process_zero():
         if stage.lora:
             model.save_pretrained(f"{training_args.output_dir}/adapter")
+            processor.save_pretrained(f"{training_args.output_dir}/adapter")
         whole.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
         if data_args.sources is None:

@@ -266,6 +266,7 @@ def test_an_adapter_holds_all_that_was_trained(tmp_path, parts):
     assert (logits - before).abs().max() > 1e-3
     torch.testing.assert_close(logits, merged(**inputs).logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(adapted.merge_and_unload()(**inputs).logits, logits, rtol=1e-5, atol=1e-5)
+    assert AutoProcessor.from_pretrained(folder / "adapter").tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -144,6 +144,11 @@ def check_checkpoint(folder: Path) -> dict:
     Raises:
         ValueError: if the config, the processor or a file of weights is absent or broken, or the type is unknown.
     """
+    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter alone: push it by PEFT, PeftModel.from_pretrained(base, {str(folder)!r})"
+            ".push_to_hub(repo_id), or merge it first (merge_and_unload) and save the whole model."
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no checkpoint: there is no config.json in it.")
     config = _read_json(folder / "config.json")

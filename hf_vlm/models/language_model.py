@@ -5,6 +5,7 @@ supervised positions only; what an LLM does to them after its head (scaling, sof
 compared with the LLM itself when a model is made (`check_logits`).
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
+from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 # A body is read from a head's checkpoint without the head's prefix, before transformers takes
@@ -54,6 +56,30 @@ def keep_names(model: PreTrainedModel) -> None:
     the weight all the same, and would put the prefix before it once more when it saves.
     """
     model._weight_conversions = []
+
+
+class AdapterNames:
+    """Base of models with an LLM, whose adapters are found under the names that they were saved with."""
+
+    def load_adapter(self, *args, **kwargs):
+        """transformers' `load_adapter`; also `from_pretrained` of an adapter's folder calls it.
+
+        transformers takes `model.language_model.model` for a name of its older vision-language models. A weight that it
+        does not find under the newer name it looks for under the given one, but not an adapter's: that stays random.
+        """
+        own_names = get_model_conversion_mapping(self, add_legacy=False)
+        info = super().load_adapter(*args, weight_mapping=own_names, **kwargs)
+        keep_names(self)
+        return info
+
+
+def adapter_base(source: str | Path, **hub_options) -> str | None:
+    """What an adapter is for, as its own config says; None of a whole checkpoint."""
+    hub_options.pop("trust_remote_code", None)  # no code is run to read it
+    file = find_adapter_config_file(str(source), **hub_options)
+    if file is None or Path(source, "config.json").is_file():
+        return None
+    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def commit_of(source: str, kwargs: dict) -> str | None:
@@ -126,6 +152,8 @@ def check_logits(language_model: PreTrainedModel) -> None:
 
 
 __all__ = [
+    "AdapterNames",
+    "adapter_base",
     "build_language_model",
     "cast_weights",
     "check_logits",

@@ -20,7 +20,15 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
 from .configuration_tower import VlmTowerConfig
-from .language_model import build_language_model, cast_weights, hidden_states, keep_names, load_language_model
+from .language_model import (
+    AdapterNames,
+    adapter_base,
+    build_language_model,
+    cast_weights,
+    hidden_states,
+    keep_names,
+    load_language_model,
+)
 from .modeling_clip import build_vision_tower, freeze_unused, load_tower, resize_tower
 from .modeling_qformer import VlmQFormerModel
 
@@ -51,7 +59,7 @@ def frozen_tower(source: str | PreTrainedModel, kwargs: dict | None, image_size:
     return tower
 
 
-class VlmBlip2PreTrainedModel(PreTrainedModel):
+class VlmBlip2PreTrainedModel(AdapterNames, PreTrainedModel):
     """Initialisation, freezing and loading shared by BLIP-2's models."""
 
     config: VlmBlip2Config
@@ -79,16 +87,23 @@ class VlmBlip2PreTrainedModel(PreTrainedModel):
         """transformers' `from_pretrained`; parts that are frozen are so again, and an LLM keeps its own precision.
 
         Args:
-            pretrained_model_name_or_path: Id or folder of a checkpoint.
+            pretrained_model_name_or_path: Id or folder of a checkpoint, or of an adapter, which names its base.
             language_model: Id, folder or instance of the LLM for a checkpoint without its weights, in place of the one
                 that the checkpoint names.
 
         Raises:
-            ValueError: if a checkpoint names an LLM that cannot be loaded.
+            ValueError: if a checkpoint names an LLM that cannot be loaded, or an adapter's base has none.
         """
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        base = adapter_base(pretrained_model_name_or_path, **hub_options)
         stored = kwargs.get("config") or cls.config_class.from_pretrained(
-            pretrained_model_name_or_path, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            base or pretrained_model_name_or_path, **hub_options
         )
+        if base is not None and stored.excludes_language_model:
+            raise ValueError(
+                f"{base}, the base of the adapter {pretrained_model_name_or_path}, is stored without its LLM: load the "
+                "base first, then the adapter by load_adapter."
+            )
         dtype = None if stored.text_config is None or "dtype" in kwargs else stored.text_config.dtype
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

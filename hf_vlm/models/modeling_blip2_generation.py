@@ -173,8 +173,9 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         else:
             states = hidden_states(llm, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
             total, count = language_modeling_loss(states, labels, lambda state: logits_of(llm, state))
-        divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return VlmBlip2GenerationOutput(loss=total / divisor, last_hidden_state=states)
+        divisor = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch)
+        loss = total / divisor.clamp(min=1)  # 0 where nothing is learned
+        return VlmBlip2GenerationOutput(loss=loss, last_hidden_state=states)
 
     def _embed(
         self, input_ids, pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate

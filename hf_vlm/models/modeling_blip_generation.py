@@ -87,8 +87,8 @@ class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
             logits = self.lm_head(states[:, -logits_to_keep:])
             return VlmBlipOutput(logits=logits, last_hidden_state=states, past_key_values=past_key_values)
         part = self.language_modeling(states, labels)
-        count = part[1].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return VlmBlipOutput(loss=part[0] / count, parts={"lm": part}, last_hidden_state=states)
+        divisor = torch.as_tensor(part[1] if num_items_in_batch is None else num_items_in_batch)
+        return VlmBlipOutput(loss=part[0] / divisor.clamp(min=1), parts={"lm": part}, last_hidden_state=states)
 
     @torch.no_grad()
     def generate(

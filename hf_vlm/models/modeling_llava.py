@@ -24,7 +24,6 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -33,7 +32,14 @@ from transformers.utils.generic import can_return_tuple
 
 from .anyres import anyres_layout, join_views
 from .configuration_llava import VlmLlavaConfig
-from .language_model import build_language_model, contiguous_inputs, keep_names, load_language_model, logits_of
+from .language_model import (
+    AdapterNames,
+    build_language_model,
+    contiguous_inputs,
+    keep_names,
+    load_language_model,
+    logits_of,
+)
 from .losses import language_modeling_loss
 from .modeling_clip import build_vision_tower, load_tower, published_config, resize_tower
 from .vision_features import has_class_token, layer_states, read_parameters
@@ -98,7 +104,7 @@ class VlmLlavaProjector(nn.Module):
         return [join_views(view, layout, self.newline) for view, layout in zip(views, layouts, strict=True)]
 
 
-class VlmLlavaPreTrainedModel(PreTrainedModel):
+class VlmLlavaPreTrainedModel(AdapterNames, PreTrainedModel):
     """Initialisation and capabilities shared by LLaVA's models."""
 
     config: VlmLlavaConfig
@@ -133,17 +139,6 @@ class VlmLlavaPreTrainedModel(PreTrainedModel):
         model.body.freeze_tower()
         model.eval()
         return loaded
-
-    def load_adapter(self, *args, **kwargs):
-        """transformers' `load_adapter`; also `from_pretrained` of an adapter's folder calls it.
-
-        transformers takes `model.language_model.model` for a name of its older vision-language models. A weight that it
-        does not find under the newer name it looks for under the given one, but not an adapter's: that stays random.
-        """
-        own_names = get_model_conversion_mapping(self, add_legacy=False)
-        info = super().load_adapter(*args, weight_mapping=own_names, **kwargs)
-        keep_names(self)
-        return info
 
 
 class VlmLlavaModel(VlmLlavaPreTrainedModel):
