@@ -228,6 +228,8 @@ def test_caption_loss() -> None:
         log_probs = model(**inputs).logits.double().log_softmax(dim=-1)
         output = model(**inputs, labels=labels)
         divided = model(**inputs, labels=labels, num_items_in_batch=7).loss.item()
+        nothing = model(**inputs, labels=torch.full_like(labels, -100), num_items_in_batch=0).loss.item()
+    assert nothing == 0.0
     terms = [
         smoothed(log_probs[row, place - 1], int(labels[row, place]), 0.1)
         for row in range(5)

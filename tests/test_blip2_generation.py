@@ -73,6 +73,8 @@ def test_padding_and_accumulation_change_nothing(name: str) -> None:
     nothing = model(**{**batch, "labels": torch.full_like(batch["labels"], -100)}).loss
     nothing.backward()
     assert nothing.item() == 0.0
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert model(**batch, num_items_in_batch=0).loss.item() == 0.0
 
 
 @pytest.mark.parametrize("beams", [1, 3])
