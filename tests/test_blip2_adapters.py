@@ -1,11 +1,11 @@
 """Adapters of BLIP-2 and InstructBLIP, loaded as users of the Hub load them: by Auto class, by their own, or later."""
 
 import pytest
-import tiny_blip2
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+import tiny_blip2
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmInstructBlipForConditionalGeneration
 from hf_vlm.training.sft import add_lora
 

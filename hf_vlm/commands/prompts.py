@@ -2,10 +2,9 @@
 
 from functools import partial
 
-from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..data.conversations import IMAGE_MARK, SHORT_ANSWER
+from ..data.conversations import SHORT_ANSWER
 from ..data.instruction_templates import Wordings, wordings_of
 from ..data.prompt_collators import prompt_inputs
 from ..data.scene_conversations import CAPTION
@@ -14,9 +13,9 @@ from ..models import (
     VlmBlip2ForConditionalGeneration,
     VlmInstructBlipForConditionalGeneration,
     VlmLlavaForConditionalGeneration,
-    VlmLlavaProcessor,
     tower_states,
 )
+from .chat import say
 
 BLIP2_QUESTION = "Question: {question} Short answer:"
 """BLIP-2, which has learned captions alone, is asked as in its paper (arXiv 2301.12597, section 4.1)."""
@@ -34,20 +33,6 @@ def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting
         "is_encoder_decoder": body.language_model.config.is_encoder_decoder,
     }
     return Prompting(partial(prompt_inputs, processor, **options), partial(tower_states, body.vision_model))
-
-
-def say(
-    model: VlmLlavaForConditionalGeneration,
-    processor: VlmLlavaProcessor,
-    images: list[Image.Image],
-    questions: list[str],
-    **options,
-) -> list[str]:
-    """What LLaVA answers to each question about the image beside it; `options` are those of `generate`."""
-    chats = [[{"role": "user", "content": f"{IMAGE_MARK}\n{question}"}] for question in questions]
-    inputs = processor(images=images, text=processor.apply_chat_template(chats, add_generation_prompt=True))
-    written = model.generate(**inputs.to(model.device), **options)
-    return processor.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def caption_prompt(model: PreTrainedModel, wordings: Wordings) -> str | None:

@@ -42,7 +42,8 @@ class Chatting:
     """How a model that talks is asked about images, which it may see in more than one view.
 
     Attributes:
-        answer: from images and questions, row by row, and options of `generate`, to what the model says.
+        answer: from images, questions, the row of `images` that each question is about, and options of `generate`, to
+            what the model says to each question.
     """
 
     answer: Callable[..., list[str]]
@@ -205,18 +206,23 @@ def _said(
     questions: Sequence[str],
     image_of_question: Sequence[int],
     batch_size: int,
-    answer: Callable[[list[Image.Image], list[str]], list[str]],
+    answer: Callable[[list[Image.Image], list[str], list[int]], list[str]],
     progress: bool,
 ) -> list[str]:
-    """Answers in the order of the questions, of a model that is given images and questions side by side."""
+    """Answers in the order of the questions, of a model that is asked about images in the words of a chat.
+
+    Questions about one image stand side by side, and among them those of about the same length.
+    """
     _check_lengths(questions, image_of_question)
     found = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda row: -len(questions[row]))
+    order = sorted(range(len(questions)), key=lambda row: (image_of_question[row], -len(questions[row])))
     with tqdm(total=len(questions), desc="questions", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            pictures, asked = [images[image_of_question[row]] for row in rows], [questions[row] for row in rows]
-            for row, text in zip(rows, answer(pictures, asked), strict=True):
+            shown = list(dict.fromkeys(image_of_question[row] for row in rows))
+            pictures = [images[image] for image in shown]
+            asked, places = [questions[row] for row in rows], [shown.index(image_of_question[row]) for row in rows]
+            for row, text in zip(rows, answer(pictures, asked, places), strict=True):
                 found[row] = text.strip()
             bar.update(len(rows))
     return found

@@ -58,7 +58,7 @@ def keep_names(model: PreTrainedModel) -> None:
     model._weight_conversions = []
 
 
-class AdapterNames:
+class AdapterNames(PreTrainedModel):
     """Base of models with an LLM, whose adapters are found under the names that they were saved with."""
 
     def load_adapter(self, *args, **kwargs):

@@ -59,7 +59,7 @@ def frozen_tower(source: str | PreTrainedModel, kwargs: dict | None, image_size:
     return tower
 
 
-class VlmBlip2PreTrainedModel(AdapterNames, PreTrainedModel):
+class VlmBlip2PreTrainedModel(AdapterNames):
     """Initialisation, freezing and loading shared by BLIP-2's models."""
 
     config: VlmBlip2Config

@@ -104,7 +104,7 @@ class VlmLlavaProjector(nn.Module):
         return [join_views(view, layout, self.newline) for view, layout in zip(views, layouts, strict=True)]
 
 
-class VlmLlavaPreTrainedModel(AdapterNames, PreTrainedModel):
+class VlmLlavaPreTrainedModel(AdapterNames):
     """Initialisation and capabilities shared by LLaVA's models."""
 
     config: VlmLlavaConfig
