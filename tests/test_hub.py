@@ -386,6 +386,10 @@ def cut_weights(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
         (cut_weights, "model.safetensors"),
         (shutil.rmtree, "config.json"),
+        (
+            lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+            "adapter alone: push it by PEFT",
+        ),
     ],
 )
 def test_a_folder_without_a_whole_checkpoint_is_refused_before_anything_is_sent(hub, folder, damage, expected):
