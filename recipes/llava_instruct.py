@@ -45,6 +45,7 @@ class ModelArguments:
 
     model: str = field(metadata={"help": "Hub id or folder of a first stage (or of a second, to go on with)."})
     stage: str = field(default="llava-1.5-instruct", metadata={"help": "What is trained, and how fast: see STAGES."})
+    lora_r: int | None = field(default=None, metadata={"help": "Another rank than the stage's, at its alpha / r."})
     chat_template: str | None = field(default=None, metadata={"help": "File of a chat template; the processor's own."})
 
 
@@ -64,6 +65,9 @@ class DataArguments:
     packed: bool = field(default=True, metadata={"help": "Put several samples into one row, without padding."})
     row_tokens: int | None = field(default=None, metadata={"help": "Tokens of a packed row; max_tokens by default."})
     train_scenes: int = field(default=30_000, metadata={"help": "Scenes to talk about."})
+    scene_kinds: dict[str, float] | None = field(
+        default=None, metadata={"help": "How often each kind of conversation about scenes comes; KINDS by default."}
+    )
     max_words: int | None = field(default=None, metadata={"help": "Longest caption of a scene in words."})
     scene_aspects: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Width over height of the scenes, of which each has one."}
@@ -81,7 +85,7 @@ def build_data(args: DataArguments, size: int, seed: int) -> ConcatDataset:
         stream = SceneStream("train", seed, size, aspects=args.scene_aspects)
         scenes = SceneRows(stream, args.train_scenes, args.max_words)
         easy_vqa = QuestionConversations(easy_vqa_questions("train"), easy_vqa_images("train"))
-        return ConcatDataset([SceneConversations(scenes, seed), easy_vqa])
+        return ConcatDataset([SceneConversations(scenes, seed, args.scene_kinds), easy_vqa])
     parts = []
     for source in args.sources:
         path, folder = source["path"], source.get("image_folder")
@@ -104,6 +108,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
         with open(model_args.chat_template, encoding="utf-8") as file:
             processor.chat_template = file.read()
     stage = stage_named(model_args.stage)
+    if model_args.lora_r is not None:
+        stage = stage.with_rank(model_args.lora_r)
     training_args.learning_rates = training_args.learning_rates or dict(stage.rates)
     model = apply_stage(model, stage)
 

@@ -21,7 +21,8 @@ from trl import TrlParser
 
 import tiny
 import tiny_blip2
-from hf_vlm import VlmLlavaConfig, VlmLlavaForConditionalGeneration
+from hf_vlm import VlmLlavaConfig, VlmLlavaForConditionalGeneration, VlmLlavaProcessor
+from hf_vlm.data.scene_conversations import CAPTION
 from hf_vlm.training import STAGES, VlmSFTConfig, apply_stage
 from recipes import llava_align, llava_instruct
 
@@ -124,17 +125,25 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, aligned):
 
 
 def test_lora_saves_an_adapter_with_the_projector_and_the_merged_model(folder, aligned):
-    run(llava_instruct, talk(folder), folder / "lora", "--stage", "llava-1.5-lora")
+    run(llava_instruct, talk(folder), folder / "lora", "--stage", "llava-1.5-lora", "--lora_r", "4")
     saved = load_file(folder / "lora" / "adapter" / "adapter_model.safetensors")
     assert any("projector" in name for name in saved)
     assert not any("vision_model" in name for name in saved)
+    assert {tensor.shape[0] for name, tensor in saved.items() if "lora_A" in name} == {4}
     assert changed(aligned, folder / "lora") == {"projector", "language_model"}
+    assert isinstance(AutoProcessor.from_pretrained(folder / "lora" / "adapter"), VlmLlavaProcessor)
     base = VlmLlavaForConditionalGeneration.from_pretrained(aligned)
     adapted = PeftModel.from_pretrained(base, folder / "lora" / "adapter").eval()
     merged = AutoModelForImageTextToText.from_pretrained(folder / "lora").eval()
     inputs = AutoProcessor.from_pretrained(aligned)(images=[tiny.image()], text=["<image> the red cat"])
     with torch.no_grad():
         torch.testing.assert_close(adapted(**inputs).logits, merged(**inputs).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_kinds_of_conversations_are_chosen():
+    arguments = llava_instruct.DataArguments(train_scenes=8, scene_kinds={"caption": 1.0})
+    rows = llava_instruct.build_data(arguments, 48, seed=0).datasets[0]
+    assert {row["messages"][0]["content"] for row in (rows[i] for i in range(8))} == {f"<image>\n{CAPTION}"}
 
 
 RECIPES = {"llava_align": llava_align, "llava_instruct": llava_instruct}

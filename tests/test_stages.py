@@ -70,6 +70,20 @@ def test_lora_saved_and_loaded_gives_the_same_logits(tmp_path):
         torch.testing.assert_close(loaded.merge_and_unload()(**inputs).logits, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_a_stage_with_another_rank_keeps_its_scale_and_all_else():
+    stage = stage_named("llava-1.5-lora")
+    smaller = stage.with_rank(16)
+    assert smaller.lora == {"r": 16, "alpha": 32, "dropout": 0.05}
+    assert smaller.rates == stage.rates
+    ranks = {p.shape[0] for name, p in apply_stage(llava(), smaller).named_parameters() if "lora_A" in name}
+    assert ranks == {16}
+    assert stage.lora["r"] == 128
+    with pytest.raises(ValueError, match=r"with LoRA, such as llava-1\.5-lora"):
+        stage_named("llava-1.5-instruct").with_rank(16)
+    with pytest.raises(ValueError, match="rank of 0 needs to be positive"):
+        stage.with_rank(0)
+
+
 def test_unknown_stages_and_parts_are_refused():
     with pytest.raises(ValueError, match=r"no stage 'llava-2'"):
         stage_named("llava-2")

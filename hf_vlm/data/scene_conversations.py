@@ -36,7 +36,7 @@ class SceneConversations:
     Args:
         rows: The scenes.
         seed: Decides kind and wording, together with the row's number.
-        kinds: Weights of the kinds, by name.
+        kinds: Weights of the kinds, by name; `KINDS` by default.
 
     Indexing gives a [`Conversation`]; its image is the scene.
 
@@ -44,7 +44,8 @@ class SceneConversations:
         ValueError: if a kind is unknown.
     """
 
-    def __init__(self, rows: SceneRows, seed: int = 0, kinds: Mapping[str, float] = KINDS):
+    def __init__(self, rows: SceneRows, seed: int = 0, kinds: Mapping[str, float] | None = None):
+        kinds = KINDS if kinds is None else kinds
         if unknown := [name for name in kinds if name not in KINDS]:
             raise ValueError(f"{unknown[0]!r} is no kind of conversation; there are {', '.join(KINDS)}.")
         self.rows = rows

@@ -5,7 +5,7 @@ What a stage does not name is frozen, and in eval mode whatever `train()` says. 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft import PeftModel
 
@@ -26,6 +26,16 @@ class Stage:
 
     rates: Mapping[str, float]
     lora: Mapping[str, float] = field(default_factory=dict)
+
+    def with_rank(self, r: int) -> "Stage":
+        """The same with LoRA of another rank, at the same scale `alpha / r`.
+
+        Raises:
+            ValueError: if the stage has no LoRA, or the rank is not positive.
+        """
+        if not self.lora or r < 1:
+            raise ValueError(f"A rank of {r} needs to be positive, and a stage with LoRA, such as llava-1.5-lora.")
+        return replace(self, lora={**self.lora, "r": r, "alpha": self.lora["alpha"] * r / self.lora["r"]})
 
 
 STAGES: Mapping[str, Stage] = {
