@@ -144,13 +144,9 @@ def check_checkpoint(folder: Path) -> dict:
     Raises:
         ValueError: if the config, the processor or a file of weights is absent or broken, or the type is unknown.
     """
-    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder} holds an adapter alone: push it by PEFT, PeftModel.from_pretrained(base, {str(folder)!r})"
-            ".push_to_hub(repo_id), or merge it first (merge_and_unload) and save the whole model."
-        )
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no checkpoint: there is no config.json in it.")
+        how = " Push an adapter by PEFT's own push_to_hub." if (folder / "adapter_config.json").is_file() else ""
+        raise ValueError(f"{folder} holds no checkpoint: there is no config.json in it.{how}")
     config = _read_json(folder / "config.json")
     if config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known.")
