@@ -388,7 +388,7 @@ def cut_weights(folder: Path) -> None:
         (shutil.rmtree, "config.json"),
         (
             lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
-            "Push an adapter by PEFT",
+            "push an adapter by PEFT",
         ),
     ],
 )

@@ -145,8 +145,7 @@ def check_checkpoint(folder: Path) -> dict:
         ValueError: if the config, the processor or a file of weights is absent or broken, or the type is unknown.
     """
     if not (folder / "config.json").is_file():
-        how = " Push an adapter by PEFT's own push_to_hub." if (folder / "adapter_config.json").is_file() else ""
-        raise ValueError(f"{folder} holds no checkpoint: there is no config.json in it.{how}")
+        raise ValueError(f"{folder} holds no checkpoint: no config.json (push an adapter by PEFT's push_to_hub).")
     config = _read_json(folder / "config.json")
     if config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known.")
