@@ -177,10 +177,11 @@ def test_other_layouts(layout: str, native_class: type, config_class: type, size
     expected_shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     state_dict = rename(theirs.state_dict(), flipped(BLIP_LAYERS))
     ours.load_state_dict({name: tensor.reshape(expected_shapes[name]) for name, tensor in state_dict.items()})
-    pixel_values = tiny.pixels(3, sizes["image_size"])
+    ours.double(), theirs.double()  # float32 rounds otherwise from one processor to the next
+    pixel_values = tiny.pixels(3, sizes["image_size"]).double()
     with torch.no_grad():
         found, expected = (model(pixel_values, output_hidden_states=True) for model in (ours, theirs))
-        larger = torch.randn(2, 3, sizes["image_size"] + 16, sizes["image_size"])
+        larger = torch.randn(2, 3, sizes["image_size"] + 16, sizes["image_size"]).double()
         interpolated = [model(larger, interpolate_pos_encoding=True).last_hidden_state for model in (ours, theirs)]
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, **CLOSE)
     torch.testing.assert_close(found.pooler_output, expected.last_hidden_state[:, 0], **CLOSE)
