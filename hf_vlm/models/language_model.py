@@ -77,7 +77,7 @@ def adapter_base(source: str | Path, **hub_options) -> str | None:
     """What an adapter is for, as its own config says; None of a whole checkpoint."""
     hub_options.pop("trust_remote_code", None)  # no code is run to read it
     file = find_adapter_config_file(str(source), **hub_options)
-    if file is None or Path(source, "config.json").is_file():
+    if file is None or Path(file).with_name("config.json").is_file():
         return None
     return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
