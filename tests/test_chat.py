@@ -88,6 +88,19 @@ def test_beams_and_a_template_with_the_image_last_are_asked_without_it(parts):
     assert say(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
 
 
+def test_an_llm_that_keeps_a_window_reads_each_prompt_whole():
+    """Its cache forgets, so that two prompts cannot begin with the same; nothing is read for nothing."""
+    model, processor = tiny_llava.llava_model(llm="gemma2"), tiny_llava.llava_processor()
+    model.config.text_config.sliding_window = 8
+    processor.chat_template = tiny_llava.CHATML
+    images = [tiny.image(40, 36, seed=seed) for seed in range(3)]
+    expected = [alone(model, processor, images, number) for number in range(len(QUESTIONS))]
+    assert len(set(expected)) > 1
+    tokens = passes(model)
+    assert say(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
+    assert len(tokens) == GREEDY["max_new_tokens"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_batches_change_no_answer(parts, batch_size):
     """In whatever order questions come, each gets its own answer; an image that none is about is not looked at."""

@@ -20,7 +20,7 @@ from hf_vlm.data import (
 )
 from hf_vlm.data.conversation_collator import fill_rows
 from hf_vlm.data.conversations import read_conversation
-from hf_vlm.data.scene_conversations import spoken
+from hf_vlm.data.scene_conversations import MOST_SPOKEN, spoken
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer
 
 CHATML = (
@@ -108,6 +108,16 @@ def test_scene_conversations_are_read_like_any_other(kind):
         row = rows[number]
         assert row == rows[number]
         assert read_conversation(row, "scene")["messages"] == row["messages"]
+
+
+def test_all_short_questions_about_a_scene_are_one_conversation():
+    asked = SceneConversations(scenes(), kinds={"short": 1.0})
+    spoken_to = SceneConversations(scenes(), kinds={"conversation": 1.0})
+    for number in range(len(asked)):
+        answers = [turn["content"] for turn in asked[number]["messages"] if turn["role"] == "assistant"]
+        known = scenes().stream.scene(number)["questions"]
+        assert sorted(answers) == sorted(question["answer"] for question in known)
+        assert len(spoken_to[number]["messages"]) == 2 * min(len(known), MOST_SPOKEN)
 
 
 def test_answers_as_sentences_say_what_the_question_asks():

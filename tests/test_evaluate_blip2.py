@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import tiny
 import tiny_blip2
+import tiny_llava
 from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,
@@ -33,6 +34,7 @@ from hf_vlm.commands.settings import Settings
 from hf_vlm.commands.tables import format_reports
 from hf_vlm.commands.tasks import Evaluator, TestSet
 from hf_vlm.data import PROMPT_END, easy_vqa_questions
+from hf_vlm.data.conversations import SHORT_ANSWER
 from hf_vlm.data.instruction_templates import TRAIN_WORDINGS, UNSEEN_WORDINGS
 from hf_vlm.evaluation import (
     GREY,
@@ -247,6 +249,9 @@ def test_the_words_of_a_prompt_are_those_of_the_training():
     for model in (blip2, instruct):
         assert question_wording(model, "unseen") == UNSEEN_WORDINGS["vqa"][0]
     assert question_wording(tiny.blip_model(), "unseen") == "{question}"
+    llava = tiny_llava.llava_model()
+    assert question_wording(llava, "train") == SHORT_ANSWER
+    assert question_wording(llava, "unseen") == SHORT_ANSWER.format(question=UNSEEN_WORDINGS["vqa"][0])
     model, processor = with_llm(INSTRUCT)
     inputs = prompting_of(model, processor).inputs(["a cat"])
     # The language model reads the end of the prompt, which this tokenizer drops; the Q-Former reads the words alone.

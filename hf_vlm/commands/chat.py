@@ -72,19 +72,19 @@ def shared_beginnings(
         _common([row[:-1] for row, of in zip(rows, image_of_prompt, strict=True) if of == image])
         for image in range(len(seen))
     ]
-    if not all(model.config.image_token_id in row for row in beginnings):
+    cache = DynamicCache(config=model.config.text_config)
+    if not _can_be_shared(cache) or not all(model.config.image_token_id in row for row in beginnings):
         return {}
     begin_ids, begin_mask = _padded_left(beginnings, pad, model.device)
-    cache = model(
+    model(
         input_ids=begin_ids,
         attention_mask=begin_mask,
         position_ids=(begin_mask.cumsum(-1) - 1).clamp(min=0),
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(seen))},
+        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-    ).past_key_values
-    if not _can_be_shared(cache):
-        return {}
+    )
     of_prompt = torch.tensor(image_of_prompt, device=model.device)
     cache.batch_select_indices(of_prompt)
     ends = [row[len(beginnings[image]) :] for row, image in zip(rows, image_of_prompt, strict=True)]
@@ -96,9 +96,9 @@ def shared_beginnings(
     }
 
 
-def _can_be_shared(cache: Cache | None) -> bool:
+def _can_be_shared(cache: Cache) -> bool:
     """Whether a cache is keys and values of all positions: not of a window, no state of a recurrent layer."""
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _common(rows: Sequence[list[int]]) -> list[int]:

@@ -44,9 +44,13 @@ def caption_prompt(model: PreTrainedModel, wordings: Wordings) -> str | None:
 
 
 def question_wording(model: PreTrainedModel, wordings: Wordings) -> str:
-    """What `{question}` is put into: the first wording, BLIP-2's own for one that is seen, none of BLIP's heads."""
+    """What `{question}` is put into: the first wording, BLIP-2's own for one that is seen, none of BLIP's heads.
+
+    LLaVA, which answers in sentences or in a word, is asked for a word in any wording.
+    """
     if isinstance(model, VlmLlavaForConditionalGeneration):
-        return SHORT_ANSWER if wordings == "train" else wordings_of("vqa", wordings)[0]
+        asked = "{question}" if wordings == "train" else wordings_of("vqa", wordings)[0]
+        return SHORT_ANSWER.format(question=asked)
     if not isinstance(model, VlmBlip2ForConditionalGeneration):
         return "{question}"
     if wordings == "train" and not isinstance(model, VlmInstructBlipForConditionalGeneration):

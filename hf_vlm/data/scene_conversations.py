@@ -2,7 +2,8 @@
 
 LLaVA asked a text-only LLM to write them from captions and boxes. Of scenes all objects, boxes and colours are known,
 so every sentence can be true without one. Two kinds are LLaVA-1.5's (arXiv 2310.03744, section 3.2): short answers and
-captions, asked for by a fixed sentence that says how to respond.
+captions, asked for by a fixed sentence that says how to respond. As there, all short questions about an image are one
+conversation.
 """
 
 import itertools
@@ -25,6 +26,7 @@ DETAIL_QUESTIONS = (
 )
 KINDS: Mapping[str, float] = {"conversation": 3.0, "detail": 1.0, "reasoning": 1.0, "short": 4.0, "caption": 1.0}
 """The kinds, and how often each comes."""
+MOST_SPOKEN = 4  # questions that a conversation answers in sentences
 
 Scene = Mapping[str, Any]
 Turns = list[tuple[str, str]]
@@ -79,12 +81,12 @@ class SceneConversations:
         if kind == "reasoning":
             asked = scene_reasoning(scene["objects"], rng)
             return [(question, sentence(answer)) for question, answer in rng.sample(asked, len(asked))]
-        questions = rng.sample(scene["questions"], min(len(scene["questions"]), 4))
+        questions = rng.sample(scene["questions"], len(scene["questions"]))
         if kind == "short":
             first, *others = questions
             asked = [(SHORT_ANSWER.format(question=first["question"]), first["answer"])]
             return asked + [(one["question"], one["answer"]) for one in others]
-        return [(one["question"], spoken(one)) for one in questions]
+        return [(one["question"], spoken(one)) for one in questions[:MOST_SPOKEN]]
 
 
 def sentence(text: str) -> str:
