@@ -57,6 +57,16 @@ def test_an_adapter_is_loaded_with_its_weights(adapter, way):
     torch.testing.assert_close(logits_of(model.eval(), head), expected, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("way", ["auto", "class"])
+def test_an_adapter_in_a_subfolder_is_found(adapter, way):
+    """As transformers has it: what is in `adapter_kwargs` is the adapter's, all else also its base's."""
+    head, adapted, folder = adapter
+    loader = AutoModelForImageTextToText if way == "auto" else head
+    model = loader.from_pretrained(folder.parent, adapter_kwargs={"subfolder": folder.name})
+    assert type(model) is head
+    torch.testing.assert_close(logits_of(model.eval(), head), logits_of(adapted, head), rtol=0.0, atol=0.0)
+
+
 def test_an_adapter_whose_base_is_stored_without_its_llm_is_refused(adapter):
     head, _, folder = adapter
     config = AutoConfig.from_pretrained(folder.parent / "base")

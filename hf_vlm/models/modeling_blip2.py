@@ -95,9 +95,8 @@ class VlmBlip2PreTrainedModel(AdapterNames):
             ValueError: if a checkpoint names an LLM that cannot be loaded, or an adapter's base has none.
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        base = adapter_base(pretrained_model_name_or_path, **hub_options)
-        if base is not None:  # revision and subfolder are the adapter's
-            hub_options = {name: kept for name, kept in hub_options.items() if name not in ("revision", "subfolder")}
+        of_adapter = {name: kept for name, kept in (kwargs.get("adapter_kwargs") or {}).items() if name in HUB_OPTIONS}
+        base = adapter_base(pretrained_model_name_or_path, **{**hub_options, **of_adapter})
         stored = kwargs.get("config") or cls.config_class.from_pretrained(
             base or pretrained_model_name_or_path, **hub_options
         )
