@@ -8,7 +8,8 @@ The published recipes (1.0, 1.5, 1.6) on several GPUs, on your own pairs:
 
     torchrun --nproc_per_node 8 recipes/llava_align.py --config recipes/llava_align/paper_1.5.yaml
 
-Every scalar key of the YAML is also an option (`--learning_rate 1e-3`). A stopped run continues when started again.
+Every scalar key of the YAML is also an option (`--max_steps 100`); the rate is the stage's, or `learning_rates` of the
+YAML. A stopped run continues when started again.
 """
 
 from dataclasses import dataclass, field
@@ -105,8 +106,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
 
     # MODEL
     model, processor = build_model(model_args, training_args.bf16)
-    stage = stage_named(model_args.stage)
-    training_args.learning_rates = training_args.learning_rates or dict(stage.rates)
+    stage = stage_named(model_args.stage).with_rates(training_args.learning_rates)
+    training_args.learning_rates = dict(stage.rates)
     model = apply_stage(model, stage)
 
     # DATA

@@ -9,14 +9,14 @@ The published recipes (1.0, 1.5 in full and by LoRA, 1.6) on several GPUs, on yo
 
     torchrun --nproc_per_node 8 recipes/llava_instruct.py --config recipes/llava_instruct/paper_1.5.yaml
 
-The stage says what is trained: projector and LLM in full, or by LoRA (`--stage llava-1.5-lora`). Every scalar key of
-the YAML is also an option. A stopped run continues when started again.
+The stage says what is trained, projector and LLM in full or by LoRA (`--stage llava-1.5-lora`), and how fast, where
+`learning_rates` of the YAML does not. Every scalar key of the YAML is also an option. A stopped run continues when
+started again.
 """
 
 import copy
 from dataclasses import dataclass, field, replace
 
-import datasets
 import torch
 from torch.utils.data import ConcatDataset
 from transformers import AutoProcessor, set_seed
@@ -27,14 +27,13 @@ from hf_vlm.commands.evaluate import AFTER_TRAINING, save_scene_report
 from hf_vlm.commands.finish import finish_run
 from hf_vlm.data import (
     ConversationCollator,
-    ConversationRows,
     QuestionConversations,
     SceneConversations,
     SceneRows,
     SceneStream,
     easy_vqa_images,
     easy_vqa_questions,
-    load_conversations,
+    open_conversations,
 )
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, apply_stage, last_checkpoint, stage_named
 
@@ -46,6 +45,7 @@ class ModelArguments:
     model: str = field(metadata={"help": "Hub id or folder of a first stage (or of a second, to go on with)."})
     stage: str = field(default="llava-1.5-instruct", metadata={"help": "What is trained, and how fast: see STAGES."})
     lora_r: int | None = field(default=None, metadata={"help": "Another rank than the stage's, at its alpha / r."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Another dropout than the stage's."})
     chat_template: str | None = field(default=None, metadata={"help": "File of a chat template; the processor's own."})
 
 
@@ -57,7 +57,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Conversations: {path: file.json, image_folder: ...} in LLaVA's or ShareGPT's format, or {path, "
-            "split} of a data set with messages and images; none: scenes and easy-VQA."
+            "name, split, revision} of a data set with messages and images; none: scenes and easy-VQA."
         },
     )
     eval_sources: list[dict] | None = field(default=None, metadata={"help": "Not used; the test sets are at the end."})
@@ -86,15 +86,7 @@ def build_data(args: DataArguments, size: int, seed: int) -> ConcatDataset:
         scenes = SceneRows(stream, args.train_scenes, args.max_words)
         easy_vqa = QuestionConversations(easy_vqa_questions("train"), easy_vqa_images("train"))
         return ConcatDataset([SceneConversations(scenes, seed, args.scene_kinds), easy_vqa])
-    parts = []
-    for source in args.sources:
-        path, folder = source["path"], source.get("image_folder")
-        if path.endswith((".json", ".jsonl")):
-            parts.append(load_conversations(path, folder))
-        else:
-            rows = datasets.load_dataset(path, split=source.get("split", "train"))
-            parts.append(ConversationRows(rows, folder, path))
-    return ConcatDataset(parts)
+    return ConcatDataset([open_conversations(source) for source in args.sources])
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: VlmSFTConfig) -> None:
@@ -107,10 +99,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
     if model_args.chat_template is not None:
         with open(model_args.chat_template, encoding="utf-8") as file:
             processor.chat_template = file.read()
-    stage = stage_named(model_args.stage)
-    if model_args.lora_r is not None:
-        stage = stage.with_rank(model_args.lora_r)
-    training_args.learning_rates = training_args.learning_rates or dict(stage.rates)
+    stage = stage_named(model_args.stage).with_rates(training_args.learning_rates)
+    stage = stage.with_lora(model_args.lora_r, model_args.lora_dropout)
+    training_args.learning_rates = dict(stage.rates)
     model = apply_stage(model, stage)
 
     # DATA
@@ -123,13 +114,12 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
         model, training_args, train_dataset=train, data_collator=collator, processing_class=processor
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
-    whole = copy.deepcopy(model).merge_and_unload() if stage.lora else model
+    trainer.save_model(f"{training_args.output_dir}/adapter" if stage.lora else None)
     if trainer.is_world_process_zero():
+        whole = copy.deepcopy(model).merge_and_unload() if stage.lora else model
         if stage.lora:
-            model.save_pretrained(f"{training_args.output_dir}/adapter")
-            processor.save_pretrained(f"{training_args.output_dir}/adapter")
-        whole.save_pretrained(training_args.output_dir)
-        processor.save_pretrained(training_args.output_dir)
+            whole.save_pretrained(training_args.output_dir)
+            processor.save_pretrained(training_args.output_dir)
         if data_args.sources is None:
             settings = replace(AFTER_TRAINING, max_questions=data_args.num_questions, bf16=training_args.bf16)
             options = {"aspects": data_args.scene_aspects, "beside": {"lora": data_args.lora_run}}

@@ -1,9 +1,13 @@
 """Conversations: readers of the published formats, scenes, and the batches made of them."""
 
 import json
+import re
+from collections import Counter
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 import tiny_llava
@@ -17,10 +21,12 @@ from hf_vlm.data import (
     SceneRows,
     SceneStream,
     load_conversations,
+    open_conversations,
 )
 from hf_vlm.data.conversation_collator import fill_rows
 from hf_vlm.data.conversations import read_conversation
-from hf_vlm.data.scene_conversations import MOST_SPOKEN, spoken
+from hf_vlm.data.scene_conversations import MOST_SPOKEN, detail, spoken
+from hf_vlm.data.scene_text import phrase
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer
 
 CHATML = (
@@ -54,6 +60,49 @@ def test_llava_rows_have_the_image_before_the_text_and_stay_in_their_folder(tmp_
 def test_paths_that_lead_out_of_the_folder_are_refused(tmp_path, path):
     with pytest.raises(ValueError, match="row 1 names the image"):
         read_conversation({**LLAVA_ROW, "image": path}, "row 1", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "image", [{"path": "/etc/secret.png"}, {"bytes": None, "path": "../b.png"}, {"bytes": "/a.png"}]
+)
+def test_an_image_as_a_dict_leads_out_no_more_than_a_path(tmp_path, image):
+    row = {**LLAVA_ROW, "image": image}
+    if image.get("path"):
+        with pytest.raises(ValueError, match="row 1 names the image"):
+            read_conversation(row, "row 1", tmp_path)
+    else:
+        assert read_conversation(row, "row 1", tmp_path)["images"] == [None]
+    stored = {"bytes": b"...", "path": "/etc/secret.png"}
+    assert read_conversation({**LLAVA_ROW, "image": stored}, "row 1")["images"] == [stored]
+    kept = read_conversation({**LLAVA_ROW, "image": {"path": "a.png"}}, "row 1", tmp_path)
+    assert kept["images"] == [str(tmp_path / "a.png")]
+
+
+def test_parts_that_are_no_text_and_no_image_are_refused():
+    parts = [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": "what?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]}
+    with pytest.raises(ValueError, match="row 1, turn 0 has a part of type 'image_url'"):
+        read_conversation(row, "row 1")
+
+
+def test_lines_of_json_end_where_lines_end(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "a\u2028b"}, {"from": "gpt", "value": "c\x85d"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert load_conversations(tmp_path / "a.jsonl")[0]["messages"] == talk("a\u2028b", "c\x85d")
+
+
+def test_a_source_says_what_it_is(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([LLAVA_ROW]))
+    rows = open_conversations({"path": str(tmp_path / "a.json"), "image_folder": "photos"})
+    assert rows[0]["images"] == ["photos/coco/1.jpg"]
+    with pytest.raises(ValueError, match=r"a\.json has 'split'; it can have image_folder, path\."):
+        open_conversations({"path": str(tmp_path / "a.json"), "split": "train"})
+    talks = datasets.Dataset.from_list([{"messages": talk("who?", name)} for name in ("one", "two")])
+    talks.to_parquet(str(tmp_path / "set" / "test-0.parquet"))
+    rows = open_conversations({"path": str(tmp_path / "set"), "split": "test"})
+    assert [row["messages"][1]["content"] for row in rows] == ["one", "two"]
+    with pytest.raises(ValueError, match="set has 'weight'; it can have image_folder, name, path, revision, split"):
+        open_conversations({"path": str(tmp_path / "set"), "weight": 2})
 
 
 def test_messages_of_trl_in_parts_and_without_marks():
@@ -111,13 +160,46 @@ def test_scene_conversations_are_read_like_any_other(kind):
 
 
 def test_all_short_questions_about_a_scene_are_one_conversation():
-    asked = SceneConversations(scenes(), kinds={"short": 1.0})
-    spoken_to = SceneConversations(scenes(), kinds={"conversation": 1.0})
-    for number in range(len(asked)):
+    rows = scenes()
+    asked = SceneConversations(rows, kinds={"short": 1.0})
+    spoken_to = SceneConversations(rows, kinds={"conversation": 1.0})
+    for number in range(len(rows)):
         answers = [turn["content"] for turn in asked[number]["messages"] if turn["role"] == "assistant"]
-        known = scenes().stream.scene(number)["questions"]
+        known = rows.stream.scene(number)["questions"]
         assert sorted(answers) == sorted(question["answer"] for question in known)
         assert len(spoken_to[number]["messages"]) == 2 * min(len(known), MOST_SPOKEN)
+
+
+def test_descriptions_in_detail_are_true():
+    """Every object in its third of the picture, and every relation as the boxes have it."""
+    stream, related = scenes().stream, 0
+    for number in range(60):
+        scene = stream.scene(number)
+        first, *others = detail(scene).rstrip(".").split(". ")
+        assert f"on {phrase(scene['background'] + ' background')}" in first
+        counts = Counter(thing["name"] for thing in scene["objects"])
+        assert all(phrase(name, count) in first for name, count in counts.items())
+        boxes = {thing["name"]: thing["box"] for thing in scene["objects"]}
+        said = Counter()
+        for text in others:
+            if found := re.fullmatch(r"The (.+) is (to the left of|to the right of|above|below) the (.+)", text):
+                (x0, y0, x1, y1), (u0, v0, u1, v1) = boxes[found[1]], boxes[found[3]]
+                apart = {"to the left of": u0 - x1, "to the right of": x0 - u1, "above": v0 - y1, "below": y0 - v1}
+                assert apart[found[2]] >= 0
+                assert counts[found[1]] == counts[found[3]] == 1
+                related += 1
+            else:
+                name, where = re.fullmatch(r"(?:The|One|Another) (.+) is (?:at|on|in) the (.+)", text).groups()
+                said[name, where] += 1
+        assert said == Counter((thing["name"], third(thing["box"], scene["image"])) for thing in scene["objects"])
+    assert related > 20
+
+
+def third(box: list[int], image: Image.Image) -> str:
+    """Where the middle of a box is."""
+    column, row = ((box[axis] + box[axis + 2]) / 2 / image.size[axis] for axis in (0, 1))
+    rows, columns = ["top", "", "bottom"], ["left", "", "right"]
+    return f"{rows[min(int(3 * row), 2)]} {columns[min(int(3 * column), 2)]}".strip() or "centre"
 
 
 def test_answers_as_sentences_say_what_the_question_asks():

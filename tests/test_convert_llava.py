@@ -17,6 +17,7 @@ from hf_vlm.hub.convert import (
     to_transformers,
 )
 from hf_vlm.models import with_image_token
+from hf_vlm.models.processing_llava import VICUNA_TEMPLATE, flat_content
 
 
 def logits(model, inputs) -> torch.Tensor:
@@ -95,6 +96,35 @@ def test_processors_give_the_same_pixels_and_tokens(mode, tmp_path):
     assert again.image_processor.resize_mode == mode
     assert torch.equal(again(pictures, texts)["pixel_values"], found["pixel_values"])
     assert torch.equal(again(pictures, texts)["input_ids"], found["input_ids"])
+
+
+CHATS = [
+    [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a red cat"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "two dog"}]},
+        {"role": "user", "content": [{"type": "text", "text": "the left"}]},
+    ],
+    [{"role": "user", "content": [{"type": "text", "text": "tree"}]}],
+]
+
+
+@pytest.mark.parametrize("template", [VICUNA_TEMPLATE, tiny_llava.CHATML, tiny_llava.IN_PARTS])
+def test_conversations_read_alike_on_both_sides(template):
+    """In parts, as transformers' users write them, and as texts; whatever the template reads."""
+    own = tiny_llava.llava_processor()
+    own.chat_template = template
+    native = processor_to_transformers(own)
+    for chat in CHATS:
+        shown = own.apply_chat_template(chat, add_generation_prompt=True)
+        assert native.apply_chat_template(chat, add_generation_prompt=True) == shown
+        assert all(part["text"] in shown for turn in chat for part in turn["content"] if part["type"] == "text")
+        assert shown.count("<image>") == sum(part["type"] == "image" for turn in chat for part in turn["content"])
+        texts = [{**turn, "content": flat_content(turn["content"])} for turn in chat]
+        assert own.apply_chat_template(texts, add_generation_prompt=True) == shown
+        if template != tiny_llava.IN_PARTS:
+            assert native.apply_chat_template(texts, add_generation_prompt=True) == shown
+    assert processor_from_transformers(native).chat_template == template
+    assert processor_to_transformers(processor_from_transformers(native)).chat_template == native.chat_template
 
 
 def native_inputs_flat(padded: torch.Tensor, flat: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:

@@ -72,16 +72,19 @@ def test_lora_saved_and_loaded_gives_the_same_logits(tmp_path):
 
 def test_a_stage_with_another_rank_keeps_its_scale_and_all_else():
     stage = stage_named("llava-1.5-lora")
-    smaller = stage.with_rank(16)
+    smaller = stage.with_lora(r=16)
     assert smaller.lora == {"r": 16, "alpha": 32, "dropout": 0.05}
     assert smaller.rates == stage.rates
     ranks = {p.shape[0] for name, p in apply_stage(llava(), smaller).named_parameters() if "lora_A" in name}
     assert ranks == {16}
     assert stage.lora["r"] == 128
     with pytest.raises(ValueError, match=r"with LoRA, such as llava-1\.5-lora"):
-        stage_named("llava-1.5-instruct").with_rank(16)
-    with pytest.raises(ValueError, match="rank of 0 needs to be positive"):
-        stage.with_rank(0)
+        stage_named("llava-1.5-instruct").with_lora(r=16)
+    for wrong in ({"r": 0}, {"dropout": 1.0}):
+        with pytest.raises(ValueError, match="a positive rank and a dropout from 0 to below 1"):
+            stage.with_lora(**wrong)
+    assert stage.with_lora(dropout=0.0).lora == {"r": 128, "alpha": 256, "dropout": 0.0}
+    assert stage_named("llava-1.5-instruct").with_lora() == stage_named("llava-1.5-instruct")
 
 
 def test_unknown_stages_and_parts_are_refused():
@@ -91,6 +94,17 @@ def test_unknown_stages_and_parts_are_refused():
         apply_stage(llava(), Stage({"tower": 1e-3}))
     with pytest.raises(ValueError, match="LoRA cannot train the image tower"):
         apply_stage(llava(), Stage({"vision_model": 1e-3}, lora={"r": 2, "alpha": 2}))
+    for alone in ("projector", "language_model"):
+        with pytest.raises(ValueError, match=f"trains projector and language_model, not {alone}"):
+            apply_stage(llava(), Stage({alone: 1e-3}, lora={"r": 2, "alpha": 2}))
+
+
+def test_other_rates_of_a_stage_leave_those_of_its_other_parts():
+    stage = stage_named("llava-1.5-instruct")
+    assert stage.with_rates({"projector": 1e-3}).rates == {"projector": 1e-3, "language_model": 2e-5}
+    assert stage.with_rates(None) == stage
+    with pytest.raises(ValueError, match="does not train 'vision_model', but projector, language_model"):
+        stage.with_rates({"vision_model": 1e-3})
 
 
 def test_each_part_has_its_rate_and_keeps_its_weight_decay(tmp_path):

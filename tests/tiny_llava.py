@@ -36,6 +36,13 @@ CHATML = (
     "{% for message in messages %}{{ '<start>' + message['role'] + '\n' + message['content'] + '<end>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
 )
+# Reads content in parts alone, as templates of llava-hf do.
+IN_PARTS = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 RENAMED = (
     ("model.vision_model.", "model.vision_tower."),
     ("model.projector.newline", "model.image_newline"),

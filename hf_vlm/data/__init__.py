@@ -9,6 +9,7 @@ from .conversations import (
     ConversationRows,
     QuestionConversations,
     load_conversations,
+    open_conversations,
 )
 from .corruption import corrupt_captions
 from .easy_vqa import easy_vqa_images, easy_vqa_questions
@@ -76,6 +77,7 @@ __all__ = [
     "load_source",
     "mix",
     "mix_by_sqrt",
+    "open_conversations",
     "pope_questions",
     "prompt_inputs",
     "question_instructions",

@@ -3,7 +3,7 @@
 - What the assistant says is found by rendering the conversation turn by turn, so any chat template will do.
 - Images' placeholders are expanded after tokenizing, and never cut.
 - `packed` puts several samples into one row: positions restart with each, and there is no attention mask, which is how
-  transformers keeps them apart. No computation goes into padding.
+  transformers keeps them apart. Of the rows of a batch only the ends are padding.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from transformers import ProcessorMixin
+from transformers.utils import logging
 
 from .conversations import IMAGE_MARK, Conversation, Message
 from .images import load_image
 
+logger = logging.get_logger(__name__)
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
@@ -134,6 +136,8 @@ class ConversationCollator:
                 spoken = end > start and any(start >= first and end <= last for first, last in spans)
                 ids.append(token)
                 labels.append(token if spoken else IGNORED)
+        if len(ids) > self.max_length:
+            logger.warning_once(f"Conversations of more than max_length={self.max_length} tokens lose their ends.")
         labels[0] = IGNORED  # nothing comes before it to predict it from
         return ids[: self.max_length], labels[: self.max_length]
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
+import datasets
+
 from .pairs import Rows, make_pair
 
 IMAGE_MARK = "<image>"
@@ -66,6 +68,11 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     if role not in ROLES:
         raise ValueError(f"{where} is said by {role!r}; it must be one of {', '.join(ROLES)}.")
     if isinstance(content, list):
+        if unknown := [part.get("type") for part in content if part.get("type") not in ("text", "image")]:
+            raise ValueError(
+                f"{where} has a part of type {unknown[0]!r}: write {{'type': 'text', 'text': ...}} or {{'type': "
+                "'image'}, and the image itself among the row's images."
+            )
         marks = f"{IMAGE_MARK}\n" * sum(part["type"] == "image" for part in content)
         content = marks + "".join(part.get("text") or "" for part in content if part["type"] == "text")
     if not isinstance(content, str) or not content.replace(IMAGE_MARK, "").strip():
@@ -86,6 +93,10 @@ def _check_turns(messages: list[Message], where: str) -> None:
 
 
 def _located(image: Any, where: str, folder: str | Path | None) -> Any:
+    if isinstance(image, Mapping):
+        if isinstance(image.get("bytes"), bytes):
+            return image
+        image = image.get("path")
     if not isinstance(image, str):
         return image
     path = PurePosixPath(image)
@@ -127,12 +138,36 @@ def load_conversations(path: str | Path, image_folder: str | Path | None = None)
     """
     text = Path(path).read_text(encoding="utf-8")
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line] if str(path).endswith("l") else json.loads(text)
+        lines = text.split("\n")  # not splitlines: a text may hold U+2028
+        rows = [json.loads(line) for line in lines if line.strip()] if str(path).endswith("l") else json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}; it must be a list of rows.")
     return ConversationRows(rows, image_folder, str(path))
+
+
+def open_conversations(source: Mapping[str, Any]) -> ConversationRows:
+    """A source of conversations as recipes name it.
+
+    Args:
+        source: `path` of a JSON file of LLaVA's or ShareGPT's format, with `image_folder`; or of a data set with
+            `messages` and images, on the Hub or in a folder, with `name`, `split` ("train" by default) and `revision`.
+
+    Raises:
+        ValueError: if it says anything else.
+    """
+    path = source["path"]
+    is_file = path.endswith((".json", ".jsonl"))
+    known = {"path", "image_folder"} | (set() if is_file else {"name", "split", "revision"})
+    if unknown := sorted(set(source) - known):
+        raise ValueError(f"The source {path} has {unknown[0]!r}; it can have {', '.join(sorted(known))}.")
+    if is_file:
+        return load_conversations(path, source.get("image_folder"))
+    rows = datasets.load_dataset(
+        path, source.get("name"), split=source.get("split", "train"), revision=source.get("revision")
+    )
+    return ConversationRows(rows, source.get("image_folder"), path)
 
 
 class CaptionConversations:
@@ -198,5 +233,6 @@ __all__ = [
     "Message",
     "QuestionConversations",
     "load_conversations",
+    "open_conversations",
     "read_conversation",
 ]

@@ -63,7 +63,7 @@ class SceneConversations:
         scene = self.rows.stream.scene(index)
         rng = random.Random(f"{self.seed} conversation {index}")
         kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
-        turns = self.turns(kind, scene, rng) or [(CAPTION, sentence(scene["captions"][0]))]
+        turns = self.turns(kind, scene, rng) or self.turns("caption", scene, rng)
         messages: list[Message] = [
             {"role": role, "content": text}
             for turn in turns

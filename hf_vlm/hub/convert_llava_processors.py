@@ -8,9 +8,26 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ..models.image_processing_vlm import VlmImageProcessor
-from ..models.processing_llava import VICUNA_TEMPLATE, VlmLlavaProcessor
+from ..models.processing_llava import VICUNA_TEMPLATE, VlmLlavaProcessor, reads_parts
 from .convert_images import SHARED_FIELDS, from_clip_image_processor, to_clip_image_processor
 
+# What transformers' processors are given are parts, which templates of LLMs do not read.
+PARTS_TO_TEXT = (
+    "{%- set said = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set said.messages = said.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set one = namespace(marks='', words='') -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'text' -%}{%- set one.words = one.words + part['text'] -%}"
+    "{%- else -%}{%- set one.marks = one.marks + '<image>\n' -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set said.messages = said.messages + [{'role': message['role'], 'content': one.marks + one.words}] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = said.messages -%}"
+)
 FIELDS = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
 
 
@@ -42,6 +59,13 @@ def _images_to(own: VlmImageProcessor) -> BaseImageProcessor:
     return to_clip_image_processor(own)
 
 
+def _template_to(template: str | None) -> str | None:
+    """A template that reads content in parts as well as texts."""
+    if not isinstance(template, str) or reads_parts(template) or template.startswith(PARTS_TO_TEXT):
+        return template
+    return PARTS_TO_TEXT + template
+
+
 def processor_from_transformers(processor: ProcessorMixin) -> VlmLlavaProcessor:
     """See [`hf_vlm.hub.convert.processor_from_transformers`].
 
@@ -55,6 +79,8 @@ def processor_from_transformers(processor: ProcessorMixin) -> VlmLlavaProcessor:
             "vision_feature_select_strategy."
         )
     template = processor.chat_template or processor.tokenizer.chat_template or VICUNA_TEMPLATE
+    if isinstance(template, str):
+        template = template.removeprefix(PARTS_TO_TEXT)  # our processor makes texts of parts itself
     tokenizer = copy.deepcopy(processor.tokenizer)
     return VlmLlavaProcessor(_images_from(processor.image_processor), tokenizer, chat_template=template, **fields)
 
@@ -65,7 +91,7 @@ def processor_to_transformers(processor: VlmLlavaProcessor) -> ProcessorMixin:
     return native_class(
         _images_to(processor.image_processor),
         copy.deepcopy(processor.tokenizer),
-        chat_template=processor.chat_template,
+        chat_template=_template_to(processor.chat_template),
         **{name: getattr(processor, name) for name in FIELDS},
     )
 

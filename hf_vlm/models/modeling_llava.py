@@ -394,7 +394,8 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
                 makes them; images are those of the first row, then of the second, and so on.
             pixel_values (`torch.FloatTensor` of shape `(T, channels, height, width)`): The views of the images.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding; None for packed rows.
-            position_ids (`torch.LongTensor` of shape `(B, L)`): Restarting at each sample of packed rows.
+            position_ids (`torch.LongTensor` of shape `(B, L)`): Restarting at each sample of packed rows, which need
+                `labels` or `use_cache=False`: with a cache the samples of a row see each other.
             past_key_values: The LLM's cache.
             inputs_embeds (`torch.FloatTensor` of shape `(B, L, H)`): In place of `input_ids` and images.
             image_sizes (`torch.LongTensor` of shape `(I, 2)`): Height and width of each image, with "anyres".

@@ -1,7 +1,11 @@
 """Processor of LLaVA: pictures to views, conversations to tokens, placeholders for the tokens of each image."""
 
+from functools import cache
+
+import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import load_image, make_flat_list_of_images
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .anyres import anyres_layout
 from .image_processing_vlm import VlmImageProcessor
@@ -150,7 +154,7 @@ class VlmLlavaProcessor(ProcessorMixin):
         """transformers' `apply_chat_template`, which also takes templates that know no images.
 
         Content in parts (`{"type": "image"}`, `{"type": "text", "text": ...}`) becomes one text, with `<image>` and a
-        line break before the rest, as LLaVA was trained.
+        line break before the rest, as LLaVA was trained; one part of it, for a template that reads parts.
         """
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         chats = conversation if batched else [conversation]
@@ -158,7 +162,16 @@ class VlmLlavaProcessor(ProcessorMixin):
         if kwargs.get("tokenize") and any(images):
             options = kwargs.get("processor_kwargs") or {}
             kwargs["processor_kwargs"] = {"images": images if batched else images[0], **options}
-        flat = [[{**message, "content": flat_content(message["content"])} for message in chat] for chat in chats]
+        template = chat_template or self.chat_template
+        in_parts = isinstance(template, str) and reads_parts(template)
+        flat = [
+            [
+                {**message, "content": [{"type": "text", "text": text}] if in_parts else text}
+                for message in chat
+                for text in [flat_content(message["content"])]
+            ]
+            for chat in chats
+        ]
         return super().apply_chat_template(flat if batched else flat[0], chat_template, **kwargs)
 
 
@@ -169,6 +182,17 @@ def flat_content(content: str | list[dict]) -> str:
     num_images = sum(part["type"] in IMAGE_PARTS for part in content)
     words = "".join(part["text"] for part in content if part["type"] == "text")
     return f"{IMAGE_TOKEN}\n" * num_images + words
+
+
+@cache
+def reads_parts(template: str) -> bool:
+    """Whether a template reads content in parts alone, as those of llava-hf do: of a text it shows nothing."""
+    messages = [{"role": "user", "content": "a text to look for"}]
+    try:
+        shown, _ = render_jinja_template([messages], chat_template=template, bos_token="", eos_token="")
+    except jinja2.TemplateError:
+        return True
+    return messages[0]["content"] not in shown[0]
 
 
 def _images_of(chat: list[dict]) -> list:
@@ -191,4 +215,4 @@ def _loaded(images):
     return load_image(images) if isinstance(images, str) else images
 
 
-__all__ = ["VICUNA_TEMPLATE", "VlmLlavaProcessor", "flat_content"]
+__all__ = ["VICUNA_TEMPLATE", "VlmLlavaProcessor", "flat_content", "reads_parts"]

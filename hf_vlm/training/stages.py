@@ -27,15 +27,32 @@ class Stage:
     rates: Mapping[str, float]
     lora: Mapping[str, float] = field(default_factory=dict)
 
-    def with_rank(self, r: int) -> "Stage":
-        """The same with LoRA of another rank, at the same scale `alpha / r`.
+    def with_lora(self, r: int | None = None, dropout: float | None = None) -> "Stage":
+        """The same with LoRA of another rank, at the same scale `alpha / r`, or of another dropout.
 
         Raises:
-            ValueError: if the stage has no LoRA, or the rank is not positive.
+            ValueError: if the stage has no LoRA, the rank is not positive, or the dropout no probability below 1.
         """
-        if not self.lora or r < 1:
-            raise ValueError(f"A rank of {r} needs to be positive, and a stage with LoRA, such as llava-1.5-lora.")
-        return replace(self, lora={**self.lora, "r": r, "alpha": self.lora["alpha"] * r / self.lora["r"]})
+        if r is None and dropout is None:
+            return self
+        if not self.lora:
+            raise ValueError("lora_r and lora_dropout need a stage with LoRA, such as llava-1.5-lora.")
+        r = int(self.lora["r"]) if r is None else r
+        dropout = self.lora["dropout"] if dropout is None else dropout
+        if r < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"LoRA needs a positive rank and a dropout from 0 to below 1, got {r} and {dropout}.")
+        return replace(self, lora={"r": r, "alpha": self.lora["alpha"] * r / self.lora["r"], "dropout": dropout})
+
+    def with_rates(self, rates: Mapping[str, float] | None) -> "Stage":
+        """The same with other rates of some of its parts.
+
+        Raises:
+            ValueError: if a part is not trained in this stage.
+        """
+        if unknown := [part for part in rates or {} if part not in self.rates]:
+            trained = ", ".join(self.rates)
+            raise ValueError(f"learning_rates: this stage does not train {unknown[0]!r}, but {trained}: take another.")
+        return replace(self, rates={**self.rates, **(rates or {})})
 
 
 STAGES: Mapping[str, Stage] = {
@@ -73,12 +90,15 @@ def apply_stage(model: VlmLlavaForConditionalGeneration, stage: Stage) -> VlmLla
         The model; with LoRA, PEFT's around it.
 
     Raises:
-        ValueError: if the stage names an unknown part, or trains the tower beside LoRA, whose checkpoints leave it out.
+        ValueError: if the stage names an unknown part, or others than projector and LLM beside LoRA, whose checkpoints
+            hold just these.
     """
     if unknown := [part for part in stage.rates if part not in PARTS]:
         raise ValueError(f"{unknown[0]!r} is no part of LLaVA; there are {', '.join(PARTS)}.")
     if stage.lora and "vision_model" in stage.rates:
         raise ValueError("A stage with LoRA cannot train the image tower: its checkpoints would leave the tower out.")
+    if stage.lora and set(stage.rates) != {"projector", "language_model"}:
+        raise ValueError(f"A stage with LoRA trains projector and language_model, not {', '.join(stage.rates)}.")
     body = model.body
     body.freeze_tower()
     if "vision_model" in stage.rates:

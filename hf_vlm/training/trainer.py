@@ -75,7 +75,13 @@ class VlmTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """The Trainer's optimiser, with `learning_rates` for parts; or [`MuonAdamW`] with `muon_learning_rate`."""
+        """The Trainer's optimiser, with `learning_rates` for parts; or [`MuonAdamW`] with `muon_learning_rate`.
+
+        Raises:
+            ValueError: if both are given.
+        """
+        if self.args.learning_rates and self.args.muon_learning_rate is not None:
+            raise ValueError("learning_rates, which a stage may set, are AdamW's: leave out muon_learning_rate.")
         if self.optimizer is None and self.args.muon_learning_rate is not None:
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             self.optimizer = MuonAdamW(
