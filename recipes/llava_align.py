@@ -1,6 +1,6 @@
 """LLaVA, first stage (arXiv 2304.08485, section 4.2): the projector learns to put images into the words of an LLM.
 
-A laptop, about ten minutes on two cores, on scenes of the built-in pictures, after `clip_pretrain.py`:
+A laptop, under twenty minutes on two cores, on scenes of the built-in pictures, after `clip_pretrain.py`:
 
     python recipes/llava_align.py --config recipes/llava_align/small.yaml
 

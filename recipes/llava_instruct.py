@@ -1,6 +1,6 @@
 """LLaVA, second stage (arXiv 2304.08485, section 4.2; 2310.03744, section 3): visual instruction tuning, by TRL.
 
-A laptop, about an hour on one core, on conversations about scenes of the built-in pictures and on easy-VQA, after
+A laptop, about half an hour on two cores, on conversations about scenes of the built-in pictures and on easy-VQA, after
 `llava_align.py`:
 
     python recipes/llava_instruct.py --config recipes/llava_instruct/small.yaml
