@@ -23,7 +23,7 @@ from hf_vlm.data import (
     load_conversations,
     open_conversations,
 )
-from hf_vlm.data.conversation_collator import fill_rows
+from hf_vlm.data.conversation_collator import assistant_spans, fill_rows
 from hf_vlm.data.conversations import read_conversation
 from hf_vlm.data.scene_conversations import MOST_SPOKEN, detail, spoken
 from hf_vlm.data.scene_text import phrase
@@ -321,6 +321,25 @@ def test_rows_are_grouped_by_length(tmp_path):
         trainer = VlmSFTTrainer(tiny_llava.llava_model(), args, train_dataset=mixed, **parts)
         padding[strategy] = sum(int((batch["attention_mask"] == 0).sum()) for batch in trainer.get_train_dataloader())
     assert padding["group_by_length"] < padding["random"] / 3
+
+
+def test_a_template_whose_last_answer_begins_with_a_thought():
+    """As Qwen3's: earlier answers are learned as they stand there, the last with its empty thought."""
+    thinking = (
+        "{% for message in messages %}{{ '<start>' + message['role'] + ' ' }}"
+        "{% if loop.last and message['role'] == 'assistant' %}{{ '<think> </think> ' }}{% endif %}"
+        "{{ message['content'] + '<end>' + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start>assistant ' }}{% endif %}"
+    )
+    processor = tiny_llava.llava_processor()
+
+    def render(messages, add_generation_prompt):
+        options = {"chat_template": thinking, "add_generation_prompt": add_generation_prompt}
+        return processor.apply_chat_template(messages, **options) if messages else ""
+
+    text, spans = assistant_spans(render, talk("who?", "end", "and", "end", "why", "two end"), "row")
+    assert [text[start:end] for start, end in spans] == ["end<end>", "end<end>", "<think> </think> two end<end>"]
+    assert all(text[:start].endswith("<start>assistant ") for start, _ in spans)
 
 
 def test_a_template_that_hides_who_speaks_is_refused():
