@@ -20,6 +20,7 @@ from hf_vlm.data import (
     SceneConversations,
     SceneRows,
     SceneStream,
+    conversation_collator,
     load_conversations,
     open_conversations,
 )
@@ -289,11 +290,14 @@ def test_rows_are_filled_without_overflow_and_without_loss():
     assert len(filled) == 4
 
 
-def test_long_samples_are_cut_at_the_end_but_never_within_an_image():
+def test_long_samples_are_cut_at_the_end_but_never_within_an_image(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(conversation_collator.logger, "warning_once", said.append)
     processor = tiny_llava.llava_processor()
     whole = ConversationCollator(processor)(rows()[:1])["input_ids"]
     cut = ConversationCollator(processor, max_length=whole.shape[1] - 3)(rows()[:1])["input_ids"]
     assert torch.equal(cut, whole[:, :-3])
+    assert said == [f"Conversations of more than max_length={whole.shape[1] - 3} tokens lose their ends."]
     with pytest.raises(ValueError, match=r"sample 0 of the batch: an image of 16 tokens .* does not fit"):
         ConversationCollator(processor, max_length=10)(rows()[:1])
 

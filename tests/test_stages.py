@@ -83,6 +83,7 @@ def test_a_stage_with_another_rank_keeps_its_scale_and_all_else():
     for wrong in ({"r": 0}, {"dropout": 1.0}):
         with pytest.raises(ValueError, match="a positive rank and a dropout from 0 to below 1"):
             stage.with_lora(**wrong)
+    assert Stage(stage.rates, lora={"r": 4, "alpha": 8}).with_lora(r=2).lora == {"r": 2, "alpha": 4, "dropout": 0.0}
     assert stage.with_lora(dropout=0.0).lora == {"r": 128, "alpha": 256, "dropout": 0.0}
     assert stage_named("llava-1.5-instruct").with_lora() == stage_named("llava-1.5-instruct")
 
@@ -105,6 +106,14 @@ def test_other_rates_of_a_stage_leave_those_of_its_other_parts():
     assert stage.with_rates(None) == stage
     with pytest.raises(ValueError, match="does not train 'vision_model', but projector, language_model"):
         stage.with_rates({"vision_model": 1e-3})
+
+
+def test_muon_beside_the_rates_of_a_stage_is_refused(tmp_path):
+    """Recipes give a stage's rates after the arguments were checked."""
+    args = arguments(tmp_path, muon_learning_rate=0.1)
+    args.learning_rates = dict(stage_named("llava-1.5-align").rates)
+    with pytest.raises(ValueError, match="leave out muon_learning_rate"):
+        VlmTrainer(apply_stage(llava(), stage_named("llava-1.5-align")), args).create_optimizer()
 
 
 def test_each_part_has_its_rate_and_keeps_its_weight_decay(tmp_path):

@@ -38,7 +38,7 @@ class Stage:
         if not self.lora:
             raise ValueError("lora_r and lora_dropout need a stage with LoRA, such as llava-1.5-lora.")
         r = int(self.lora["r"]) if r is None else r
-        dropout = self.lora["dropout"] if dropout is None else dropout
+        dropout = self.lora.get("dropout", 0.0) if dropout is None else dropout
         if r < 1 or not 0 <= dropout < 1:
             raise ValueError(f"LoRA needs a positive rank and a dropout from 0 to below 1, got {r} and {dropout}.")
         return replace(self, lora={"r": r, "alpha": self.lora["alpha"] * r / self.lora["r"], "dropout": dropout})
