@@ -11,7 +11,7 @@ import tiny_blip2
 import tiny_llava
 from hf_vlm import VlmImageProcessor, VlmLlavaProcessor
 from hf_vlm.models import with_image_token
-from hf_vlm.models.processing_llava import VICUNA_TEMPLATE, flat_content
+from hf_vlm.models.processing_llava import VICUNA_TEMPLATE, flat_content, reads_parts
 from tiny_llava import CHATML, SIZES
 
 IMAGE = tiny_blip2.IMAGE_TOKEN_ID
@@ -186,6 +186,20 @@ def test_vicunas_template() -> None:
     assert processor.apply_chat_template([CHAT, system]) == [expected, "a dog USER: a cat "]
     assert CHAT[0] is QUESTION
     assert len(QUESTION["content"]) == 3  # the caller's messages are as they were
+
+
+@pytest.mark.parametrize(
+    ("template", "in_parts"),
+    [
+        (VICUNA_TEMPLATE, False),
+        (CHATML, False),
+        (tiny_llava.IN_PARTS, True),
+        ("{{ raise_exception('a system turn, please') }}", False),
+        ("{% for part in messages[0].content %}{{ 'a' + part.text }}{% endfor %}", True),
+    ],
+)
+def test_templates_that_read_parts_are_told_from_those_that_read_texts(template: str, in_parts: bool) -> None:
+    assert reads_parts(template) == in_parts
 
 
 def test_another_template() -> None:

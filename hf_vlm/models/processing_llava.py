@@ -187,12 +187,17 @@ def flat_content(content: str | list[dict]) -> str:
 @cache
 def reads_parts(template: str) -> bool:
     """Whether a template reads content in parts alone, as those of llava-hf do: of a text it shows nothing."""
-    messages = [{"role": "user", "content": "a text to look for"}]
+    text = "a text to look for"
+    return not _shows(template, text, text) and _shows(template, [{"type": "text", "text": text}], text)
+
+
+def _shows(template: str, content: str | list[dict], text: str) -> bool:
+    messages = [{"role": "user", "content": content}]
     try:
         shown, _ = render_jinja_template([messages], chat_template=template, bos_token="", eos_token="")
-    except jinja2.TemplateError:
-        return True
-    return messages[0]["content"] not in shown[0]
+    except (jinja2.TemplateError, TypeError):  # such as a list put behind a text
+        return False
+    return text in shown[0]
 
 
 def _images_of(chat: list[dict]) -> list:
