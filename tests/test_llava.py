@@ -62,6 +62,7 @@ def test_logits_of_images_of_many_sizes_equal_transformers(anyres: bool) -> None
         ("clip", {"vision_feature_layer": 1, "vision_feature_select_strategy": "full"}),
         ("clip", {"vision_feature_layer": -3, "projector_bias": False, "projector_hidden_act": "silu"}),
         ("siglip", {"vision_feature_layer": 3, "vision_feature_select_strategy": "full"}),
+        ("registers", {}),
     ],
 )
 def test_other_layers_strategies_projectors_and_towers_equal_transformers(vision: str, options: dict) -> None:

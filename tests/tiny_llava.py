@@ -6,6 +6,8 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -55,7 +57,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def tower(name: str, layers: int = LAYERS) -> PreTrainedModel:
-    """A randomised tower of TOWERS, in eval mode; SigLIP has no class token."""
+    """A randomised tower of TOWERS, or one with registers, in eval mode; SigLIP has no class token."""
     sizes = tiny.layer_sizes(layers=layers, image_size=tiny.IMAGE_SIZE, patch_size=PATCH)
     build = {
         "own": lambda: VlmTowerModel(tiny.tower_config(num_hidden_layers=layers)),
@@ -63,6 +65,9 @@ def tower(name: str, layers: int = LAYERS) -> PreTrainedModel:
         "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**sizes)),
         "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**sizes)),
         "dinov2": lambda: Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)),
+        "registers": lambda: Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(**sizes, mlp_ratio=2, num_register_tokens=2)
+        ),
     }[name]
     return tiny.randomise(build())
 
@@ -184,7 +189,8 @@ def batch(anyres: bool, model: PreTrainedModel) -> Batch:
     vision, strategy = model.config.vision_config, model.config.vision_feature_select_strategy
     side = vision.image_size // vision.patch_size
     with_class = strategy == "full" and vision.model_type != "siglip_vision_model"
-    counts = [layout.num_tokens for layout in layouts(vision.patch_size)] if anyres else [side**2 + with_class] * 5
+    count = side**2 + with_class + getattr(vision, "num_register_tokens", 0)
+    counts = [layout.num_tokens for layout in layouts(vision.patch_size)] if anyres else [count] * 5
     return rows(counts) | pictures(anyres)
 
 

@@ -112,7 +112,7 @@ def join_views(views: torch.Tensor, layout: AnyresLayout, newline: torch.Tensor)
     if views.shape[1] != layout.side**2:
         raise ValueError(
             f"A view has {views.shape[1]} tokens for {layout.side}x{layout.side} patches: leave out the class token "
-            'with vision_feature_select_strategy="default".'
+            'with vision_feature_select_strategy="default", and take a tower without registers.'
         )
     grid = views[1:].view(layout.rows, layout.columns, layout.side, layout.side, hidden)
     grid = grid.transpose(1, 2).reshape(layout.rows * layout.side, layout.columns * layout.side, hidden)

@@ -27,7 +27,8 @@ class VlmLlavaConfig(PreTrainedConfig):
         image_token_id: Id of the placeholder in whose places image tokens go.
         vision_feature_layer: Index into the tower's hidden states (0 the embeddings, -1 the last layer's); layers after
             it are not run.
-        vision_feature_select_strategy: `"default"` leaves the class token out, `"full"` keeps it.
+        vision_feature_select_strategy: `"default"` leaves the class token out, `"full"` keeps it. Registers are
+            kept, as in transformers.
         projector_type: `"linear"`, or `"mlp"` of two layers.
         projector_hidden_act: Activation of the MLP.
         projector_bias: Whether the projector has biases.

@@ -11,7 +11,7 @@ from .anyres import anyres_layout
 from .image_processing_vlm import VlmImageProcessor
 from .modeling_llava import VlmLlavaForConditionalGeneration
 from .processing_blip2 import IMAGE_TOKEN, with_image_token
-from .vision_features import has_class_token
+from .vision_features import count_extra_tokens
 
 # LLaVA-1.5's conversations (Vicuna v1), for tokenizers that bring no template.
 VICUNA_TEMPLATE = (
@@ -34,7 +34,7 @@ class VlmLlavaProcessor(ProcessorMixin):
         image_processor: A [`VlmImageProcessor`].
         tokenizer: The LLM's with the placeholder `<image>`; it pads to the left.
         patch_size: Side of the tower's patches in pixels.
-        num_additional_image_tokens: Tokens of the tower before the patches: 1 with a class token.
+        num_additional_image_tokens: Tokens of the tower before the patches: a class token, registers.
         vision_feature_select_strategy: As in the config: `"default"` leaves the first of these out.
         chat_template: How conversations become text; the tokenizer's own, or Vicuna's, by default.
 
@@ -93,7 +93,7 @@ class VlmLlavaProcessor(ProcessorMixin):
             VlmImageProcessor(image_grid_pinpoints=grids, **image_kwargs),
             tokenizer,
             patch_size=vision.patch_size,
-            num_additional_image_tokens=int(has_class_token(model.model.vision_model)),
+            num_additional_image_tokens=count_extra_tokens(model.model.vision_model),
             vision_feature_select_strategy=config.vision_feature_select_strategy,
         )
         if processor.image_token_id != config.image_token_id:

@@ -18,6 +18,11 @@ def has_class_token(tower: PreTrainedModel) -> bool:
     return any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
 
 
+def count_extra_tokens(tower: PreTrainedModel) -> int:
+    """How many tokens a tower puts before the patches: a class token, registers."""
+    return int(has_class_token(tower)) + getattr(tower.config, "num_register_tokens", 0)
+
+
 def _stack_of(tower: PreTrainedModel) -> tuple[nn.Module, str]:
     """The module that holds the tower's layers, and their name in it."""
     for module in tower.modules():
@@ -84,4 +89,4 @@ def read_parameters(tower: PreTrainedModel, layer: int) -> list[nn.Parameter]:
     return found
 
 
-__all__ = ["has_class_token", "layer_states", "read_parameters"]
+__all__ = ["count_extra_tokens", "has_class_token", "layer_states", "read_parameters"]
