@@ -6,8 +6,8 @@ Papers: LLaVA-1.0 (arXiv 2304.08485), 1.5 (arXiv 2310.03744), and the blog post 
   (1.5, 1.6). Layers after the chosen one are not run.
 - 1.6 sees an image as an overview and tiles: see `anyres.py`.
 - Placeholders are counted, image by image: an image that is cut, missing or too many is an error.
-- Rows without images cost no vision pass. In training an *empty* batch goes through the projector, and through a tower
-  that is trained (a blank view), so that all have a (zero) gradient and no rank waits for another.
+- Rows without images cost no vision pass. In training an *empty* batch goes through the projector, so that it has a
+  (zero) gradient and no rank waits for another; and a blank view through a tower that is trained or sharded.
 - The LLM keeps its head; in training logits are made at supervised positions only. Generation is its own `generate`.
 - Packed rows have `position_ids` that restart and no `attention_mask`.
 
@@ -24,11 +24,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
 from .anyres import anyres_layout, join_views
 from .configuration_llava import VlmLlavaConfig
@@ -220,11 +221,12 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         return BaseModelOutputWithPooling(states, pooler_output=self.projector(states, image_sizes))
 
     def _no_images(self) -> list[torch.Tensor]:
-        """The tokens of no image; where projector or tower are trained, with a graph through all of them."""
+        """The tokens of no image, with a graph through what is trained and a pass through what ranks run together."""
         vision = self.config.vision_config
-        if not (self.training and torch.is_grad_enabled()):
+        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vision_model)
+        if not sharded and not (self.training and torch.is_grad_enabled()):
             return []
-        if self.trains_tower:  # a blank view, for towers take no empty batch
+        if sharded or self.trains_tower:  # a blank view, for towers take no empty batch
             shape = (1, vision.num_channels, vision.image_size, vision.image_size)
             states = self.get_vision_features(torch.zeros(shape, device=self.device))[:0]
         else:

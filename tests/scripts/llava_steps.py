@@ -2,7 +2,7 @@
 
 The first half of the rows has images, the second has none: of two ranks, the second sees text alone. Without torchrun
 it is a single process without process group. The results of rank 0 go to FOLDER/results-N.pt; a rank that waits in vain
-for the gradients of another gives up after a minute.
+for another gives up after a minute.
 """
 
 import itertools
@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tiny_blip2
@@ -21,7 +24,7 @@ import tiny_llava
 from tiny_llava import IMAGE, SIZES, Batch, padded, pictures
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-CASES = list(itertools.product(["own", "clip"], ["one view", "anyres"], ["frozen", "thawed"]))
+CASES = list(itertools.product(["own", "clip"], ["one view", "anyres"], ["frozen", "thawed"], ["copied", "sharded"]))
 
 
 def share(anyres: bool) -> tuple[Batch, int]:
@@ -49,7 +52,25 @@ def forward(model: nn.Module, inputs: Batch, count: float) -> torch.Tensor | str
     return "; ".join(filter(None, errors)) or found
 
 
-def step(tower: str, tiles: str, state: str) -> Batch | str:
+def spread(model: nn.Module, way: str) -> nn.Module:
+    """The model on all ranks: a copy on each (DDP), or sharded layer by layer (FSDP2), the tower's layers too."""
+    if RANKS == 1:
+        return model
+    if way == "copied":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient with the parts of all ranks."""
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def step(tower: str, tiles: str, state: str, way: str) -> Batch | str:
     """Loss and gradients of four rows; the loss of all ranks is a mean over their tokens together."""
     torch.manual_seed(0)
     anyres = tiles == "anyres"
@@ -58,7 +79,7 @@ def step(tower: str, tiles: str, state: str) -> Batch | str:
         model.model.thaw_tower()
     model.train()
     inputs, count = share(anyres)
-    wrapped = DistributedDataParallel(model) if RANKS > 1 else model
+    wrapped = spread(model, way)
     loss = forward(wrapped, inputs, count / RANKS)  # gradients are averaged over ranks
     if isinstance(loss, str):
         return loss
@@ -66,7 +87,7 @@ def step(tower: str, tiles: str, state: str) -> Batch | str:
     total = loss.detach() / RANKS
     if RANKS > 1:
         dist.all_reduce(total)
-    return {"loss": total} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"loss": total} | {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def main(folder: Path) -> dict[tuple[str, ...], Batch | str]:
