@@ -55,6 +55,9 @@ class ModelArguments:
     )
     projector_type: str = field(default="mlp", metadata={"help": "linear (1.0) or mlp (1.5, 1.6)."})
     vision_feature_layer: int = field(default=-2, metadata={"help": "Which hidden states of the tower are read."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "How the LLM attends: sdpa, flash_attention_2, ...; transformers' choice."}
+    )
 
 
 @dataclass
@@ -69,6 +72,7 @@ class DataArguments:
     packed: bool = field(default=True, metadata={"help": "Put several samples into one row, without padding."})
     train_scenes: int = field(default=30_000, metadata={"help": "Scenes to train on."})
     max_words: int | None = field(default=None, metadata={"help": "Longest caption of a scene in words."})
+    scene_size: int | None = field(default=None, metadata={"help": "Pixels of a scene's shorter side; the tower's."})
     scene_aspects: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Width over height of the scenes, of which each has one."}
     )
@@ -106,12 +110,14 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
 
     # MODEL
     model, processor = build_model(model_args, training_args.bf16)
+    if model_args.attn_implementation is not None:
+        model.body.language_model.set_attn_implementation(model_args.attn_implementation)
     stage = stage_named(model_args.stage).with_rates(training_args.learning_rates)
     training_args.learning_rates = dict(stage.rates)
     model = apply_stage(model, stage)
 
     # DATA
-    size = processor.image_processor.size["height"]
+    size = data_args.scene_size or processor.image_processor.size["height"]
     train = build_data(data_args, size, training_args.seed)
 
     # TRAIN

@@ -47,6 +47,9 @@ class ModelArguments:
     lora_r: int | None = field(default=None, metadata={"help": "Another rank than the stage's, at its alpha / r."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Another dropout than the stage's."})
     chat_template: str | None = field(default=None, metadata={"help": "File of a chat template; the processor's own."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "How the LLM attends: sdpa, flash_attention_2, ...; transformers' choice."}
+    )
 
 
 @dataclass
@@ -69,6 +72,7 @@ class DataArguments:
         default=None, metadata={"help": "How often each kind of conversation about scenes comes; KINDS by default."}
     )
     max_words: int | None = field(default=None, metadata={"help": "Longest caption of a scene in words."})
+    scene_size: int | None = field(default=None, metadata={"help": "Pixels of a scene's shorter side; the tower's."})
     scene_aspects: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Width over height of the scenes, of which each has one."}
     )
@@ -96,6 +100,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
     # MODEL
     model = VlmLlavaForConditionalGeneration.from_pretrained(model_args.model, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(model_args.model)
+    if model_args.attn_implementation is not None:
+        model.body.language_model.set_attn_implementation(model_args.attn_implementation)
     if model_args.chat_template is not None:
         with open(model_args.chat_template, encoding="utf-8") as file:
             processor.chat_template = file.read()
@@ -105,7 +111,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Vl
     model = apply_stage(model, stage)
 
     # DATA
-    size = processor.image_processor.size["height"]
+    size = data_args.scene_size or processor.image_processor.size["height"]
     train = build_data(data_args, size, training_args.seed)
     collator = ConversationCollator(processor, data_args.max_tokens, data_args.packed, data_args.row_tokens)
 

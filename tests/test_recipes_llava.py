@@ -12,11 +12,14 @@ from datasets import Image as ImageFeature
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
+    AttentionInterface,
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
     LlamaConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from trl import TrlParser
 
 import tiny
@@ -113,6 +116,21 @@ def test_packing_changes_no_loss(folder, aligned):
         state = json.loads((folder / f"loss-{packed}" / "checkpoint-3" / "trainer_state.json").read_text())
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_llm_attends_as_it_is_told(folder, aligned):
+    attended = []
+
+    def attend(module, *args, **kwargs):
+        attended.append(type(module).__name__)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("noted", attend)
+    AttentionMaskInterface.register("noted", sdpa_mask)
+    for recipe, config in ((llava_align, str(folder / "align.yaml")), (llava_instruct, talk(folder))):
+        run(recipe, config, folder / f"attends-{recipe.__name__}", "--attn_implementation", "noted")
+        assert set(attended) == {"LlamaAttention"}
+        attended.clear()
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, aligned):

@@ -293,13 +293,20 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, vision_features, mm_encoder_outputs)
-        return self.language_model.base_model(
+        shape = inputs_embeds.shape
+        is_packed = position_ids is not None and attention_mask is None and kwargs.get("use_cache") is False
+        if is_packed and is_flash_attention_requested(self.language_model.config):
+            # Of several rows, flash attention would not see where positions restart.
+            inputs_embeds, position_ids = inputs_embeds.flatten(0, 1)[None], position_ids.reshape(1, -1)
+        output = self.language_model.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
         )
+        output.last_hidden_state = output.last_hidden_state.view(shape)
+        return output
 
 
 def _any_rows(tensor: torch.Tensor | None) -> bool:

@@ -15,7 +15,6 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data.conversation_collator import ConversationCollator
 from ..data.pairs import Rows
-from ..models.language_model import hidden_states
 from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
 from .arguments import VlmTrainingArguments
 from .trainer import VlmTrainer
@@ -130,12 +129,15 @@ def check_packing(model: PreTrainedModel | PeftModel) -> None:
     Raises:
         ValueError: if what stands before a sample in its row changes the sample's states.
     """
-    llm = base_of(model).body.language_model
+    body = base_of(model).body
+    llm = body.language_model
     was_training = llm.training
     llm.eval()
     input_ids = torch.tensor([[1, 2, 3, 4], [5, 6, 3, 4]], device=llm.device)  # the second samples are equal
     position_ids = torch.tensor([[0, 1, 0, 1]] * 2, device=llm.device)
-    one, other = hidden_states(llm, input_ids=input_ids, position_ids=position_ids, use_cache=False)[:, 2:].float()
+    embeds = body.get_input_embeddings()(input_ids)
+    output = body(inputs_embeds=embeds, position_ids=position_ids, use_cache=False)
+    one, other = output.last_hidden_state[:, 2:].float()
     llm.train(was_training)
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
         kind = llm.config.model_type
