@@ -75,6 +75,8 @@ def evaluate(
     limit: Annotated[
         int, typer.Option(help="Number of scenes, or of rows or questions of other data (0: all).")
     ] = 1000,
+    scene_size: Annotated[int | None, typer.Option(help="Pixels of a scene's side; as the checkpoint has it.")] = None,
+    questions: Annotated[int, typer.Option(help="Number of questions of each test set (0: all).")] = 0,
     rerank: Annotated[int, typer.Option(help="Candidates of each query that BLIP re-ranks (0: none).")] = 32,
     beams: Annotated[int, typer.Option(help="Beams of captions (1: greedy).")] = 3,
     train_split: Annotated[
@@ -86,16 +88,16 @@ def evaluate(
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Evaluate a checkpoint of CLIP, BLIP, BLIP-2 or InstructBLIP: retrieval, hard negatives, captions, questions.
+    """Evaluate a checkpoint of any of the architectures: retrieval, hard negatives, captions, questions.
 
     Beside every number stands what chance, the model without seeing the image, or the most frequent answer gives.
     """
     from .commands.evaluate import evaluate_checkpoint, format_reports
     from .commands.tasks import Settings
 
-    settings = Settings(rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16)
+    settings = Settings(rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16, max_questions=questions)
     name = None if task is None else task.value
-    reports = evaluate_checkpoint(model, data, split, columns, limit, name, train_split, settings)
+    reports = evaluate_checkpoint(model, data, split, columns, limit, name, train_split, settings, scene_size)
     typer.echo(json.dumps(reports, indent=2) if as_json else format_reports(reports))
 
 

@@ -72,6 +72,7 @@ class DataArguments:
     augmentation: str = field(default="photo", metadata={"help": "photo, scene or none."})
     train_scenes: int = field(default=100_000, metadata={"help": "Scenes to train on."})
     max_words: int | None = field(default=None, metadata={"help": "Longest caption of a scene in words."})
+    scene_size: int | None = field(default=None, metadata={"help": "Pixels of a scene's side; the tower's."})
     num_scenes: int = field(default=500, metadata={"help": "Scenes of each test set."})
 
 
@@ -120,7 +121,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Bl
     model, processor = build_model(model_args)
 
     # DATA
-    task, size = model_args.task, processor.image_processor.size["height"]
+    task, size = model_args.task, data_args.scene_size or processor.image_processor.size["height"]
     train, watched = build_data(data_args, task, size, training_args.seed)
 
     # TRAIN

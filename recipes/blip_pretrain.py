@@ -75,6 +75,7 @@ class DataArguments:
     augmentation: str = field(default="blip", metadata={"help": "blip, photo, scene or none."})
     train_scenes: int = field(default=100_000, metadata={"help": "Scenes to train on."})
     max_words: int | None = field(default=None, metadata={"help": "Longest caption of a scene in words."})
+    scene_size: int | None = field(default=None, metadata={"help": "Pixels of a scene's side; the tower's."})
     num_scenes: int = field(default=500, metadata={"help": "Scenes of each test set."})
 
 
@@ -95,12 +96,12 @@ def build_model(args: ModelArguments) -> tuple[VlmBlipForPreTraining, VlmBlipPro
 
 
 def build_data(
-    args: DataArguments, image_size: int, seed: int
+    args: DataArguments, size: int, seed: int
 ) -> tuple[PairDataset | PairStream, PairDataset | PairStream | None]:
     """Pairs to train on, and pairs to watch the training with."""
     if args.sources is None:
-        train = SceneRows(SceneStream("train", seed, image_size), args.train_scenes, args.max_words)
-        validation = SceneRows(SceneStream("validation", seed + 1, image_size), 512, args.max_words)
+        train = SceneRows(SceneStream("train", seed, size), args.train_scenes, args.max_words)
+        validation = SceneRows(SceneStream("validation", seed + 1, size), 512, args.max_words)
         return PairDataset(train, seed), PairDataset(validation, shuffle_captions=False)
     train = load_pairs(args.sources, args.mix, seed, args.on_error)
     return train, load_pairs(args.eval_sources, shuffle_captions=False) if args.eval_sources else None
@@ -121,7 +122,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Bl
     model, processor = build_model(model_args)
 
     # DATA
-    train, validation = build_data(data_args, model_args.image_size, training_args.seed)
+    size = data_args.scene_size or model_args.image_size
+    train, validation = build_data(data_args, size, training_args.seed)
 
     # TRAIN
     trainer = BlipTrainer(
@@ -137,7 +139,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: Bl
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
     trainer.save_model()
     if data_args.sources is None and trainer.is_world_process_zero():
-        save_scene_report(training_args.output_dir, model, processor, data_args.num_scenes, model_args.image_size)
+        save_scene_report(training_args.output_dir, model, processor, data_args.num_scenes, size)
     finish_run(trainer, "blip_pretrain", model_args, data_args)
 
 

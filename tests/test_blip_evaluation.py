@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -362,6 +363,21 @@ def test_scenes(checkpoints, head, tasks):
             assert task.replace("_", " ") in table.splitlines()
             for row in rows:
                 assert any(line.startswith(f"unseen_style, {row} ") for line in table.splitlines())
+
+
+def test_scenes_of_another_size_and_fewer_questions(checkpoints):
+    model, told = checkpoints[VlmBlipForQuestionAnswering], replace(QUIET, max_questions=5)
+    found = evaluate_checkpoint(model, "scenes", "test", "", 3, "vqa", settings=told, scene_size=128)
+    wanted = report_on_scenes(model, num_scenes=3, task="vqa", size=128, settings=told)
+    assert found == wanted
+    assert all(report["vqa"]["questions"] == 5 for report in found.values())
+    options = ["--data", "scenes", "--task", "vqa", "--limit", "3", "--questions", "5", "--scene-size", "128", "--json"]
+    result = CliRunner().invoke(app, ["evaluate", model, *options])
+    assert result.exit_code == 0, result.output
+    answered = json.loads(result.stdout[result.stdout.index("{") :])
+    assert {name: report["vqa"]["majority"] for name, report in answered.items()} == {
+        name: report["vqa"]["majority"] for name, report in wanted.items()
+    }
 
 
 @pytest.mark.parametrize(
