@@ -68,6 +68,7 @@ class DataArguments:
         default=None, metadata={"help": "Data sources (path, split, columns, ...); none: scenes of built-in pictures."}
     )
     eval_sources: list[dict] | None = field(default=None, metadata={"help": "Not used."})
+    on_error: str = field(default="raise", metadata={"help": "raise or skip broken images."})
     max_tokens: int = field(default=2048, metadata={"help": "Longest sample in tokens, those of the image included."})
     packed: bool = field(default=True, metadata={"help": "Put several samples into one row, without padding."})
     train_scenes: int = field(default=30_000, metadata={"help": "Scenes to train on."})
@@ -101,7 +102,8 @@ def build_data(args: DataArguments, size: int, seed: int) -> CaptionConversation
     if args.sources is None:
         stream = SceneStream("train", seed, size, aspects=args.scene_aspects)
         return CaptionConversations(SceneRows(stream, args.train_scenes, args.max_words), seed)
-    return CaptionConversations(mix([DataSource(**source) for source in args.sources], seed=seed), seed)
+    sources = [DataSource(**source) for source in args.sources]
+    return CaptionConversations(mix(sources, seed=seed, on_error=args.on_error), seed)
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: VlmSFTConfig) -> None:

@@ -64,6 +64,7 @@ class DataArguments:
         },
     )
     eval_sources: list[dict] | None = field(default=None, metadata={"help": "Not used; the test sets are at the end."})
+    on_error: str = field(default="raise", metadata={"help": "raise or skip rows that are bad or have broken images."})
     max_tokens: int = field(default=2048, metadata={"help": "Longest sample in tokens, those of images included."})
     packed: bool = field(default=True, metadata={"help": "Put several samples into one row, without padding."})
     row_tokens: int | None = field(default=None, metadata={"help": "Tokens of a packed row; max_tokens by default."})
@@ -90,7 +91,7 @@ def build_data(args: DataArguments, size: int, seed: int) -> ConcatDataset:
         scenes = SceneRows(stream, args.train_scenes, args.max_words)
         easy_vqa = QuestionConversations(easy_vqa_questions("train"), easy_vqa_images("train"))
         return ConcatDataset([SceneConversations(scenes, seed, args.scene_kinds), easy_vqa])
-    return ConcatDataset([open_conversations(source) for source in args.sources])
+    return ConcatDataset([open_conversations(source, on_error=args.on_error) for source in args.sources])
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: VlmSFTConfig) -> None:

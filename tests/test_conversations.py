@@ -26,6 +26,8 @@ from hf_vlm.data import (
 )
 from hf_vlm.data.conversation_collator import assistant_spans, fill_rows
 from hf_vlm.data.conversations import read_conversation
+from hf_vlm.data.images import ImageError
+from hf_vlm.data.rows import SkipReport
 from hf_vlm.data.scene_conversations import MOST_SPOKEN, detail, spoken
 from hf_vlm.data.scene_text import phrase
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer
@@ -145,6 +147,43 @@ def test_files_of_json_and_jsonl(tmp_path):
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
         load_conversations(tmp_path / "b.json")
+
+
+def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path):
+    """The next good row stands in: of a file with images beside it, and of a data set with images in it."""
+    tiny.image().save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    asked = {"conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "tree"}]}
+    rows = [asked | {"image": name} for name in ("good.png", "broken.png", "absent.png")] + [{"image": "good.png"}]
+    (tmp_path / "talk.json").write_text(json.dumps(rows))
+    source = {"path": str(tmp_path / "talk.json"), "image_folder": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"Row 3 of .*talk\.json has neither messages nor conversations"):
+        open_conversations(source)[3]
+    report = SkipReport()
+    found = open_conversations(source, on_error="skip", report=report)
+    assert len(found) == 4
+    assert all(found[index]["images"][0].size == tiny.image().size for index in range(4))
+    assert report.count == 3
+    assert [error.split(": ")[0].replace(str(tmp_path), "") for error in report.errors] == [
+        "/talk.json, row 1 (/broken.png)",
+        "/talk.json, row 2 (/absent.png)",
+        "Row 3 of /talk.json has neither messages nor conversations",
+    ]
+    with pytest.raises(ValueError, match="no good row among up to 1000 in succession"):
+        ConversationRows(rows[1:3], tmp_path, on_error="skip")[0]
+    with pytest.raises(ValueError, match="on_error='drop' is unknown"):
+        ConversationRows(rows, on_error="drop")
+
+
+def test_bad_images_within_a_data_set(tmp_path):
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "messages": [{"role": text, "content": text}]})
+    values = {"image": [{"bytes": b"no image", "path": None}, tiny.image()], "messages": [talk("a dog", "tree")] * 2}
+    datasets.Dataset.from_dict(values, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ImageError, match=r"Row 0 of .* has an image that cannot be read"):
+        open_conversations({"path": str(tmp_path)})[0]
+    rows = open_conversations({"path": str(tmp_path)}, on_error="skip")
+    assert rows[0]["images"][0].size == rows[1]["images"][0].size == tiny.image().size
 
 
 def scenes(count: int = 60) -> SceneRows:

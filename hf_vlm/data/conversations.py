@@ -13,7 +13,10 @@ from typing import Any, TypedDict
 
 import datasets
 
+from .images import ImageError, load_image
 from .pairs import Rows, make_pair
+from .rows import HOPELESS, OnError, SkipReport, hopeless, place_of
+from .sources import report_for
 
 IMAGE_MARK = "<image>"
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
@@ -112,26 +115,58 @@ class ConversationRows:
         rows: Rows of any of the formats: a list, a `datasets.Dataset`.
         image_folder: Where paths of images begin.
         name: What errors call the rows.
+        on_error: "raise", or "skip": for a row that is no conversation, or whose images cannot be read, the next good
+            one stands in, and it is counted.
+        report: Counts them, together with those of other sources.
     """
 
-    def __init__(self, rows: Rows, image_folder: str | Path | None = None, name: str = "conversations"):
+    def __init__(
+        self,
+        rows: Rows,
+        image_folder: str | Path | None = None,
+        name: str = "conversations",
+        on_error: OnError = "raise",
+        report: SkipReport | None = None,
+    ):
         self.rows = rows
         self.image_folder = image_folder
         self.name = name
+        self.report = report_for(on_error, report)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Conversation:
-        return read_conversation(self.rows[index], f"Row {index} of {self.name}", self.image_folder)
+        if self.report is None:
+            return self._read(index)
+        for step in range(min(len(self.rows), HOPELESS)):
+            number = (index + step) % len(self.rows)
+            try:
+                row = self._read(number)
+                images = [load_image(image, place_of(self.name, number, image)) for image in row["images"]]
+                return {**row, "images": images}
+            except ValueError as error:
+                self.report.add(error)
+        raise hopeless(self.name)
+
+    def _read(self, index: int) -> Conversation:
+        where = f"Row {index} of {self.name}"
+        try:
+            row = self.rows[index]
+        except OSError as error:  # `datasets` has opened the row's images
+            raise ImageError(
+                f"{where} has an image that cannot be read ({error}): mend it or remove the row."
+            ) from error
+        return read_conversation(row, where, self.image_folder)
 
 
-def load_conversations(path: str | Path, image_folder: str | Path | None = None) -> ConversationRows:
+def load_conversations(path: str | Path, image_folder: str | Path | None = None, **options) -> ConversationRows:
     """Reads a file of LLaVA-Instruct's or ShareGPT's kind.
 
     Args:
         path: A `.json` file of a list of rows, or a `.jsonl` file of one a line.
         image_folder: Where paths of images begin.
+        **options: `on_error` and `report` of [`ConversationRows`].
 
     Raises:
         ValueError: if the file is neither.
@@ -144,15 +179,16 @@ def load_conversations(path: str | Path, image_folder: str | Path | None = None)
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}; it must be a list of rows.")
-    return ConversationRows(rows, image_folder, str(path))
+    return ConversationRows(rows, image_folder, str(path), **options)
 
 
-def open_conversations(source: Mapping[str, Any]) -> ConversationRows:
+def open_conversations(source: Mapping[str, Any], **options) -> ConversationRows:
     """A source of conversations as recipes name it.
 
     Args:
         source: `path` of a JSON file of LLaVA's or ShareGPT's format, with `image_folder`; or of a data set with
             `messages` and images, on the Hub or in a folder, with `name`, `split` ("train" by default) and `revision`.
+        **options: `on_error` and `report` of [`ConversationRows`].
 
     Raises:
         ValueError: if it says anything else.
@@ -163,11 +199,11 @@ def open_conversations(source: Mapping[str, Any]) -> ConversationRows:
     if unknown := sorted(set(source) - known):
         raise ValueError(f"The source {path} has {unknown[0]!r}; it can have {', '.join(sorted(known))}.")
     if is_file:
-        return load_conversations(path, source.get("image_folder"))
+        return load_conversations(path, source.get("image_folder"), **options)
     rows = datasets.load_dataset(
         path, source.get("name"), split=source.get("split", "train"), revision=source.get("revision")
     )
-    return ConversationRows(rows, source.get("image_folder"), path)
+    return ConversationRows(rows, source.get("image_folder"), path, **options)
 
 
 class CaptionConversations:
