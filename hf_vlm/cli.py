@@ -75,8 +75,14 @@ def evaluate(
     limit: Annotated[
         int, typer.Option(help="Number of scenes, or of rows or questions of other data (0: all).")
     ] = 1000,
-    scene_size: Annotated[int | None, typer.Option(help="Pixels of a scene's side; as the checkpoint has it.")] = None,
-    questions: Annotated[int, typer.Option(help="Number of questions of each test set (0: all).")] = 0,
+    scene_size: Annotated[
+        int | None, typer.Option(min=48, max=1024, help="Pixels of a scene's shorter side; as the checkpoint has it.")
+    ] = None,
+    scene_aspects: Annotated[
+        list[float] | None,
+        typer.Option(help="Width over height of scenes, of which each has one; give it several times."),
+    ] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Number of questions of each test set (0: all).")] = 0,
     rerank: Annotated[int, typer.Option(help="Candidates of each query that BLIP re-ranks (0: none).")] = 32,
     beams: Annotated[int, typer.Option(help="Beams of captions (1: greedy).")] = 3,
     train_split: Annotated[
@@ -97,7 +103,9 @@ def evaluate(
 
     settings = Settings(rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16, max_questions=questions)
     name = None if task is None else task.value
-    reports = evaluate_checkpoint(model, data, split, columns, limit, name, train_split, settings, scene_size)
+    reports = evaluate_checkpoint(
+        model, data, split, columns, limit, name, train_split, settings, scene_size, scene_aspects or [1.0]
+    )
     typer.echo(json.dumps(reports, indent=2) if as_json else format_reports(reports))
 
 

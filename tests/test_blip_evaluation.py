@@ -18,6 +18,7 @@ from hf_vlm import (
     VlmBlipModel,
 )
 from hf_vlm.cli import app
+from hf_vlm.commands import evaluate
 from hf_vlm.commands.evaluate import evaluate_checkpoint, report_on_scenes
 from hf_vlm.commands.tables import by_task, format_reports
 from hf_vlm.commands.tasks import Settings
@@ -365,19 +366,18 @@ def test_scenes(checkpoints, head, tasks):
                 assert any(line.startswith(f"unseen_style, {row} ") for line in table.splitlines())
 
 
-def test_scenes_of_another_size_and_fewer_questions(checkpoints):
+def test_scenes_of_another_size_and_fewer_questions(checkpoints, monkeypatch):
     model, told = checkpoints[VlmBlipForQuestionAnswering], replace(QUIET, max_questions=5)
     found = evaluate_checkpoint(model, "scenes", "test", "", 3, "vqa", settings=told, scene_size=128)
     wanted = report_on_scenes(model, num_scenes=3, task="vqa", size=128, settings=told)
     assert found == wanted
     assert all(report["vqa"]["questions"] == 5 for report in found.values())
-    options = ["--data", "scenes", "--task", "vqa", "--limit", "3", "--questions", "5", "--scene-size", "128", "--json"]
-    result = CliRunner().invoke(app, ["evaluate", model, *options])
-    assert result.exit_code == 0, result.output
-    answered = json.loads(result.stdout[result.stdout.index("{") :])
-    assert {name: report["vqa"]["majority"] for name, report in answered.items()} == {
-        name: report["vqa"]["majority"] for name, report in wanted.items()
-    }
+    given = []
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", lambda *args: given.append(args) or found)
+    options = ["--data", "scenes", "--limit", "3", "--questions", "5", "--scene-size", "128", "--scene-aspects", "2"]
+    assert CliRunner().invoke(app, ["evaluate", model, *options]).exit_code == 0
+    ((*_, settings, size, aspects),) = given
+    assert (settings.max_questions, size, aspects) == (5, 128, [2.0])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Conversations: readers of the published formats, scenes, and the batches made of them."""
 
+import io
 import json
 import re
 from collections import Counter
@@ -26,7 +27,7 @@ from hf_vlm.data import (
 )
 from hf_vlm.data.conversation_collator import assistant_spans, fill_rows
 from hf_vlm.data.conversations import read_conversation
-from hf_vlm.data.images import ImageError
+from hf_vlm.data.images import ImageError, load_image
 from hf_vlm.data.rows import SkipReport
 from hf_vlm.data.scene_conversations import MOST_SPOKEN, detail, spoken
 from hf_vlm.data.scene_text import phrase
@@ -132,6 +133,11 @@ def test_text_alone_and_a_system_turn():
         ({"messages": talk("<image>\na", "b")}, "1 <image> in its turns, but 0 images"),
         ({"messages": talk("a", " ")}, "turn 1 has no text"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "said by 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, r"said by \['user'\]"),
+        ({"messages": talk("a", "b")[1:], "images": [0]}, "take turns"),
+        ({"messages": ["a", "b"]}, "turn 0 is 'a'; it must say who speaks and what"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "a part of type 'a'"),
+        (None, "neither messages nor conversations"),
     ],
 )
 def test_rows_that_cannot_be_learned_are_named(row, message):
@@ -161,7 +167,7 @@ def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path):
         open_conversations(source)[3]
     report = SkipReport()
     found = open_conversations(source, on_error="skip", report=report)
-    assert len(found) == 4
+    assert len(found) == len(list(found)) == 4
     assert all(found[index]["images"][0].size == tiny.image().size for index in range(4))
     assert report.count == 3
     assert [error.split(": ")[0].replace(str(tmp_path), "") for error in report.errors] == [
@@ -171,19 +177,43 @@ def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path):
     ]
     with pytest.raises(ValueError, match="no good row among up to 1000 in succession"):
         ConversationRows(rows[1:3], tmp_path, on_error="skip")[0]
+    for wrong, folder in ((rows[0], None), (asked | {"image": "../good.png"}, tmp_path)):  # of the source, not of a row
+        with pytest.raises(ValueError, match="give image_folder, and paths that stay within it"):
+            ConversationRows([wrong, rows[0]], folder, on_error="skip")[0]
     with pytest.raises(ValueError, match="on_error='drop' is unknown"):
         ConversationRows(rows, on_error="drop")
 
 
-def test_bad_images_within_a_data_set(tmp_path):
-    text = datasets.Value("string")
-    features = datasets.Features({"image": datasets.Image(), "messages": [{"role": text, "content": text}]})
-    values = {"image": [{"bytes": b"no image", "path": None}, tiny.image()], "messages": [talk("a dog", "tree")] * 2}
-    datasets.Dataset.from_dict(values, features=features).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ImageError, match=r"Row 0 of .* has an image that cannot be read"):
-        open_conversations({"path": str(tmp_path)})[0]
-    rows = open_conversations({"path": str(tmp_path)}, on_error="skip")
-    assert rows[0]["images"][0].size == rows[1]["images"][0].size == tiny.image().size
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_bad_images_within_a_data_set(name, tmp_path):
+    """Of whatever kind; and a path, which `datasets` would open, is one that may not leave its folder."""
+    text, image = datasets.Value("string"), datasets.Image()
+    features = datasets.Features({name: image, "messages": [{"role": text, "content": text}]})
+    png = io.BytesIO()
+    tiny.image().save(png, "PNG")
+    bad = [b"no image", png.getvalue()[:60], None]
+    values = [{"bytes": data, "path": f"{number}.png"} for number, data in enumerate([*bad, png.getvalue()])]
+    values[2] = None
+    if name == "images":
+        features[name], values = [image], [[value] for value in values]
+    messages = [talk("<image> a dog", "tree")] * 4
+    datasets.Dataset.from_dict({name: values, "messages": messages}, features=features).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    report = SkipReport()
+    rows = open_conversations({"path": str(tmp_path)}, on_error="skip", report=report)
+    assert [row["images"][0].size for row in (rows[0], rows[0], rows[3])] == [tiny.image().size] * 3
+    assert report.count == 3
+    with pytest.raises(ImageError, match=r"^1\.png"):
+        load_image(open_conversations({"path": str(tmp_path)})[1]["images"][0])
+    tiny.image().save(tmp_path / "secret.png")
+    values[0] = [{"bytes": None, "path": str(tmp_path / "secret.png")}]
+    if name == "image":
+        values[0] = values[0][0]
+    folder = tmp_path / "other"
+    datasets.Dataset.from_dict({name: values, "messages": messages}, features=features).to_parquet(folder / "a.parquet")
+    with pytest.raises(ValueError, match=r"names the image .*secret\.png': give image_folder"):
+        open_conversations({"path": str(folder)})[0]
 
 
 def scenes(count: int = 60) -> SceneRows:

@@ -199,6 +199,7 @@ def evaluate_checkpoint(
     train_split: str | None = None,
     settings: Settings = DEFAULTS,
     scene_size: int | None = None,
+    scene_aspects: Sequence[float] = (1.0,),
 ) -> Reports:
     """The reports behind `hf-vlm evaluate`, by test set and task; see the command's help for the arguments.
 
@@ -209,7 +210,7 @@ def evaluate_checkpoint(
     model, processor = load_checkpoint(checkpoint)
     if data == "scenes":
         size = scene_size or min(max(processor.image_processor.size["height"], 48), 1024)  # sides that scenes can have
-        return report_on_scenes(model, processor, limit, task=task, size=size, settings=settings)
+        return report_on_scenes(model, processor, limit, task=task, size=size, aspects=scene_aspects, settings=settings)
     if data == "easy_vqa":
         return report_on_easy_vqa(model, processor, limit, task=task, settings=settings)
     if data == "emoji":

@@ -13,9 +13,9 @@ from typing import Any, TypedDict
 
 import datasets
 
-from .images import ImageError, load_image
+from .images import load_image
 from .pairs import Rows, make_pair
-from .rows import HOPELESS, OnError, SkipReport, hopeless, place_of
+from .rows import HOPELESS, OnError, SkipReport, SourceError, hopeless, place_of
 from .sources import report_for
 
 IMAGE_MARK = "<image>"
@@ -49,15 +49,16 @@ def read_conversation(row: Mapping[str, Any], where: str, image_folder: str | Pa
     Raises:
         ValueError: if there are no turns, they do not alternate from the user to the assistant, a turn is empty, or
             there are more or fewer `<image>` than images.
+        SourceError: if an image is a path and there is no image_folder, or the path leads out of it.
     """
-    turns = row.get("messages") or row.get("conversations")
+    turns = (row.get("messages") or row.get("conversations")) if isinstance(row, Mapping) else None
     if not turns:
         raise ValueError(f"{where} has neither messages nor conversations: there is nothing to learn from it.")
     messages = [_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns)]
     images = row.get("images") if row.get("images") is not None else row.get("image")
     images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
     if images and not any(IMAGE_MARK in message["content"] for message in messages):
-        first = next(message for message in messages if message["role"] == "user")
+        first = next((message for message in messages if message["role"] == "user"), messages[0])
         first["content"] = f"{IMAGE_MARK}\n" * len(images) + first["content"]
     marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
     if marks != len(images):
@@ -67,16 +68,19 @@ def read_conversation(row: Mapping[str, Any], where: str, image_folder: str | Pa
 
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"{where} is {turn!r}; it must say who speaks and what.")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where} is said by {role!r}; it must be one of {', '.join(ROLES)}.")
     if isinstance(content, list):
-        if unknown := [part.get("type") for part in content if part.get("type") not in ("text", "image")]:
+        kinds = [part.get("type") if isinstance(part, Mapping) else part for part in content]
+        if unknown := [kind for kind in kinds if kind not in ("text", "image")]:
             raise ValueError(
                 f"{where} has a part of type {unknown[0]!r}: write {{'type': 'text', 'text': ...}} or {{'type': "
                 "'image'}, and the image itself among the row's images."
             )
-        marks = f"{IMAGE_MARK}\n" * sum(part["type"] == "image" for part in content)
+        marks = f"{IMAGE_MARK}\n" * kinds.count("image")
         content = marks + "".join(part.get("text") or "" for part in content if part["type"] == "text")
     if not isinstance(content, str) or not content.replace(IMAGE_MARK, "").strip():
         raise ValueError(f"{where} has no text: {content!r}. Remove the row or give it a text.")
@@ -104,7 +108,7 @@ def _located(image: Any, where: str, folder: str | Path | None) -> Any:
         return image
     path = PurePosixPath(image)
     if folder is None or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{where} names the image {image!r}: give image_folder, and paths that stay within it.")
+        raise SourceError(f"{where} names the image {image!r}: give image_folder, and paths that stay within it.")
     return str(Path(folder) / path)
 
 
@@ -116,7 +120,7 @@ class ConversationRows:
         image_folder: Where paths of images begin.
         name: What errors call the rows.
         on_error: "raise", or "skip": for a row that is no conversation, or whose images cannot be read, the next good
-            one stands in, and it is counted.
+            one stands in, and it is counted. Images are then opened when a row is asked for, and not by the collator.
         report: Counts them, together with those of other sources.
     """
 
@@ -137,6 +141,7 @@ class ConversationRows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Conversation:
+        index = range(len(self.rows))[index]  # or an IndexError, which ends a loop over the rows
         if self.report is None:
             return self._read(index)
         for step in range(min(len(self.rows), HOPELESS)):
@@ -145,19 +150,14 @@ class ConversationRows:
                 row = self._read(number)
                 images = [load_image(image, place_of(self.name, number, image)) for image in row["images"]]
                 return {**row, "images": images}
+            except SourceError:
+                raise
             except ValueError as error:
                 self.report.add(error)
         raise hopeless(self.name)
 
     def _read(self, index: int) -> Conversation:
-        where = f"Row {index} of {self.name}"
-        try:
-            row = self.rows[index]
-        except OSError as error:  # `datasets` has opened the row's images
-            raise ImageError(
-                f"{where} has an image that cannot be read ({error}): mend it or remove the row."
-            ) from error
-        return read_conversation(row, where, self.image_folder)
+        return read_conversation(self.rows[index], f"Row {index} of {self.name}", self.image_folder)
 
 
 def load_conversations(path: str | Path, image_folder: str | Path | None = None, **options) -> ConversationRows:
@@ -203,7 +203,20 @@ def open_conversations(source: Mapping[str, Any], **options) -> ConversationRows
     rows = datasets.load_dataset(
         path, source.get("name"), split=source.get("split", "train"), revision=source.get("revision")
     )
+    if rows.info.builder_name != "imagefolder":  # which names files that it found itself
+        rows = _undecoded(rows)
     return ConversationRows(rows, source.get("image_folder"), path, **options)
+
+
+def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with their images as they are stored: `datasets` would open any path that a row names."""
+    stored = datasets.Image(decode=False)
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, stored)
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.List(stored))
+    return rows
 
 
 class CaptionConversations:

@@ -68,6 +68,7 @@ def load_image(
             than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if isinstance(source, Mapping):
+        where = where or str(source.get("path") or "")
         source = source.get("path") if source.get("bytes") is None else source.get("bytes")
     if isinstance(source, str | os.PathLike):
         where = where or os.fspath(source)

@@ -220,7 +220,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         states = vision_features.to(self.projector.linear_1.weight.dtype)
         return BaseModelOutputWithPooling(states, pooler_output=self.projector(states, image_sizes))
 
-    def _no_images(self) -> list[torch.Tensor]:
+    def _no_images(self, device: torch.device) -> list[torch.Tensor]:
         """The tokens of no image, with a graph through what is trained and a pass through what ranks run together."""
         vision = self.config.vision_config
         sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vision_model)
@@ -228,9 +228,9 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
             return []
         if sharded or self.trains_tower:  # a blank view, for towers take no empty batch
             shape = (1, vision.num_channels, vision.image_size, vision.image_size)
-            states = self.get_vision_features(torch.zeros(shape, device=self.device))[:0]
+            states = self.get_vision_features(torch.zeros(shape, device=device))[:0]
         else:
-            states = torch.zeros(0, 1, vision.hidden_size, device=self.device)
+            states = torch.zeros(0, 1, vision.hidden_size, device=device)
         states = states.to(self.projector.linear_1.weight.dtype)
         return self.projector(states)
 
@@ -255,8 +255,9 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
             images = None
         is_image = input_ids == self.config.image_token_id
         self._check_placeholders(is_image, images or [])
+        # Before the embeddings, as where there are images: ranks gather the shards of modules in one order.
+        tokens = self._no_images(input_ids.device) if images is None else images
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        tokens = self._no_images() if images is None else images
         if not tokens:
             return embeds
         return embeds.masked_scatter(is_image[..., None], torch.cat(tokens).to(embeds.dtype))
@@ -297,7 +298,8 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         is_packed = position_ids is not None and attention_mask is None and kwargs.get("use_cache") is False
         if is_packed and is_flash_attention_requested(self.language_model.config):
             # Of several rows, flash attention would not see where positions restart.
-            inputs_embeds, position_ids = inputs_embeds.flatten(0, 1)[None], position_ids.reshape(1, -1)
+            position_ids = position_ids.expand(shape[:2]).reshape(1, -1)
+            inputs_embeds = inputs_embeds.flatten(0, 1)[None]
         output = self.language_model.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

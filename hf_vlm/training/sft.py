@@ -11,6 +11,7 @@ from tqdm import trange
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTConfig, SFTTrainer
 
 from ..data.conversation_collator import ConversationCollator
@@ -78,9 +79,6 @@ class VlmSFTTrainer(VlmTrainer, SFTTrainer):
     args: VlmSFTConfig
 
     def __init__(self, model, args: VlmSFTConfig, train_dataset: datasets.Dataset | Rows, **kwargs):
-        collator = kwargs.get("data_collator")
-        if isinstance(collator, ConversationCollator) and collator.packed and not is_deepspeed_zero3_enabled():
-            check_packing(model)
         self.lengths: list[int] | None = None
         if not isinstance(train_dataset, datasets.Dataset | datasets.IterableDataset):
             if args.train_sampling_strategy == "group_by_length":
@@ -89,6 +87,14 @@ class VlmSFTTrainer(VlmTrainer, SFTTrainer):
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         # TRL's forward, bound to this model: of a copy, such as a merged one, it would still run this model.
         vars(base_of(self.model)).pop("forward", None)
+        if isinstance(self.data_collator, ConversationCollator) and self.data_collator.packed and self._can_run():
+            with self.accelerator.autocast():
+                check_packing(self.model)
+
+    def _can_run(self) -> bool:
+        """Whether the model can be tried before training: it is whole, and where its attention has kernels."""
+        needs_gpu = is_flash_attention_requested(base_of(self.model).body.language_model.config)
+        return not is_deepspeed_zero3_enabled() and not (needs_gpu and self.model.device.type == "cpu")
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
         """By the lengths that were counted; the Trainer would make every row once more to read its length."""

@@ -59,6 +59,7 @@ def spread(model: nn.Module, way: str) -> nn.Module:
     if way == "copied":
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(model.get_input_embeddings(), mesh=mesh)
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for layer in layers:
             fully_shard(layer, mesh=mesh)
