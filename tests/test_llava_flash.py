@@ -1,5 +1,7 @@
 """Packed rows with flash attention: transformers' own path to it, with the kernels done by torch on the CPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_models_common import calls_of
@@ -9,6 +11,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from hf_vlm import VlmLlavaForConditionalGeneration
+from hf_vlm.training import sft
 from hf_vlm.training.sft import check_packing
 from scripts import llava_training
 
@@ -65,3 +68,17 @@ def test_several_packed_rows_are_those_of_sdpa(anyres: bool, flash: str) -> None
         torch.testing.assert_close(
             found[name], value, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_packing_is_tried_as_the_model_will_run(flash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the precision of the training; and flash attention only where it has kernels."""
+    tried = []
+    monkeypatch.setattr(sft, "check_packing", lambda model: tried.append(torch.is_autocast_enabled("cpu")))
+    model = llava_training.staged("llava-1.5-instruct")
+    for bf16 in ("true", "false"):
+        llava_training.trainer(tmp_path, model, data_collator=llava_training.collator(packed=True), bf16=bf16)
+    llava_training.trainer(tmp_path, model, data_collator=llava_training.collator())
+    assert tried == [True, False]
+    model.model.language_model.set_attn_implementation(flash)
+    llava_training.trainer(tmp_path, model, data_collator=llava_training.collator(packed=True))
+    assert tried == [True, False]
