@@ -42,6 +42,14 @@ class Task(StrEnum):
     pope = "pope"
 
 
+SceneSize = Annotated[
+    int | None, typer.Option(min=48, max=1024, help="Pixels of a scene's shorter side; as the checkpoint has it.")
+]
+SceneAspects = Annotated[
+    list[float] | None, typer.Option(help="Width over height of scenes, of which each has one; give it several times.")
+]
+
+
 @app.command(epilog="Example: `hf-vlm quickstart --output my-first-clip`")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the model, the results and the sheet.")] = Path(
@@ -75,13 +83,8 @@ def evaluate(
     limit: Annotated[
         int, typer.Option(help="Number of scenes, or of rows or questions of other data (0: all).")
     ] = 1000,
-    scene_size: Annotated[
-        int | None, typer.Option(min=48, max=1024, help="Pixels of a scene's shorter side; as the checkpoint has it.")
-    ] = None,
-    scene_aspects: Annotated[
-        list[float] | None,
-        typer.Option(help="Width over height of scenes, of which each has one; give it several times."),
-    ] = None,
+    scene_size: SceneSize = None,
+    scene_aspects: SceneAspects = None,
     questions: Annotated[int, typer.Option(min=0, help="Number of questions of each test set (0: all).")] = 0,
     rerank: Annotated[int, typer.Option(help="Candidates of each query that BLIP re-ranks (0: none).")] = 32,
     beams: Annotated[int, typer.Option(help="Beams of captions (1: greedy).")] = 3,
