@@ -25,6 +25,7 @@ from trl import TrlParser
 import tiny
 import tiny_blip2
 from hf_vlm import VlmLlavaConfig, VlmLlavaForConditionalGeneration, VlmLlavaProcessor
+from hf_vlm.data import SceneStream
 from hf_vlm.data.scene_conversations import CAPTION
 from hf_vlm.training import STAGES, VlmSFTConfig, apply_stage
 from recipes import llava_align, llava_instruct
@@ -131,6 +132,32 @@ def test_the_llm_attends_as_it_is_told(folder, aligned):
         run(recipe, config, folder / f"attends-{recipe.__name__}", "--attn_implementation", "noted")
         assert set(attended) == {"LlamaAttention"}
         attended.clear()
+
+
+def test_bad_rows_stop_the_run_or_are_left_out(folder, aligned, tmp_path):
+    good = json.loads((folder / "talk.json").read_text())[0]
+    (tmp_path / "bad.json").write_text(json.dumps([good, *[good | {"image": "absent.png"}] * 5]))
+    source = f"{{path: {tmp_path}/bad.json, image_folder: {folder}}}"
+    config = write(tmp_path / "bad.yaml", f"model: {aligned}\nsources:\n  - {source}\n")
+    with pytest.raises(ValueError, match=r"absent\.png"):
+        run(llava_instruct, config, tmp_path / "stopped")
+    run(llava_instruct, config, tmp_path / "whole", "--on_error", "skip")
+    assert changed(aligned, tmp_path / "whole") == {"projector", "language_model"}
+
+
+def test_scenes_are_of_the_size_that_is_given(folder, aligned, tmp_path, monkeypatch):
+    """And of the tower's by default."""
+    sizes = []
+
+    def stream(split, seed, size, aspects):
+        sizes.append(size)
+        return SceneStream(split, seed, size, aspects=aspects)
+
+    monkeypatch.setattr(llava_align, "SceneStream", stream)
+    config = write(tmp_path / "scenes.yaml", f"vision: {folder}/clip\nlanguage_model: {folder}/llm\nimage_size: 64\n")
+    for options in ((), ("--scene_size", "96")):
+        run(llava_align, config, tmp_path / f"{len(options)}", "--train_scenes", "8", *options)
+    assert sizes == [64, 96]
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, aligned):
