@@ -130,7 +130,9 @@ def test_a_class_token_that_is_kept_has_a_placeholder(strategy: str, layout: str
     assert model(**inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "kept"), [*((name, 0) for name in tiny_llava.TOWERS), ("registers", 2)])
+@pytest.mark.parametrize(
+    ("name", "kept"), [*((name, 0) for name in tiny_llava.TOWERS), ("registers", tiny_llava.REGISTERS)]
+)
 def test_placeholders_fit_every_tower(name: str, kept: int) -> None:
     model = tiny_llava.on_tower(name)
     processor = VlmLlavaProcessor.from_parts(model, tiny_blip2.llm_tokenizer())

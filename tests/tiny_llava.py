@@ -32,6 +32,7 @@ from hf_vlm.models.anyres import AnyresLayout, anyres_layout
 GRIDS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
 PATCH, PATCHES = 8, 16  # side of a patch in pixels, patches of an image
 LAYERS = 4
+REGISTERS = 2  # of the tower that has them
 IMAGE = 40  # the placeholder of `pair`
 SIZES = [(40, 36), (100, 30), (30, 90), (64, 64), (50, 200)]  # (width, height)
 CHATML = (
@@ -66,7 +67,7 @@ def tower(name: str, layers: int = LAYERS) -> PreTrainedModel:
         "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**sizes)),
         "dinov2": lambda: Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)),
         "registers": lambda: Dinov2WithRegistersModel(
-            Dinov2WithRegistersConfig(**sizes, mlp_ratio=2, num_register_tokens=2)
+            Dinov2WithRegistersConfig(**sizes, mlp_ratio=2, num_register_tokens=REGISTERS)
         ),
     }[name]
     return tiny.randomise(build())
@@ -189,7 +190,8 @@ def batch(anyres: bool, model: PreTrainedModel) -> Batch:
     vision, strategy = model.config.vision_config, model.config.vision_feature_select_strategy
     side = vision.image_size // vision.patch_size
     with_class = strategy == "full" and vision.model_type != "siglip_vision_model"
-    count = side**2 + with_class + getattr(vision, "num_register_tokens", 0)
+    registers = REGISTERS if vision.model_type == "dinov2_with_registers" else 0
+    count = side**2 + with_class + registers
     counts = [layout.num_tokens for layout in layouts(vision.patch_size)] if anyres else [count] * 5
     return rows(counts) | pictures(anyres)
 

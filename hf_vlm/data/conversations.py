@@ -122,6 +122,10 @@ class ConversationRows:
         on_error: "raise", or "skip": for a row that is no conversation, or whose images cannot be read, the next good
             one stands in, and it is counted. Images are then opened when a row is asked for, and not by the collator.
         report: Counts them, together with those of other sources.
+
+    Raises:
+        ValueError: on indexing: with "raise" for a row that is no conversation, with "skip" if row after row is bad.
+        SourceError: on indexing, also with "skip": if a row names an image that is not in image_folder.
     """
 
     def __init__(

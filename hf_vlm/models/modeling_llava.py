@@ -307,7 +307,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
-        output.last_hidden_state = output.last_hidden_state.view(shape)
+        output.last_hidden_state = output.last_hidden_state.view(*shape[:2], -1)
         return output
 
 

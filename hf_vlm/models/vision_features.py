@@ -20,7 +20,8 @@ def has_class_token(tower: PreTrainedModel) -> bool:
 
 def count_extra_tokens(tower: PreTrainedModel) -> int:
     """How many tokens a tower puts before the patches: a class token, registers."""
-    return int(has_class_token(tower)) + getattr(tower.config, "num_register_tokens", 0)
+    registers = getattr(tower.config, "num_register_tokens", 0)  # the name in all of transformers; most have none
+    return int(has_class_token(tower)) + registers
 
 
 def _stack_of(tower: PreTrainedModel) -> tuple[nn.Module, str]:
