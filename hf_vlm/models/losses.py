@@ -16,6 +16,8 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .cross_entropy import token_cross_entropy
+
 ROWS_PER_BLOCK = 128
 
 
@@ -264,8 +266,7 @@ def language_modeling_loss(
     weights = weights.expand(supervised.shape)[supervised]
 
     def block_loss(states, targets, weights):
-        losses = F.cross_entropy(head(states).float(), targets, reduction="none", label_smoothing=label_smoothing)
-        return (losses * weights).sum()
+        return (token_cross_entropy(head(states), targets, label_smoothing) * weights).sum()
 
     if len(targets) <= tokens_per_block:
         return block_loss(states, targets, weights), supervised.sum()

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
+from .cross_entropy import token_cross_entropy
 from .language_model import commit_of, contiguous_inputs, hidden_states, load_language_model, logits_of
 from .losses import language_modeling_loss
 from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
@@ -168,8 +169,9 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
                 decoder_input_ids=llm.prepare_decoder_input_ids_from_labels(labels),
                 **kwargs,
             ).logits
-            states, count = None, (labels != -100).sum()
-            total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            supervised = labels != -100
+            states, count = None, supervised.sum()
+            total = token_cross_entropy(logits[supervised], labels[supervised]).sum()
         else:
             states = hidden_states(llm, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
             total, count = language_modeling_loss(states, labels, lambda state: logits_of(llm, state))

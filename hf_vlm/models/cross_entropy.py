@@ -1,0 +1,65 @@
+"""Cross-entropy over a vocabulary in as little memory as its logits.
+
+PyTorch's keeps logits of half precision once more in fp32 and as log-probabilities, and makes two such gradients; of a
+small LLM with a large vocabulary these are the highest peak of a training step. Here the logits are kept as they are,
+with one number a token, and fp32 exists for a block of tokens at a time. Arithmetic is in fp32 all the same.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+LOGITS_PER_BLOCK = 2**22  # 16 MB of fp32
+
+
+def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of each token, equal to PyTorch's of fp32 logits. It can be differentiated once.
+
+    Args:
+        logits (`torch.Tensor` of shape `(tokens, vocabulary)`): Of any floating-point type.
+        targets (`torch.LongTensor` of shape `(tokens,)`): Indices of the vocabulary.
+        label_smoothing: Share of the target spread evenly over the vocabulary.
+
+    Returns:
+        `torch.FloatTensor` of shape `(tokens,)`.
+    """
+    return _TokenCrossEntropy.apply(logits, targets, label_smoothing)
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        normalizers, losses = (logits.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
+        for rows in _blocks(logits):
+            block = logits[rows].float()
+            normalizers[rows] = block.logsumexp(dim=-1)
+            expected = block.gather(1, targets[rows, None])[:, 0]
+            if label_smoothing:
+                expected = torch.lerp(expected, block.mean(dim=-1), label_smoothing)
+            losses[rows] = normalizers[rows] - expected
+        ctx.save_for_backward(logits, targets, normalizers)
+        ctx.label_smoothing = label_smoothing
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, targets, normalizers = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            block = (logits[rows].float() - normalizers[rows, None]).exp_()  # the probabilities
+            if ctx.label_smoothing:
+                block -= ctx.label_smoothing / block.shape[1]
+            block.scatter_add_(1, targets[rows, None], block.new_full((len(block), 1), ctx.label_smoothing - 1))
+            result[rows] = block.mul_(gradient[rows, None])
+        return result, None, None
+
+
+def _blocks(logits: torch.Tensor) -> Iterator[slice]:
+    size = max(1, LOGITS_PER_BLOCK // logits.shape[1])
+    return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
+__all__ = ["token_cross_entropy"]
