@@ -104,6 +104,8 @@ def evaluate(
     from .commands.evaluate import evaluate_checkpoint, format_reports
     from .commands.tasks import Settings
 
+    if data != "scenes" and (scene_size or scene_aspects):
+        raise ValueError(f"--scene-size and --scene-aspects shape scenes and not {data}: leave them out.")
     settings = Settings(rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16, max_questions=questions)
     name = None if task is None else task.value
     reports = evaluate_checkpoint(

@@ -380,6 +380,13 @@ def test_scenes_of_another_size_and_fewer_questions(checkpoints, monkeypatch):
     assert (settings.max_questions, size, aspects) == (5, 128, [2.0])
 
 
+@pytest.mark.parametrize("option", [["--scene-size", "128"], ["--scene-aspects", "2"]], ids=" ".join)
+def test_only_scenes_have_a_size(checkpoints, option):
+    result = CliRunner().invoke(app, ["evaluate", checkpoints[VlmBlipForQuestionAnswering], "--data", "emoji", *option])
+    assert result.exit_code == 1
+    assert "shape scenes and not emoji" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("head", "data", "task", "message"),
     [
