@@ -1,6 +1,6 @@
 """BLIP pretraining (arXiv 2201.12086): contrastive, matching and language-modelling losses in one step.
 
-A laptop, about 45 minutes on two cores, on scenes of the built-in pictures, after `clip_pretrain.py` (whose image tower
+A laptop, about 75 minutes on two cores, on scenes of the built-in pictures, after `clip_pretrain.py` (whose image tower
 it begins with):
 
     python recipes/blip_pretrain.py --config recipes/blip_pretrain/small.yaml
