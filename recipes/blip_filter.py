@@ -58,7 +58,7 @@ class DemonstrationArguments:
 
     clip: str | None = field(default=None, metadata={"help": "CLIP to compare with."})
     num_scenes: int = field(default=1000, metadata={"help": "Scenes of each test set."})
-    scene_size: int = field(default=96, metadata={"help": "Side of a scene in pixels."})
+    scene_size: int = field(default=128, metadata={"help": "Side of a scene in pixels."})
     another_image: float = field(default=0.2, metadata={"help": "Share of captions that are another image's."})
     wrong_attribute: float = field(default=0.2, metadata={"help": "Share of captions with one wrong attribute."})
     update_card: bool = field(default=False, metadata={"help": "Add the numbers to the card of the checkpoint."})

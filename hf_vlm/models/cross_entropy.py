@@ -1,8 +1,8 @@
-"""Cross-entropy over a vocabulary in as little memory as its logits.
+"""Cross-entropy over a vocabulary in little more memory than its logits.
 
-PyTorch's keeps logits of half precision once more in fp32 and as log-probabilities, and makes two such gradients; of a
-small LLM with a large vocabulary these are the highest peak of a training step. Here the logits are kept as they are,
-with one number a token, and fp32 exists for a block of tokens at a time. Arithmetic is in fp32 all the same.
+PyTorch's makes fp32 logits and log-probabilities of all tokens and keeps the latter, then makes two gradients of that
+size; where a small LLM has a large vocabulary this is the highest peak of a training step. Here only the logits are
+kept, in their own type, and fp32 exists for a block of tokens at a time. Arithmetic is in fp32 all the same.
 """
 
 from collections.abc import Iterator
@@ -31,25 +31,23 @@ def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoot
 class _TokenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-        normalizers, losses = (logits.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
+        losses = logits.new_empty(len(targets), dtype=torch.float32)
         for rows in _blocks(logits):
-            block = logits[rows].float()
-            normalizers[rows] = block.logsumexp(dim=-1)
-            expected = block.gather(1, targets[rows, None])[:, 0]
+            block = logits[rows].float().log_softmax(dim=-1)
+            losses[rows] = block.gather(1, targets[rows, None])[:, 0].mul_(label_smoothing - 1)
             if label_smoothing:
-                expected = torch.lerp(expected, block.mean(dim=-1), label_smoothing)
-            losses[rows] = normalizers[rows] - expected
-        ctx.save_for_backward(logits, targets, normalizers)
+                losses[rows] -= label_smoothing * block.mean(dim=-1)
+        ctx.save_for_backward(logits, targets)
         ctx.label_smoothing = label_smoothing
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        logits, targets, normalizers = ctx.saved_tensors
+        logits, targets = ctx.saved_tensors
         result = torch.empty_like(logits)
         for rows in _blocks(logits):
-            block = (logits[rows].float() - normalizers[rows, None]).exp_()  # the probabilities
+            block = logits[rows].float().softmax(dim=-1)
             if ctx.label_smoothing:
                 block -= ctx.label_smoothing / block.shape[1]
             block.scatter_add_(1, targets[rows, None], block.new_full((len(block), 1), ctx.label_smoothing - 1))
