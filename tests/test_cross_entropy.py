@@ -71,6 +71,14 @@ def test_words_that_cannot_come(label_smoothing, target) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("target", [-100, VOCABULARY])
+def test_targets_are_of_the_vocabulary(target) -> None:
+    logits, targets = make()
+    targets[3] = target
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        token_cross_entropy(logits, targets)
+
+
 def test_no_tokens() -> None:
     logits = torch.randn(0, VOCABULARY, requires_grad=True)
     total = token_cross_entropy(logits, torch.empty(0, dtype=torch.long)).sum()

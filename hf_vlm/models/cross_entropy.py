@@ -3,6 +3,9 @@
 PyTorch's makes fp32 logits and log-probabilities of all tokens and keeps the latter, then makes two gradients of that
 size; where a small LLM has a large vocabulary this is the highest peak of a training step. Here only the logits are
 kept, in their own type, and fp32 exists for a block of tokens at a time. Arithmetic is in fp32 all the same.
+
+`F.linear_cross_entropy` would not even make the logits, but takes the bare weights of a head: past its hooks, by which
+FSDP and ZeRO-3 gather them, past LoRA, and past the scaling or capping of logits that some LLMs have.
 """
 
 from collections.abc import Iterator
@@ -24,6 +27,9 @@ def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoot
 
     Returns:
         `torch.FloatTensor` of shape `(tokens,)`.
+
+    Raises:
+        RuntimeError: if a target is not of the vocabulary; there is no index to ignore.
     """
     return _TokenCrossEntropy.apply(logits, targets, label_smoothing)
 
