@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_vlm import VlmBlip2ForPreTraining
 from hf_vlm.models.losses import positive_pairs
-from hf_vlm.models.modeling_blip2_stage1 import VlmBlip2Output
+from hf_vlm.models.modeling_blip2_pretraining import VlmBlip2Output
 
 
 class PlainBlip2(VlmBlip2ForPreTraining):

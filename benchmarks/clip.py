@@ -109,8 +109,8 @@ def prepare(folder: Path, size: str, batch: int, hidden_act: str) -> None:
     """Writes the weights in each contender's layout and the batch, for the children to read."""
     from hf_vlm import VlmClipModel
     from hf_vlm.hub.convert import to_transformers
-    from hf_vlm.hub.convert_open_clip import NAMES, transposed
-    from hf_vlm.hub.state_dict import rename
+    from hf_vlm.hub.convert.open_clip import NAMES, transposed
+    from hf_vlm.hub.convert.state_dict import rename
 
     torch.manual_seed(0)
     model = VlmClipModel(make_config(size, hidden_act))

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from harness import Spread, environment, positive, table, write_json
 
-from hf_vlm.retrieval.rows import Row
-from hf_vlm.retrieval.store import VectorTable
+from hf_vlm.search.rows import Row
+from hf_vlm.search.store import VectorTable
 
 TOPICS = 2000
 GOAL_RECALL, GOAL_MILLISECONDS = 0.95, 10.0

@@ -3,7 +3,7 @@
 Importing the package registers its classes with transformers' Auto classes.
 """
 
-from . import auto
+from . import families as auto
 from .models import (
     VlmBlip2Config,
     VlmBlip2ForConditionalGeneration,

@@ -18,17 +18,9 @@ from transformers import AutoProcessor, set_seed
 from trl import TrlParser
 
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmBlip2Processor
-from hf_vlm.commands.evaluate import save_scene_report
-from hf_vlm.commands.finish import finish_run
-from hf_vlm.data import (
-    Augmentation,
-    CaptionPromptCollator,
-    PairDataset,
-    PairStream,
-    SceneRows,
-    SceneStream,
-    load_pairs,
-)
+from hf_vlm.data import Augmentation, CaptionPromptCollator, PairDataset, PairStream, SceneRows, SceneStream, load_pairs
+from hf_vlm.evaluation.test_sets import save_scene_report
+from hf_vlm.runs.finish import finish_run
 from hf_vlm.training import (
     VlmTrainer,
     VlmTrainingArguments,

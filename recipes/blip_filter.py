@@ -22,8 +22,8 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
-from hf_vlm.commands.filter import FilterSettings, PairFilter, filter_sources
-from hf_vlm.commands.filter_scenes import Corruption, add_results, filter_scenes, filter_table
+from hf_vlm.bootstrap.filter import FilterSettings, PairFilter, filter_sources
+from hf_vlm.bootstrap.on_scenes import Corruption, add_results, filter_scenes, filter_table
 
 
 @dataclass

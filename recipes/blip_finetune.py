@@ -22,8 +22,6 @@ from trl import TrlParser
 
 import hf_vlm
 from hf_vlm import VlmBlipForPreTraining, VlmBlipProcessor
-from hf_vlm.commands.evaluate import save_scene_report
-from hf_vlm.commands.finish import finish_run
 from hf_vlm.data import (
     Augmentation,
     CaptionCollator,
@@ -36,6 +34,8 @@ from hf_vlm.data import (
     load_questions,
     resolve_part,
 )
+from hf_vlm.evaluation.test_sets import save_scene_report
+from hf_vlm.runs.finish import finish_run
 from hf_vlm.training import BlipTrainer, BlipTrainingArguments, last_checkpoint
 
 HEADS = {

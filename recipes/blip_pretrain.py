@@ -18,8 +18,6 @@ from transformers import EvalPrediction, set_seed
 from trl import TrlParser
 
 from hf_vlm import VlmBlipForPreTraining, VlmBlipProcessor, VlmTowerConfig, VlmTowerModel
-from hf_vlm.commands.evaluate import save_scene_report
-from hf_vlm.commands.finish import finish_run
 from hf_vlm.data import (
     Augmentation,
     CaptionCollator,
@@ -31,7 +29,9 @@ from hf_vlm.data import (
     resolve_part,
 )
 from hf_vlm.evaluation import retrieval_metrics
+from hf_vlm.evaluation.test_sets import save_scene_report
 from hf_vlm.models import BLIP_VISION
+from hf_vlm.runs.finish import finish_run
 from hf_vlm.training import BlipTrainer, BlipTrainingArguments, last_checkpoint
 
 AUGMENTATIONS = {

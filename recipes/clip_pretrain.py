@@ -17,19 +17,11 @@ from transformers import EvalPrediction, set_seed
 from trl import TrlParser
 
 from hf_vlm import VlmClipModel, VlmClipProcessor, VlmTextTowerConfig, VlmTextTowerModel, VlmTowerConfig, VlmTowerModel
-from hf_vlm.commands.evaluate import report_on_builtin_data
-from hf_vlm.commands.finish import finish_run
-from hf_vlm.data import (
-    Augmentation,
-    ContrastiveCollator,
-    PairDataset,
-    PairStream,
-    emoji_pairs,
-    load_emoji,
-    load_pairs,
-    resolve_part,
-)
+from hf_vlm.data import Augmentation, ContrastiveCollator, PairDataset, PairStream, load_emoji, load_pairs, resolve_part
+from hf_vlm.data.builtin import emoji_pairs
 from hf_vlm.evaluation import retrieval_metrics
+from hf_vlm.evaluation.test_sets import report_on_builtin_data
+from hf_vlm.runs.finish import finish_run
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, cache_text_features, last_checkpoint
 
 AUGMENTATIONS = {

@@ -21,8 +21,6 @@ from transformers import AutoProcessor, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from hf_vlm import VlmInstructBlipForConditionalGeneration, VlmInstructBlipProcessor
-from hf_vlm.commands.evaluate import save_scene_report
-from hf_vlm.commands.finish import finish_run
 from hf_vlm.data import (
     DataSource,
     PromptCollator,
@@ -39,7 +37,9 @@ from hf_vlm.data import (
     resolve_part,
     scene_instructions,
 )
+from hf_vlm.evaluation.test_sets import save_scene_report
 from hf_vlm.models import cast_weights
+from hf_vlm.runs.finish import finish_run
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, add_lora, cached_tower_features, last_checkpoint
 
 

@@ -19,7 +19,6 @@ from transformers import set_seed
 from trl import TrlParser
 
 from hf_vlm import VlmLlavaForConditionalGeneration, VlmLlavaProcessor
-from hf_vlm.commands.finish import finish_run
 from hf_vlm.data import (
     PLAIN_TEMPLATE,
     CaptionConversations,
@@ -30,14 +29,8 @@ from hf_vlm.data import (
     mix,
 )
 from hf_vlm.models import with_image_token
-from hf_vlm.training import (
-    VlmSFTConfig,
-    VlmSFTTrainer,
-    apply_stage,
-    last_checkpoint,
-    open_language_model,
-    stage_named,
-)
+from hf_vlm.runs.finish import finish_run
+from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, apply_stage, last_checkpoint, open_language_model, stage_named
 
 
 @dataclass

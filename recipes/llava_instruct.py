@@ -23,8 +23,6 @@ from transformers import AutoProcessor, set_seed
 from trl import TrlParser
 
 from hf_vlm import VlmLlavaForConditionalGeneration
-from hf_vlm.commands.evaluate import AFTER_TRAINING, save_scene_report
-from hf_vlm.commands.finish import finish_run
 from hf_vlm.data import (
     ConversationCollator,
     QuestionConversations,
@@ -35,6 +33,8 @@ from hf_vlm.data import (
     easy_vqa_questions,
     open_conversations,
 )
+from hf_vlm.evaluation.test_sets import AFTER_TRAINING, save_scene_report
+from hf_vlm.runs.finish import finish_run
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, apply_stage, last_checkpoint, stage_named
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from hf_vlm.data.augment import Augmentation
+from hf_vlm.data.batches.augment import Augmentation
 
 STILL = Augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
 VARIATIONS = {  # each alone changes a drawing

@@ -9,10 +9,7 @@ from torch.nn import functional as F
 
 import tiny
 import tiny_blip2
-from hf_vlm import (
-    VlmBlip2ForConditionalGeneration,
-    VlmInstructBlipForConditionalGeneration,
-)
+from hf_vlm import VlmBlip2ForConditionalGeneration, VlmInstructBlipForConditionalGeneration
 from hf_vlm.models.language_model import cast_weights, hidden_states, load_language_model, logits_of
 
 DECODERS = ["llama", "llama, tied", "opt", "gemma2", "granite", "qwen2", "cohere"]

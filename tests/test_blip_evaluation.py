@@ -17,11 +17,7 @@ from hf_vlm import (
     VlmBlipForQuestionAnswering,
     VlmBlipModel,
 )
-from hf_vlm.cli import app
-from hf_vlm.commands import evaluate
-from hf_vlm.commands.evaluate import evaluate_checkpoint, report_on_scenes
-from hf_vlm.commands.tables import by_task, format_reports
-from hf_vlm.commands.tasks import Settings
+from hf_vlm.cli.main import app
 from hf_vlm.evaluation import (
     GREY,
     answer_questions,
@@ -38,6 +34,10 @@ from hf_vlm.evaluation import (
     similarity_metrics,
     vqa_report,
 )
+from hf_vlm.evaluation import test_sets as evaluate
+from hf_vlm.evaluation.tables import by_task, format_reports
+from hf_vlm.evaluation.tasks import Settings
+from hf_vlm.evaluation.test_sets import evaluate_checkpoint, report_on_scenes
 
 PROCESSOR = tiny.blip_processor()
 IMAGES = [tiny.image(seed=seed) for seed in range(7)]

@@ -11,11 +11,11 @@ from trl import TrlParser
 
 import tiny
 from hf_vlm import VlmBlipForConditionalGeneration, VlmBlipForImageTextRetrieval
-from hf_vlm.commands import filter as filtering
-from hf_vlm.commands.filter import FilterSettings, PairFilter, filter_sources
-from hf_vlm.commands.filter_scenes import Corruption, filter_table
+from hf_vlm.bootstrap import filter as filtering
+from hf_vlm.bootstrap.filter import FilterSettings, PairFilter, filter_sources
+from hf_vlm.bootstrap.on_scenes import Corruption, filter_table
 from hf_vlm.data import ImageError, corrupt_captions
-from hf_vlm.data.scene_text import conflict
+from hf_vlm.data.builtin.scene_text import conflict
 from hf_vlm.evaluation import best_threshold, filter_metrics
 from recipes import blip_filter
 

@@ -26,8 +26,8 @@ from hf_vlm import (
     VlmTowerConfig,
 )
 from hf_vlm.hub.convert import from_original, from_transformers
-from hf_vlm.hub.convert_blip import NAMES, REDUNDANT, fuse_text
-from hf_vlm.hub.state_dict import flipped, rename
+from hf_vlm.hub.convert.blip import NAMES, REDUNDANT, fuse_text
+from hf_vlm.hub.convert.state_dict import flipped, rename
 from hf_vlm.models import BLIP_VISION
 from hf_vlm.models.losses import language_modeling_loss
 

@@ -35,12 +35,12 @@ from hf_vlm import (
     VlmLlavaModel,
     VlmTowerModel,
 )
-from hf_vlm.auto import PROCESSORS
-from hf_vlm.commands.finish import finish_run, own_data, own_licence, pretrained_parts
 from hf_vlm.data import ContrastiveCollator, PairDataset
-from hf_vlm.hub.card import RESULTS_NAME, escape, write_card
-from hf_vlm.hub.card_texts import ARCHITECTURES, EVALUATIONS
+from hf_vlm.families import PROCESSORS
+from hf_vlm.hub.cards.card import RESULTS_NAME, escape, write_card
+from hf_vlm.hub.cards.texts import ARCHITECTURES, EVALUATIONS
 from hf_vlm.hub.record import RECORD_NAME, count_parameters, published, read_record, training_time, write_record
+from hf_vlm.runs.finish import finish_run, own_data, own_licence, pretrained_parts
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, add_lora, last_checkpoint
 from recipes.clip_pretrain import DataArguments, ModelArguments
 

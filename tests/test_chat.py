@@ -5,10 +5,9 @@ import torch
 
 import tiny
 import tiny_llava
-from hf_vlm.commands import chat
-from hf_vlm.commands.chat import say, shared_beginnings
-from hf_vlm.commands.prompts import prompting_of
-from hf_vlm.evaluation import answer_questions
+from hf_vlm.evaluation import answer_questions, chat
+from hf_vlm.evaluation.chat import say, shared_beginnings
+from hf_vlm.evaluation.prompts import prompting_of
 
 QUESTIONS = ["a red cat", "tree", "two dog on the left of the house", "a", "the blue house", "two", "tree on the cat"]
 IMAGE_OF = [1, 0, 1, 0, 2, 1, 0]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, BertConfig, BertModel, CLIPModel
 
 import tiny
-from hf_vlm.commands.evaluate import evaluate_checkpoint, format_reports
+from hf_vlm.evaluation.test_sets import evaluate_checkpoint, format_reports
 
 
 def hf_vlm(*args: str) -> subprocess.CompletedProcess:

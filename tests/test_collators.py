@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 import tiny
-from hf_vlm.data.collators import ContrastiveCollator, pair_id
-from hf_vlm.data.pairs import PairDataset, PairStream
+from hf_vlm.data.batches.collators import ContrastiveCollator, pair_id
+from hf_vlm.data.batches.pairs import PairDataset, PairStream
 from scripts import tiny_training
 
 NUM_ROWS = 24

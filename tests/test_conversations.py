@@ -21,16 +21,16 @@ from hf_vlm.data import (
     SceneConversations,
     SceneRows,
     SceneStream,
-    conversation_collator,
     load_conversations,
     open_conversations,
 )
-from hf_vlm.data.conversation_collator import assistant_spans, fill_rows
-from hf_vlm.data.conversations import read_conversation
-from hf_vlm.data.images import ImageError, load_image
-from hf_vlm.data.rows import SkipReport
-from hf_vlm.data.scene_conversations import MOST_SPOKEN, detail, spoken
-from hf_vlm.data.scene_text import phrase
+from hf_vlm.data.batches import conversation_collator
+from hf_vlm.data.batches.conversation_collator import assistant_spans, fill_rows
+from hf_vlm.data.builtin.scene_conversations import MOST_SPOKEN, detail, spoken
+from hf_vlm.data.builtin.scene_text import phrase
+from hf_vlm.data.sources.conversations import read_conversation
+from hf_vlm.data.sources.images import ImageError, load_image
+from hf_vlm.data.sources.rows import SkipReport
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer
 
 CHATML = (

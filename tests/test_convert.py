@@ -30,7 +30,7 @@ from hf_vlm.hub.convert import (
     processor_to_transformers,
     to_transformers,
 )
-from hf_vlm.hub.convert_open_clip import read_config
+from hf_vlm.hub.convert.open_clip import read_config
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

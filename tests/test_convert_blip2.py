@@ -45,9 +45,9 @@ from hf_vlm.hub.convert import (
     processor_to_transformers,
     to_transformers,
 )
-from hf_vlm.hub.convert_blip2 import split_qformer
-from hf_vlm.hub.convert_blip2_original import NAMES
-from hf_vlm.hub.state_dict import rename
+from hf_vlm.hub.convert.blip2 import split_qformer
+from hf_vlm.hub.convert.blip2_original import NAMES
+from hf_vlm.hub.convert.state_dict import rename
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 RECORDED = Path(__file__).parent / "data" / "blip2_stage1" / "lavis_state.safetensors"

@@ -15,7 +15,7 @@ import tiny_blip2
 import tiny_llava
 from hf_vlm import VlmLlavaForConditionalGeneration
 from hf_vlm.hub.convert import from_original, from_transformers
-from hf_vlm.hub.convert_llava_original import targets_of
+from hf_vlm.hub.convert.llava_original import targets_of
 from tiny_llava import GRIDS, IMAGE, batch, native_inputs, pair
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

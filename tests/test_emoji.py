@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from datasets import DatasetDict
 
-from hf_vlm.data import emoji as emoji_module
-from hf_vlm.data.drawings import STYLES, Drawings, code_points
-from hf_vlm.data.emoji import EMOJI_SPLITS, LICENCES, TRAIN_STYLES, emoji_name, is_held_out, load_emoji
+from hf_vlm.data.builtin import emoji as emoji_module
+from hf_vlm.data.builtin.drawings import STYLES, Drawings, code_points
+from hf_vlm.data.builtin.emoji import EMOJI_SPLITS, LICENCES, TRAIN_STYLES, emoji_name, is_held_out, load_emoji
 
 ALL_CANDIDATES = emoji_module._candidates
 SMALL = 40  # emoji in a small build; enough that every split has some

@@ -21,21 +21,10 @@ from hf_vlm import (
     VlmInstructBlipForConditionalGeneration,
     VlmInstructBlipProcessor,
 )
-from hf_vlm.cli import app
-from hf_vlm.commands.evaluate import (
-    AFTER_TRAINING,
-    evaluate_checkpoint,
-    report_on_easy_vqa,
-    report_on_scenes,
-    save_scene_report,
-)
-from hf_vlm.commands.prompts import caption_prompt, prompting_of, question_wording
-from hf_vlm.commands.settings import Settings
-from hf_vlm.commands.tables import format_reports
-from hf_vlm.commands.tasks import Evaluator, TestSet
+from hf_vlm.cli.main import app
 from hf_vlm.data import PROMPT_END, easy_vqa_questions
-from hf_vlm.data.conversations import SHORT_ANSWER
-from hf_vlm.data.instruction_templates import TRAIN_WORDINGS, UNSEEN_WORDINGS
+from hf_vlm.data.builtin.instruction_templates import TRAIN_WORDINGS, UNSEEN_WORDINGS
+from hf_vlm.data.sources.conversations import SHORT_ANSWER
 from hf_vlm.evaluation import (
     GREY,
     answer_questions,
@@ -50,6 +39,17 @@ from hf_vlm.evaluation import (
     retrieval_report,
     similarity_metrics,
     vqa_metrics,
+)
+from hf_vlm.evaluation.prompts import caption_prompt, prompting_of, question_wording
+from hf_vlm.evaluation.settings import Settings
+from hf_vlm.evaluation.tables import format_reports
+from hf_vlm.evaluation.tasks import Evaluator, TestSet
+from hf_vlm.evaluation.test_sets import (
+    AFTER_TRAINING,
+    evaluate_checkpoint,
+    report_on_easy_vqa,
+    report_on_scenes,
+    save_scene_report,
 )
 
 IMAGES = [tiny.image(seed=seed) for seed in range(7)]

@@ -9,13 +9,7 @@ import pytest
 import torch
 
 import hf_vlm.metrics
-from hf_vlm.evaluation import (
-    caption_metrics,
-    hard_negative_metrics,
-    retrieval_metrics,
-    vqa_metrics,
-    zero_shot_metrics,
-)
+from hf_vlm.evaluation import caption_metrics, hard_negative_metrics, retrieval_metrics, vqa_metrics, zero_shot_metrics
 
 METRICS = Path(next(iter(hf_vlm.metrics.__path__)))
 

@@ -16,7 +16,7 @@ from hf_vlm.evaluation import (
     zero_shot_classifier,
     zero_shot_metrics,
 )
-from hf_vlm.evaluation.retrieval import first_matches
+from hf_vlm.metrics.retrieval import first_matches
 
 
 def brute_force_ranks(scores: np.ndarray, query_ids: list[int], candidate_ids: list[int]) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import tiny
-from hf_vlm.cli import app
+from hf_vlm.cli.main import app
 from hf_vlm.data import (
     CachedFeatures,
     ContrastiveCollator,
@@ -27,8 +27,8 @@ from hf_vlm.data import (
     SceneRows,
     SceneStream,
     cache_features,
-    feature_key,
 )
+from hf_vlm.data.features import key as feature_key
 from hf_vlm.training import cached_tower_features
 
 ROWS = [{"image": tiny.image(seed=i), "caption": f"picture {i}"} for i in range(11)]

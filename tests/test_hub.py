@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVision
 import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.data import ContrastiveCollator
-from hf_vlm.hub.card import write_card
+from hf_vlm.hub.cards.card import write_card
 from hf_vlm.hub.push import PushError, push_folder
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
 from loopback_hub import ATTRIBUTES, Account, File, LoopbackHub

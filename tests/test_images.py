@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from hf_vlm.data.images import ImageError, load_image
+from hf_vlm.data.sources.images import ImageError, load_image
 
 LIMIT = 1_000_000
 

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 import tiny
 from hf_vlm.data import ImageError
 from hf_vlm.evaluation import embed_images, embed_texts, retrieval_metrics
-from hf_vlm.retrieval import DatasetItems, EmbeddingIndex, Item, Result, text_items, write_sheet
-from hf_vlm.retrieval.filters import condition, literal
-from hf_vlm.retrieval.identity import weights_digest
-from hf_vlm.retrieval.rows import Row
-from hf_vlm.retrieval.store import VectorTable
-from hf_vlm.retrieval.terminal import matches_table, printable
+from hf_vlm.search import DatasetItems, EmbeddingIndex, Item, Result, text_items, write_sheet
+from hf_vlm.search.filters import condition, literal
+from hf_vlm.search.identity import weights_digest
+from hf_vlm.search.rows import Row
+from hf_vlm.search.store import VectorTable
+from hf_vlm.search.terminal import matches_table, printable
 
 pytest.importorskip("lancedb")
 PICTURES = 12

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import tiny
-from hf_vlm.cli import app
+from hf_vlm.cli.main import app
 
 pytest.importorskip("lancedb")
 ROOT = Path(__file__).resolve().parents[1]

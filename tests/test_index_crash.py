@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_vlm.retrieval.store import VectorTable, exists
+from hf_vlm.search.store import VectorTable, exists
 from scripts.index_add import run, vector_of
 
 KILLS = 20
@@ -17,7 +17,7 @@ KILLS = 20
 def kill_one(uri: Path, notes: Path, first: int, seconds: float) -> None:
     """Starts a writer and kills it after so many seconds of work."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_vlm.retrieval.store"])
+    context.set_forkserver_preload(["hf_vlm.search.store"])
     ready = context.Event()
     process = context.Process(target=run, args=(str(uri), str(notes), first, ready))
     process.start()

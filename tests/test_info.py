@@ -29,9 +29,9 @@ from hf_vlm import (
     VlmTextTowerModel,
     VlmTowerModel,
 )
-from hf_vlm.cli import app
-from hf_vlm.commands.info import checkpoint_info, format_info
-from hf_vlm.hub.card import RESULTS_NAME, write_card
+from hf_vlm.cli.main import app
+from hf_vlm.hub.cards.card import RESULTS_NAME, write_card
+from hf_vlm.hub.info import checkpoint_info, format_info
 from hf_vlm.hub.record import RECORD_NAME, write_record
 from loopback_hub import File, LoopbackHub, Repo
 

@@ -21,9 +21,9 @@ from hf_vlm.data import (
     question_instructions,
     scene_instructions,
 )
-from hf_vlm.data.instruction_templates import TASKS, TRAIN_WORDINGS, UNSEEN_WORDINGS, wordings_of
-from hf_vlm.data.scene_text import plural
-from hf_vlm.data.scenes import BACKGROUNDS
+from hf_vlm.data.builtin.instruction_templates import TASKS, TRAIN_WORDINGS, UNSEEN_WORDINGS, wordings_of
+from hf_vlm.data.builtin.scene_text import plural
+from hf_vlm.data.builtin.scenes import BACKGROUNDS
 
 NUM_SCENES = 150
 NUMBERS = ["none", "one", "two", "three", "four"]

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from hf_vlm.data.pope import POPE_KINDS, pope_questions
-from hf_vlm.data.scene_text import phrase
+from hf_vlm.data.builtin.pope import POPE_KINDS, pope_questions
+from hf_vlm.data.builtin.scene_text import phrase
 from hf_vlm.evaluation import pope_metrics, says_yes
 
 OBJECTS = [["cat", "dog"], ["cat", "cat", "apple"], ["cat", "tree"], ["dog", "tree"], ["black cat"], ["dog"]]

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 import tiny
 from hf_vlm import VlmBlipForQuestionAnswering
 from hf_vlm.data import CaptionCollator, PairDataset, QuestionCollator, QuestionDataset, SceneRows, SceneStream
-from hf_vlm.data.questions import make_question, weigh_answers
+from hf_vlm.data.batches.questions import make_question, weigh_answers
 from scripts import blip_training
 
 NUM_ROWS = 24

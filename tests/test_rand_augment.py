@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from hf_vlm.data import Augmentation
-from hf_vlm.data.rand_augment import OPERATIONS, RandAugment
+from hf_vlm.data.batches.rand_augment import OPERATIONS, RandAugment
 from recipes import blip_pretrain
 
 SIDE = 28

@@ -26,7 +26,7 @@ import tiny
 import tiny_blip2
 from hf_vlm import VlmLlavaConfig, VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.data import SceneStream
-from hf_vlm.data.scene_conversations import CAPTION
+from hf_vlm.data.builtin.scene_conversations import CAPTION
 from hf_vlm.training import STAGES, VlmSFTConfig, apply_stage
 from recipes import llava_align, llava_instruct
 

@@ -22,9 +22,9 @@ from transformers import (
 
 import tiny
 from hf_vlm import VlmClipModel, VlmTextTowerModel, VlmTowerModel
-from hf_vlm.hub import convert_clip
+from hf_vlm.hub.convert import clip as convert_clip
 from hf_vlm.hub.convert import from_transformers
-from hf_vlm.hub.state_dict import Names, flipped, fuse, rename
+from hf_vlm.hub.convert.state_dict import Names, flipped, fuse, rename
 from hf_vlm.models import losses
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

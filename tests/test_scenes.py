@@ -14,9 +14,9 @@ import pytest
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
-from hf_vlm.data.emoji import EMOJI_SPLITS, TRAIN_STYLES, is_held_out
-from hf_vlm.data.scene_text import article, conflict, is_nameable, plural
-from hf_vlm.data.scenes import BACKGROUNDS, SceneStream, load_scenes
+from hf_vlm.data.builtin.emoji import EMOJI_SPLITS, TRAIN_STYLES, is_held_out
+from hf_vlm.data.builtin.scene_text import article, conflict, is_nameable, plural
+from hf_vlm.data.builtin.scenes import BACKGROUNDS, SceneStream, load_scenes
 
 COUNT_WORDS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 SIDES = r"to the left of|to the right of|above|below"

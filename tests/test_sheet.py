@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 from PIL import Image
 
-from hf_vlm.retrieval import Hit, Result, write_sheet
+from hf_vlm.search import Hit, Result, write_sheet
 
 
 class Tags(HTMLParser):

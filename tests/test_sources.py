@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_vlm.data import rows as rows_module
-from hf_vlm.data.images import ImageError
-from hf_vlm.data.mixing import Mixture, mix, split_stream
-from hf_vlm.data.rows import CaptionError, SkipReport, SourceError
-from hf_vlm.data.sources import DataSource, load_source
+from hf_vlm.data.sources import rows as rows_module
+from hf_vlm.data.sources.images import ImageError
+from hf_vlm.data.sources.mixing import Mixture, mix, split_stream
+from hf_vlm.data.sources.rows import CaptionError, SkipReport, SourceError
+from hf_vlm.data.sources.sources import DataSource, load_source
 
 COUNT = 6
 
@@ -579,7 +579,7 @@ def test_two_ranks_with_two_workers_read_every_row_once(
         assert own  # no rank is left without rows
         numbers += own
     assert sorted(numbers) == list(range(5 * count))
-    warnings = [record for record in caplog.records if record.name == "hf_vlm.data.mixing"]
+    warnings = [record for record in caplog.records if record.name == "hf_vlm.data.sources.mixing"]
     assert len(warnings) == (count < 4)
 
 

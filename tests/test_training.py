@@ -14,8 +14,8 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 
 import tiny
 from hf_vlm import VlmClipModel
-from hf_vlm.data.collators import pair_id
-from hf_vlm.data.pairs import PairDataset
+from hf_vlm.data.batches.collators import pair_id
+from hf_vlm.data.batches.pairs import PairDataset
 from hf_vlm.training import (
     ContrastiveTrainer,
     ContrastiveTrainingArguments,

@@ -1,9 +1,22 @@
 """Data: the built-in pictures and scenes, sources of the user's own, pairs, augmentation, collators."""
 
-from .augment import Augmentation
-from .collators import CaptionCollator, ContrastiveCollator, QuestionCollator
-from .conversation_collator import PLAIN_TEMPLATE, ConversationCollator
-from .conversations import (
+from .batches.augment import Augmentation
+from .batches.collators import CaptionCollator, ContrastiveCollator, QuestionCollator
+from .batches.conversation_collator import PLAIN_TEMPLATE, ConversationCollator
+from .batches.pairs import Pair, PairDataset, PairStream, load_pairs
+from .batches.prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
+from .batches.questions import Question, QuestionDataset, QuestionRows, load_questions, question_source
+from .builtin.corruption import corrupt_captions
+from .builtin.easy_vqa import easy_vqa_images, easy_vqa_questions
+from .builtin.emoji import EMOJI_SPLITS, LICENCES, load_emoji
+from .builtin.emoji_pairs import TEST_SPLITS, emoji_captions, emoji_pairs
+from .builtin.instructions import caption_instructions, mix_by_sqrt, question_instructions, scene_instructions
+from .builtin.pope import pope_questions
+from .builtin.scene_conversations import SceneConversations
+from .builtin.scene_rows import SceneRows
+from .builtin.scenes import SceneStream, load_scenes
+from .features.cache import CachedFeatures, FeatureCacheError, cache_features, feature_key
+from .sources.conversations import (
     CaptionConversations,
     Conversation,
     ConversationRows,
@@ -11,22 +24,9 @@ from .conversations import (
     load_conversations,
     open_conversations,
 )
-from .corruption import corrupt_captions
-from .easy_vqa import easy_vqa_images, easy_vqa_questions
-from .emoji import EMOJI_SPLITS, LICENCES, load_emoji
-from .emoji_pairs import TEST_SPLITS, emoji_captions, emoji_pairs
-from .feature_cache import CachedFeatures, FeatureCacheError, cache_features, feature_key
-from .images import ImageError, load_image
-from .instructions import caption_instructions, mix_by_sqrt, question_instructions, scene_instructions
-from .mixing import mix, split_stream
-from .pairs import Pair, PairDataset, PairStream, load_pairs
-from .pope import pope_questions
-from .prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
-from .questions import Question, QuestionDataset, QuestionRows, load_questions, question_source
-from .scene_conversations import SceneConversations
-from .scene_rows import SceneRows
-from .scenes import SceneStream, load_scenes
-from .sources import DataSource, load_source
+from .sources.images import ImageError, load_image
+from .sources.mixing import mix, split_stream
+from .sources.sources import DataSource, load_source
 from .wheels import WHEELS, resolve_part
 
 __all__ = [

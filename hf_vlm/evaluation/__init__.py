@@ -13,19 +13,19 @@
 - `suites`: the above on whole data sets, model and data in, report out.
 """
 
-from .captioning import caption_metrics
+from ..metrics.captioning import caption_metrics
+from ..metrics.filtering import best_threshold, filter_metrics
+from ..metrics.hard_negatives import hard_negative_metrics
+from ..metrics.pope import pope_metrics, says_yes
+from ..metrics.rerank import rerank_metrics
+from ..metrics.retrieval import chance, retrieval_metrics, similarity_metrics
+from ..metrics.text import ptb_tokenize
+from ..metrics.vqa import majority_answer, majority_answers, normalize_answer, vqa_metrics
+from ..metrics.zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
 from .embed import embed_images, embed_texts
-from .filtering import best_threshold, filter_metrics
-from .hard_negatives import hard_negative_metrics
 from .matching import MATCH_TOLERANCE, match_logits
-from .pope import pope_metrics, says_yes
-from .rerank import rerank_metrics
-from .retrieval import chance, retrieval_metrics, similarity_metrics
-from .suites import GREY, caption_report, hard_negative_report, pope_report, retrieval_report, vqa_report
-from .text import ptb_tokenize
-from .vqa import majority_answer, majority_answers, normalize_answer, vqa_metrics
+from .reports import GREY, caption_report, hard_negative_report, pope_report, retrieval_report, vqa_report
 from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
-from .zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
 
 __all__ = [
     "GREY",

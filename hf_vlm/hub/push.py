@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoProcessor, TrainingArguments
 
 from .. import models
-from .card import card_under_name
+from .cards.card import card_under_name
 from .export import save_with_code
 
 INDEX = "model.safetensors.index.json"

@@ -12,7 +12,7 @@ from .language_model import cast_weights
 from .modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmBlipModel
 from .modeling_blip2 import VlmBlip2Model, tower_states
 from .modeling_blip2_generation import VlmBlip2ForConditionalGeneration, VlmBlip2GenerationOutput
-from .modeling_blip2_stage1 import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining, VlmBlip2Output
+from .modeling_blip2_pretraining import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining, VlmBlip2Output
 from .modeling_blip_generation import VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering
 from .modeling_blip_text import VlmBlipOutput, VlmBlipTextModel
 from .modeling_clip import VlmClipModel, VlmClipOutput

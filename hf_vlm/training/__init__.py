@@ -3,12 +3,12 @@
 from .arguments import ContrastiveTrainingArguments, VlmTrainingArguments
 from .blip import BlipTrainer, BlipTrainingArguments
 from .blip2 import Blip2Trainer
-from .checkpoints import last_checkpoint
 from .contrastive import ContrastiveTrainer
 from .features import cached_tower_features
-from .language_model import open_language_model
 from .lit import cache_text_features, cache_vision_features
+from .open_parts import open_language_model
 from .precision import choose_bf16
+from .resume import last_checkpoint
 from .sft import VlmSFTConfig, VlmSFTTrainer, add_lora
 from .stages import STAGES, Stage, apply_stage, stage_named
 from .trainer import VlmTrainer

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback
 
-from ..data.pairs import PairStream
+from ..data.batches.pairs import PairStream
 from ..models.modeling_blip import VlmBlipForPreTraining
 from ..models.modeling_blip_generation import VlmBlipForQuestionAnswering
 from .arguments import VlmTrainingArguments

@@ -1,6 +1,6 @@
 """Training of BLIP-2's first stage."""
 
-from ..models.modeling_blip2_stage1 import VlmBlip2ForPreTraining
+from ..models.modeling_blip2_pretraining import VlmBlip2ForPreTraining
 from .parts import PartsTrainer
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..data.feature_cache import CachedFeatures, cache_features
-from ..data.feature_key import feature_key
-from ..data.pairs import PairStream, Rows
-from ..data.scene_rows import SceneRows
+from ..data.batches.pairs import PairStream, Rows
+from ..data.builtin.scene_rows import SceneRows
+from ..data.features.cache import CachedFeatures, cache_features
+from ..data.features.key import feature_key
 from ..models.modeling_blip2 import tower_states
 
 

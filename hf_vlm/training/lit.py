@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-from ..data.collators import ContrastiveCollator
-from ..data.pairs import PairDataset
+from ..data.batches.collators import ContrastiveCollator
+from ..data.batches.pairs import PairDataset
 from ..models.modeling_clip import VlmClipModel
 
 

@@ -14,8 +14,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTConfig, SFTTrainer
 
-from ..data.conversation_collator import ConversationCollator
-from ..data.pairs import Rows
+from ..data.batches.conversation_collator import ConversationCollator
+from ..data.batches.pairs import Rows
 from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
 from .arguments import VlmTrainingArguments
 from .trainer import VlmTrainer

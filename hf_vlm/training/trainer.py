@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollator, Trainer, TrainerCallback
 
-from ..data.pairs import PairDataset, PairStream
-from ..data.questions import QuestionDataset
+from ..data.batches.pairs import PairDataset, PairStream
+from ..data.batches.questions import QuestionDataset
 from .muon import MuonAdamW
 
 

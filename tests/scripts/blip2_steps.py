@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 import tiny
 import tiny_blip2
 from hf_vlm import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining
-from hf_vlm.models import losses, modeling_blip2_stage1
+from hf_vlm.models import losses
+from hf_vlm.models import modeling_blip2_pretraining as modeling_blip2_stage1
 from hf_vlm.models.losses import gather_with_grad
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from hf_vlm.cli import main
+from hf_vlm.cli.main import main
 from hf_vlm.hub.push import push_folder
 
 torch.set_num_threads(1)

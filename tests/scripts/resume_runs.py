@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from hf_vlm.data.pairs import PairDataset
+from hf_vlm.data.batches.pairs import PairDataset
 from hf_vlm.training import last_checkpoint
 from scripts import tiny_training
 

@@ -8,9 +8,9 @@ from transformers import TrainerCallback
 
 import tiny
 from hf_vlm import VlmClipModel
-from hf_vlm.data.augment import Augmentation
-from hf_vlm.data.collators import ContrastiveCollator
-from hf_vlm.data.pairs import PairDataset, PairStream
+from hf_vlm.data.batches.augment import Augmentation
+from hf_vlm.data.batches.collators import ContrastiveCollator
+from hf_vlm.data.batches.pairs import PairDataset, PairStream
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
 
 THINGS = ["cat", "dog", "house", "tree"]

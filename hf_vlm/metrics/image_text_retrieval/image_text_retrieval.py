@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_vlm.evaluation import retrieval_metrics
+from ...evaluation import retrieval_metrics
 
 _DESCRIPTION = "Recall at k, median rank and mean reciprocal rank of image-to-text and text-to-image retrieval."
 

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_vlm.evaluation import vqa_metrics
+from ...evaluation import vqa_metrics
 
 _DESCRIPTION = "The soft accuracy of the VQA challenge and exact match, of normalised answers."
 

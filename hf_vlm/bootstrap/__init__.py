@@ -1,0 +1,1 @@
+"""CapFilt (BLIP, section 3.3): caption images, filter captions."""

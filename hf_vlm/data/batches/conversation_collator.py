@@ -1,0 +1,192 @@
+"""Batches of conversations with images, of which only what the assistant says is learned.
+
+- What the assistant says is found by rendering the conversation turn by turn, so any chat template will do.
+- Images' placeholders are expanded after tokenizing, and never cut.
+- `packed` puts several samples into one row: positions restart with each, and there is no attention mask, which is how
+  transformers keeps them apart. Of the rows of a batch only the ends are padding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+from transformers.utils import logging
+
+from ..sources.conversations import IMAGE_MARK, Conversation, Message
+from ..sources.images import load_image
+
+logger = logging.get_logger(__name__)
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
+"""Of LLaVA's first stage: the image and its caption. LLaVA ends it with a line break, which does not teach to stop."""
+IGNORED = -100
+
+
+def assistant_spans(render: Any, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and where in it the assistant speaks, the end of the turn included.
+
+    Args:
+        render: `(messages, add_generation_prompt) -> str`.
+        messages: The conversation.
+        where: Names it in errors.
+
+    Raises:
+        ValueError: if the template renders earlier turns otherwise once a later one is there, but for what stands
+            between the beginning of an answer and its first word.
+    """
+    text, spans = render(messages, False), []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, through = render(messages[:number], True), render(messages[: number + 1], False).rstrip()
+        if not text.startswith(through):
+            # The last answer may be rendered otherwise than earlier ones: Qwen3's begins with an empty thought.
+            marked = render([*messages[:number], {"role": "assistant", "content": "MARK"}], False)
+            through = before + message["content"].strip() + marked.rpartition("MARK")[2].rstrip()
+        if not (text.startswith(through) and through.startswith(before)):
+            raise ValueError(
+                f"{where}: the chat template changes turn {number} when another follows, so that it cannot be found: "
+                "give another chat template, or conversations of one answer."
+            )
+        spans.append((len(before), len(through)))
+    return text, spans
+
+
+class ConversationCollator:
+    """Turns conversations into the inputs of LLaVA.
+
+    Args:
+        processor: A [`VlmLlavaProcessor`].
+        max_length: Most tokens of a sample, placeholders included; what comes later is cut.
+        packed: Put samples side by side in rows of `row_length`.
+        row_length: Tokens of a packed row; `max_length` by default.
+        chat_template: In place of the processor's own, such as `PLAIN_TEMPLATE`.
+
+    Returns:
+        On call: `input_ids` and `labels` (-100 but where the assistant speaks) of shape `(rows, length)`, padded on the
+        right; `attention_mask`, or with `packed` `position_ids`; where there are images `pixel_values` and, with
+        "anyres", `image_sizes`.
+
+    Raises:
+        ValueError: on call, naming the sample: if an image would be cut, or the template hides who speaks.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        max_length: int = 2048,
+        packed: bool = False,
+        row_length: int | None = None,
+        chat_template: str | None = None,
+    ):
+        self.processor = processor
+        self.max_length = max_length
+        self.packed = packed
+        self.row_length = max(row_length or max_length, max_length)
+        self.chat_template = chat_template
+        self.pad = processor.tokenizer.pad_token_id
+
+    def __call__(self, rows: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+        samples, pictures = [], []
+        for number, row in enumerate(rows):
+            images = [self.processor.image_processor.process_image(load_image(image)) for image in row["images"]]
+            samples.append(self.tokens(row["messages"], images, f"sample {number} of the batch"))
+            pictures.append(images)
+        batch, order = self._packed(samples) if self.packed else self._padded(samples)
+        if images := [image for number in order for image in pictures[number]]:
+            batch |= dict(self.processor.image_processor(images, return_tensors="pt"))
+        return batch
+
+    def length(self, row: Conversation) -> int:
+        """About how many tokens a row has, by which batches can be grouped: its images are not opened.
+
+        An image counts as many as one of the tower's own size has.
+        """
+        text = self.render(row["messages"], add_generation_prompt=False)
+        size = self.processor.image_processor.size
+        more = self.processor.num_image_tokens(size["height"], size["width"]) - 1  # than the mark in the text
+        images = more * len(row["images"])
+        return min(len(self.processor.tokenizer(text)["input_ids"]) + images, self.max_length)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The text of a conversation."""
+        if not messages:
+            return ""
+        return self.processor.apply_chat_template(
+            list(messages), self.chat_template, add_generation_prompt=add_generation_prompt
+        )
+
+    def tokens(self, messages: Sequence[Message], images: Sequence[Any], where: str) -> tuple[list[int], list[int]]:
+        """Token ids and labels of one conversation; the sizes of the images say how many placeholders they have."""
+        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
+        text, spans = assistant_spans(self.render, messages, where)
+        begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        read = tokenizer(text, add_special_tokens=not begins, return_offsets_mapping=True)
+        ids, labels, pictures = [], [], iter(images)
+        for token, (start, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
+            if token == image_id:
+                picture = next(pictures)
+                count = self.processor.num_image_tokens(picture.height, picture.width)
+                if len(ids) + count > self.max_length:
+                    raise ValueError(
+                        f"{where}: an image of {count} tokens after {len(ids)} others does not fit max_length="
+                        f"{self.max_length}: raise it, or leave the sample out."
+                    )
+                ids += [image_id] * count
+                labels += [IGNORED] * count
+            else:
+                spoken = end > start and any(start >= first and end <= last for first, last in spans)
+                ids.append(token)
+                labels.append(token if spoken else IGNORED)
+        if len(ids) > self.max_length:
+            logger.warning_once(f"Conversations of more than max_length={self.max_length} tokens lose their ends.")
+        labels[0] = IGNORED  # nothing comes before it to predict it from
+        return ids[: self.max_length], labels[: self.max_length]
+
+    def _padded(self, samples: list[tuple[list[int], list[int]]]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        length = max(len(ids) for ids, _ in samples)
+        batch = {
+            "input_ids": [ids + [self.pad] * (length - len(ids)) for ids, _ in samples],
+            "labels": [labels + [IGNORED] * (length - len(labels)) for _, labels in samples],
+            "attention_mask": [[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in samples],
+        }
+        return {name: torch.tensor(rows) for name, rows in batch.items()}, list(range(len(samples)))
+
+    def _packed(self, samples: list[tuple[list[int], list[int]]]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        bins = fill_rows([len(ids) for ids, _ in samples], self.row_length)
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+        for chosen in bins:
+            ids = [token for number in chosen for token in samples[number][0]]
+            labels = [label for number in chosen for label in samples[number][1]]
+            positions = [position for number in chosen for position in range(len(samples[number][0]))]
+            for name, row in (("input_ids", ids), ("labels", labels), ("position_ids", positions)):
+                rows[name].append(row)
+        length = max(map(len, rows["input_ids"]))
+        for ids, labels, positions in zip(*rows.values(), strict=True):
+            missing = length - len(ids)
+            ids += [self.pad] * missing
+            labels += [IGNORED] * missing
+            positions += range(missing)  # padding is one more sample
+        order = [number for chosen in bins for number in chosen]
+        return {name: torch.tensor(values) for name, values in rows.items()}, order
+
+
+def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Puts samples into as few rows as first-fit-decreasing finds; each row lists the numbers of its samples."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        fits = next((row for row, left in enumerate(room) if left >= lengths[number]), None)
+        if fits is None:
+            rows.append([])
+            room.append(row_length)
+            fits = len(rows) - 1
+        rows[fits].append(number)
+        room[fits] -= lengths[number]
+    return rows
+
+
+__all__ = ["IMAGE_MARK", "PLAIN_TEMPLATE", "ConversationCollator", "assistant_spans", "fill_rows"]

@@ -1,0 +1,154 @@
+"""Image-caption pairs whose random choices depend only on seed, epoch and row.
+
+A resumed run therefore sees the same captions and the same augmentations as an uninterrupted one.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypedDict
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ..sources.mixing import Weights, mix, split_stream
+from ..sources.rows import OnError
+from ..sources.sources import DataSource
+
+
+class Rows(Protocol):
+    """What is read by row number: a list, a `datasets.Dataset`, a mixture."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Pair(TypedDict):
+    """One example: a picture, one of its captions, and where it came from."""
+
+    image: Image.Image
+    caption: str
+    id: Any
+    index: int
+    seed: int
+
+
+def make_pair(row: dict[str, Any], index: int, seed: tuple[int, ...], epoch: int, shuffle_captions: bool) -> Pair:
+    """Chooses a caption of a row.
+
+    Args:
+        row: `image`, `caption` (a string or a list of strings) and optionally `id`.
+        index: The row's number.
+        seed: Decides, together with epoch and index, the caption and the pair's seed.
+        epoch: The number of the pass.
+        shuffle_captions: Whether to choose a caption at random; otherwise the first is taken.
+
+    Raises:
+        ValueError: if the row has no caption or an empty one.
+    """
+    rng = np.random.default_rng((*seed, epoch, index))
+    captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise ValueError(f"Row {index} has an empty caption: {row['caption']!r}. Remove it or give it a text.")
+    choice = int(rng.integers(len(captions))) if shuffle_captions else 0
+    return {
+        "image": row["image"],
+        "caption": captions[choice],
+        "id": captions[0] if row.get("id") is None else row["id"],
+        "index": index,
+        "seed": int(rng.integers(2**63)),
+    }
+
+
+class PairDataset(Dataset):
+    """Chooses one caption of each row, anew each epoch.
+
+    Args:
+        rows: A sequence of dicts with `image`, `caption` (a string or a list of strings) and optionally `id`; rows with
+            equal ids are positives of each other. Without ids, rows with equal captions are.
+        seed: Decides captions and augmentation.
+        shuffle_captions: Whether to choose a caption at random; otherwise the first is taken.
+    """
+
+    def __init__(self, rows: Rows, seed: int = 0, shuffle_captions: bool = True):
+        self.rows = rows
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
+        self.shuffle_captions = shuffle_captions
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer at the start of each epoch."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        return make_pair(self.rows[index], index, (self.seed,), int(self.epoch), self.shuffle_captions)
+
+
+class PairStream(IterableDataset):
+    """The same for a stream, which is read in its own order; see [`PairDataset`].
+
+    Args:
+        stream: What [`load_source`] or [`mix`] returned for streaming sources, on every rank the same.
+        seed: Decides captions and augmentation.
+        shuffle_captions: Whether to choose a caption at random; otherwise the first is taken.
+    """
+
+    def __init__(self, stream: datasets.IterableDataset, seed: int = 0, shuffle_captions: bool = True):
+        self.stream = stream
+        self.seed = seed
+        self.shuffle_captions = shuffle_captions
+        self.rank: int | None = None
+
+    def split(self, rank: int, world_size: int, workers: int) -> "PairStream":
+        """The rows of one rank (see [`split_stream`]), pass after pass without end.
+
+        Without end, because ranks and workers end their passes at different steps, and so that a resumed run finds its
+        place in a later pass. Every pass but the first shuffles the shards.
+        """
+        part = PairStream(split_stream(self.stream, rank, world_size, workers), self.seed, self.shuffle_captions)
+        part.rank = rank
+        return part
+
+    def __iter__(self) -> Iterator[Pair]:
+        worker = get_worker_info()
+        reader = (self.rank or 0, worker.id if worker else 0)
+        stream = copy.deepcopy(self.stream)  # workers share the number of its pass
+        for epoch in itertools.count():
+            stream.set_epoch(epoch)
+            index = -1
+            for index, row in enumerate(stream):
+                yield make_pair(row, index, (self.seed, *reader), epoch, self.shuffle_captions)
+            if self.rank is None or index < 0:
+                return
+
+
+def load_pairs(
+    sources: Sequence[dict[str, Any]],
+    weights: Weights | None = None,
+    seed: int = 0,
+    on_error: OnError = "raise",
+    shuffle_captions: bool = True,
+) -> PairDataset | PairStream:
+    """Opens the sources that a YAML file lists.
+
+    Args:
+        sources: Fields of [`DataSource`], one dict a source.
+        weights: How to mix several; see [`mix`].
+        seed: Decides mixing, captions and augmentation.
+        on_error: `"raise"` or `"skip"` for bad rows.
+        shuffle_captions: Whether to choose among a row's captions at random.
+    """
+    rows = mix([DataSource(**source) for source in sources], weights, seed, on_error)
+    if isinstance(rows, datasets.IterableDataset):
+        return PairStream(rows, seed, shuffle_captions)
+    return PairDataset(rows, seed, shuffle_captions)
+
+
+__all__ = ["Pair", "PairDataset", "PairStream", "load_pairs", "make_pair"]

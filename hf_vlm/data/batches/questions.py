@@ -1,0 +1,155 @@
+"""Questions about images, whose random choices depend only on seed, epoch and row, as those of `pairs.py` do."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ..sources.mixing import Weights, mix
+from ..sources.rows import CaptionError, OnError
+from ..sources.sources import DataSource
+from .pairs import Rows
+
+
+class Question(TypedDict):
+    """One example: a picture, a question, its answers with weights that sum to 1, and where it came from."""
+
+    image: Image.Image
+    question: str
+    answers: list[str]
+    weights: list[float]
+    index: int
+    seed: int
+
+
+def weigh_answers(answers: str | Sequence[str]) -> tuple[list[str], list[float]]:
+    """The different answers that people gave, and the share of people who gave each (BLIP, section 5.3)."""
+    counts = Counter([answers] if isinstance(answers, str) else answers)
+    total = sum(counts.values())
+    return list(counts), [count / total for count in counts.values()]
+
+
+def make_question(row: dict[str, Any], index: int, seed: int, epoch: int) -> Question:
+    """Chooses a question of a row.
+
+    Args:
+        row: `image`, and `question` with `answer` (a string, or what several people said), or `questions`, a list of
+            dicts of the two, of which one is chosen.
+        index: The row's number.
+        seed: Decides, together with epoch and index, the question and the example's seed.
+        epoch: The number of the pass.
+
+    Raises:
+        ValueError: if question or answers are missing or empty.
+    """
+    rng = np.random.default_rng((seed, epoch, index))
+    asked = row["questions"][int(rng.integers(len(row["questions"])))] if row.get("questions") else row
+    question, answer = asked.get("question", ""), asked.get("answer")
+    said = [answer] if isinstance(answer, str) else answer or []
+    if not said or not all(isinstance(text, str) and text.strip() for text in (question, *said)):
+        raise ValueError(f"Row {index} lacks a question or an answer: {question!r}, {answer!r}. Remove or mend it.")
+    answers, weights = weigh_answers(said)
+    return {
+        "image": row["image"],
+        "question": question,
+        "answers": answers,
+        "weights": weights,
+        "index": index,
+        "seed": int(rng.integers(2**63)),
+    }
+
+
+class QuestionDataset(Dataset):
+    """Chooses one question of each row, anew each epoch.
+
+    Args:
+        rows: A sequence of the dicts that [`make_question`] takes.
+        seed: Decides questions and augmentation.
+    """
+
+    def __init__(self, rows: Rows, seed: int = 0):
+        self.rows = rows
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer at the start of each epoch."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Question:
+        return make_question(self.rows[index], index, self.seed, int(self.epoch))
+
+
+class QuestionRows:
+    """What [`load_source`] read with questions as captions and answers as ids: `image`, `question` and `answer`.
+
+    Args:
+        rows: The rows.
+        label: What to call them in an error.
+    """
+
+    def __init__(self, rows: Rows, label: str = "the questions"):
+        self.rows = rows
+        self.label = label
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        question, answer = row["caption"], row["id"]
+        people = [answer] if isinstance(answer, str) else answer
+        # An empty id is replaced by the caption, here by the question.
+        right = isinstance(question, str) and isinstance(people, list) and people and answer != question
+        if not right or not all(isinstance(text, str) and text.strip() for text in people):
+            raise CaptionError(
+                f"{self.label}, row {index}: {question!r} has no answer in words; give it a text or a list of texts."
+            )
+        return {"image": row["image"], "question": question, "answer": people}
+
+
+def question_source(source: dict[str, Any]) -> DataSource:
+    """A source of questions as one of captions and ids, which is how it is read.
+
+    Args:
+        source: Fields of [`DataSource`]; `columns` may name image, question and answer.
+
+    Raises:
+        ValueError: if it names another column, or is streamed.
+    """
+    columns = source.get("columns") or {}
+    if unknown := set(columns) - {"image", "question", "answer"}:
+        raise ValueError(f"{source['path']}: columns: {sorted(unknown)} is unknown; name image, question and answer.")
+    if source.get("streaming"):
+        raise ValueError(f"{source['path']}: questions are not streamed: leave out streaming.")
+    names = {"image": "image", "question": "question", "answer": "answer"} | columns
+    read = {"image": names["image"], "caption": names["question"], "id": names["answer"]}
+    return DataSource(**{**source, "columns": read})
+
+
+def load_questions(
+    sources: Sequence[dict[str, Any]], weights: Weights | None = None, seed: int = 0, on_error: OnError = "raise"
+) -> QuestionDataset:
+    """Opens the sources that a YAML file lists; arguments as of `load_pairs`, columns as of [`question_source`]."""
+    rows = mix([question_source(source) for source in sources], weights, seed, on_error)
+    assert not isinstance(rows, datasets.IterableDataset)
+    return QuestionDataset(QuestionRows(rows, ", ".join(source["path"] for source in sources)), seed)
+
+
+__all__ = [
+    "Question",
+    "QuestionDataset",
+    "QuestionRows",
+    "load_questions",
+    "make_question",
+    "question_source",
+    "weigh_answers",
+]

@@ -1,0 +1,290 @@
+"""Instructions with short responses, made of scenes, questions and captions, and mixed as InstructBLIP mixes them.
+
+- Tables of text: a row names its picture by `source` and `index`, so that many instructions share one picture, and no
+  picture is decoded to make a table.
+- What scenes are asked follows from their boxes and colours, so every response is true. A relation is used only where
+  it holds of the whole boxes.
+- Wording and choices follow from the seed, the task and the row's number alone.
+"""
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..batches.questions import QuestionRows
+from .instruction_templates import TASKS, Wordings, wordings_of
+from .scene_rows import SceneRows
+from .scene_text import NUMBERS, OPPOSITES, conflict, holds, phrase, plural, reaches
+from .scenes import BACKGROUNDS
+
+NUM_OPTIONS = 4
+
+INSTRUCTION_FEATURES = datasets.Features(
+    {
+        "index": datasets.Value("int64"),
+        **{name: datasets.Value("string") for name in ("source", "task", "instruction", "response")},
+    }
+)
+
+Scene = Mapping[str, Any]
+Asked = tuple[dict[str, str], str]  # the fields of a wording, and the response
+
+
+class _Table:
+    """Collects the rows of one task; each gets a wording drawn from its random numbers."""
+
+    def __init__(self, source: str, task: str, wordings: Wordings):
+        self.source, self.task, self.wordings = source, task, wordings_of(task, wordings)
+        self.rows: list[tuple[int, str, str, str, str]] = []
+
+    def add(self, index: int, fields: Mapping[str, str], response: str, rng: random.Random) -> None:
+        instruction = rng.choice(self.wordings).format(**fields)
+        self.rows.append((index, self.source, self.task, instruction, response))
+
+    def dataset(self) -> datasets.Dataset:
+        columns = zip(*self.rows, strict=True) if self.rows else [[]] * len(INSTRUCTION_FEATURES)
+        table = {name: list(column) for name, column in zip(INSTRUCTION_FEATURES, columns, strict=True)}
+        return datasets.Dataset.from_dict(table, features=INSTRUCTION_FEATURES)
+
+
+def scene_instructions(
+    rows: SceneRows, seed: int = 0, wordings: Wordings = "train", tasks: Sequence[str] = tuple(TASKS)
+) -> dict[str, datasets.Dataset]:
+    """Instructions about scenes, one table a task.
+
+    Args:
+        rows: The scenes.
+        seed: Decides wordings, options and what is reasoned about.
+        wordings: `"train"` or the held-out `"unseen"`.
+        tasks: Of `TASKS`: `caption`; `vqa`, all questions of the scene; `classification` of an object and of the
+            background among options; `matching` of captions and their false twins, as often yes as no; `reasoning`
+            about sides and numbers, with a reason.
+
+    Returns:
+        By task, a data set with `index` (the scene's row), `source` ("scenes"), `task`, `instruction` and `response`.
+
+    Raises:
+        ValueError: if a task or the wordings are unknown.
+    """
+    tables = {task: _Table("scenes", task, wordings) for task in tasks}
+    for index in range(len(rows)):
+        scene = rows.stream.scene(index)
+        scene["captions"] = rows.short(scene["captions"])
+        for task, table in tables.items():
+            rng = random.Random(f"{seed} {task} {index}")
+            for fields, response in _asked(task, scene, rows.stream.names, rng):
+                table.add(index, fields, response, rng)
+    return {task: table.dataset() for task, table in tables.items()}
+
+
+def question_instructions(
+    rows: Sequence[Mapping[str, Any]] | datasets.Dataset | QuestionRows,
+    source: str,
+    seed: int = 0,
+    wordings: Wordings = "train",
+) -> datasets.Dataset:
+    """Questions as instructions of the task `vqa`.
+
+    Args:
+        rows: Dicts with `question` and `answer`, a text or what several people said, of which the most frequent is the
+            response; `index` is the row of the picture, by default the question's own. No image is decoded.
+        source: What the table calls the rows.
+        seed: Decides the wordings.
+        wordings: `"train"` or the held-out `"unseen"`.
+
+    Returns:
+        A data set as of `scene_instructions`.
+
+    Raises:
+        ValueError: if a question or an answer is missing or empty.
+    """
+    table = _Table(source, "vqa", wordings)
+    names = {"question": "question", "answer": "answer"}
+    if isinstance(rows, QuestionRows):
+        rows, names = rows.rows, {"question": "caption", "answer": "id"}
+    for number, row in enumerate(_texts(rows, [*names.values(), "index"])):
+        question, said = row.get(names["question"]), row.get(names["answer"])
+        people = [said] if isinstance(said, str) else list(said or [])
+        answer = Counter(people).most_common(1)[0][0] if people else None
+        for what, text in (("question", question), ("answer", answer)):
+            _check_text(text, f"{source}, row {number}: the {what}")
+        rng = random.Random(f"{seed} vqa {number}")
+        table.add(int(row.get("index", number)), {"question": str(question)}, str(answer), rng)
+    return table.dataset()
+
+
+def caption_instructions(
+    rows: Sequence[Mapping[str, Any]] | datasets.Dataset, source: str, seed: int = 0, wordings: Wordings = "train"
+) -> datasets.Dataset:
+    """Captions as responses to instructions of the task `caption`.
+
+    Args:
+        rows: Dicts with `caption`, a text or several, each of which becomes a row; the rest as of
+            `question_instructions`. What `load_source` opened is taken too, with `on_error="raise"`: a stand-in for a
+            picture left out would not fit the caption.
+
+    Raises:
+        ValueError: if a caption is missing or empty.
+    """
+    table = _Table(source, "caption", wordings)
+    for number, row in enumerate(_texts(rows, ["caption", "index"])):
+        captions = row.get("caption")
+        rng = random.Random(f"{seed} caption {number}")
+        for caption in [captions] if isinstance(captions, str) else list(captions or [None]):
+            _check_text(caption, f"{source}, row {number}: the caption")
+            table.add(int(row.get("index", number)), {}, caption, rng)
+    return table.dataset()
+
+
+def mix_by_sqrt(tables: Mapping[str, datasets.Dataset], seed: int, num_rows: int) -> datasets.Dataset:
+    """Mixes data sets with probabilities proportional to the square roots of their sizes (InstructBLIP, section 2.4).
+
+    Each data set is passed through in an order drawn from the seed, without a repetition until it is used up, then in
+    another order.
+
+    Args:
+        tables: Data sets of equal columns; their order does not matter.
+        seed: Decides the mixture.
+        num_rows: Length of the mixture.
+
+    Raises:
+        ValueError: if there are none, one is empty, columns differ or the length is not positive.
+    """
+    names = sorted(tables)
+    empty = [name for name in names if len(tables[name]) == 0]
+    if not names or empty or num_rows < 1:
+        wrong = f"{empty[0]} is empty" if empty else f"{num_rows} rows of {len(names)} data sets are asked for"
+        raise ValueError(f"Cannot mix: {wrong}; give data sets with rows and a positive number of rows.")
+    for name in names:
+        if tables[name].features != tables[names[0]].features:
+            raise ValueError(f"Cannot mix: {name} and {names[0]} differ in their columns; make them equal.")
+    sizes = np.array([len(tables[name]) for name in names])
+    shares = np.sqrt(sizes)
+    owner = np.random.default_rng(seed).choice(len(names), size=num_rows, p=shares / shares.sum())
+    rows = np.empty(num_rows, dtype=np.int64)
+    for number, size in enumerate(sizes):
+        places = np.flatnonzero(owner == number)
+        rng = np.random.default_rng((seed, number))
+        passes = [rng.permutation(size) for _ in range(-(-len(places) // size))]
+        if passes:
+            rows[places] = np.concatenate(passes)[: len(places)] + sizes[:number].sum()
+    return datasets.concatenate_datasets([tables[name] for name in names]).select(rows)
+
+
+def _texts(rows: Any, columns: list[str]) -> Any:
+    """The rows without their pictures, where they are columns that would be decoded."""
+    if not isinstance(rows, datasets.Dataset):
+        return rows
+    return rows.with_format(None).select_columns([name for name in columns if name in rows.column_names])
+
+
+def _check_text(text: Any, what: str) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{what} is {text!r}; give it a text or remove the row.")
+
+
+def _asked(task: str, scene: Scene, names: Sequence[str], rng: random.Random) -> list[Asked]:
+    """All that is asked of a scene in one task."""
+    if task == "caption":
+        return [({}, caption) for caption in scene["captions"]]
+    if task == "vqa":
+        return [({"question": row["question"]}, row["answer"]) for row in scene["questions"]]
+    if task == "classification":
+        return _classification(scene, names, rng)
+    if task == "matching":
+        return [({"caption": row[key]}, answer) for row in scene["hard_negatives"] for key, answer in _TWINS.items()]
+    return [({"question": question}, response) for question, response in scene_reasoning(scene["objects"], rng)]
+
+
+_TWINS = {"caption": "yes", "negative": "no"}
+
+
+def _classification(scene: Scene, names: Sequence[str], rng: random.Random) -> list[Asked]:
+    """One question about an object and one about the background, each with options of which one is right."""
+    there = [thing["name"] for thing in scene["objects"]]
+    name, background = rng.choice(there), scene["background"]
+    drawn = rng.sample(names, min(len(names), 10 * NUM_OPTIONS))
+    absent = [other for other in drawn if not any(conflict(other, seen) for seen in there)][: NUM_OPTIONS - 1]
+    colours = rng.sample([colour for colour in BACKGROUNDS if colour != background], NUM_OPTIONS - 1)
+    asked = [("What colour is the background?", background, colours)]
+    if absent:
+        asked.append(("Which of these is in the picture?", name, absent))
+    rows = []
+    for question, answer, others in asked:
+        options = [answer, *others]
+        rng.shuffle(options)
+        rows.append(({"question": question, "options": ", ".join(options)}, answer))
+    return rows
+
+
+def scene_reasoning(objects: Sequence[dict[str, Any]], rng: random.Random) -> list[tuple[str, str]]:
+    """One question of each sort that the scene allows, with an answer and its reason."""
+    counts = Counter(thing["name"] for thing in objects)
+    singles = [thing for thing in objects if counts[thing["name"]] == 1]
+    sorts = [_sides(objects, singles), _comparisons(singles), _numbers(counts)]
+    return [rng.choice(asked) for asked in sorts if asked]
+
+
+def _sides(objects: Sequence[dict[str, Any]], singles: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """How many are on a side of a thing, and which; nothing that overlaps that side may leave the number in doubt."""
+    asked = []
+    for anchor in singles:
+        others = [thing for thing in objects if thing is not anchor]
+        for words in OPPOSITES:
+            there = [thing for thing in others if holds(thing, words, anchor)]
+            # Where there is nothing is not asked: "none" would be right most of the time.
+            if not there or any(reaches(thing, words, anchor) for thing in others if thing not in there):
+                continue
+            counts = Counter(thing["name"] for thing in there)
+            number = {1: "one", **NUMBERS}[len(there)]
+            listed = _listing([phrase(name, count) for name, count in counts.items()])
+            question = f"How many things are {words} the {anchor['name']}, and which?"
+            asked.append((question, f"{number}: {listed}"))
+    return asked
+
+
+def _comparisons(singles: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Which of two things is further to a side."""
+    ask = {"to the left of": "further to the left", "to the right of": "further to the right"}
+    ask |= {"above": "higher", "below": "lower"}
+    return [
+        (f"Which is {ask[words]} in the picture, {choice}?", f"the {a['name']}, because it is {words} the {b['name']}")
+        for a in singles
+        for b in singles
+        for words in OPPOSITES
+        if a is not b and holds(a, words, b)
+        for choice in (f"the {a['name']} or the {b['name']}", f"the {b['name']} or the {a['name']}")
+    ]
+
+
+def _numbers(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Of which of two things there are more; not asked of as many, which would be right most of the time."""
+    asked = []
+    for first, second in itertools.permutations([name for name in counts if plural(name)], 2):
+        more, fewer = (first, second) if counts[first] > counts[second] else (second, first)
+        if counts[more] == counts[fewer]:
+            continue
+        there = f"there {'are' if counts[more] > 1 else 'is'} {_listing([phrase(n, counts[n]) for n in (more, fewer)])}"
+        asked.append(
+            (f"Are there more {plural(first)} or more {plural(second)}?", f"more {plural(more)}, because {there}")
+        )
+    return asked
+
+
+def _listing(phrases: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))
+
+
+__all__ = [
+    "INSTRUCTION_FEATURES",
+    "caption_instructions",
+    "mix_by_sqrt",
+    "question_instructions",
+    "scene_instructions",
+    "scene_reasoning",
+]

@@ -1,0 +1,1 @@
+"""The cache of a frozen tower's outputs."""

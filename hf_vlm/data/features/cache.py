@@ -1,0 +1,245 @@
+"""What a frozen image tower makes of a data set, computed once and kept in files that training maps into memory.
+
+- A folder of shards in bfloat16 (safetensors), each written whole or not at all and telling by itself what it holds, so
+  that a run that was killed goes on with the first missing shard. `cache.json`, written last, makes the cache complete.
+- A key says what the features were computed from. Another key is refused: features of another model, of other pictures
+  or of other preprocessing look just like the right ones.
+- Readers map the shards lazily: opening reads headers only, and a batch reads its own rows.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..batches.pairs import Rows
+from ..sources.images import ImageError, load_image
+from ..sources.rows import CaptionError, SourceError
+from .key import compared, feature_key, first_difference, plain_json
+from .shards import (
+    INDEX,
+    OTHER,
+    FeatureCacheError,
+    Plan,
+    any_shard,
+    defect,
+    locked,
+    map_features,
+    read_header,
+    read_index,
+    save_shard,
+    write_index,
+)
+
+_ANEW = "cache the features again into this folder, which makes only what is missing or damaged."
+
+
+class CachedFeatures:
+    """The features of a complete cache by row number; pickles, and every process maps the files for itself.
+
+    Indexed by a list or tensor of row numbers it gives `torch.bfloat16` features of shape `(n, tokens, width)`.
+    Made by [`~CachedFeatures.open`] and [`cache_features`].
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any]):
+        self.folder = folder
+        self.key: dict[str, Any] = index["key"]
+        self.num_rows, self.tokens, self.width = index["num_rows"], index["tokens"], index["width"]
+        self._plan = Plan(folder, self.key, self.num_rows, index["rows_per_shard"])
+        self._maps: dict[int, np.memmap] = {}
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike, key: dict[str, Any] | None = None, verify: bool = False
+    ) -> "CachedFeatures":
+        """Opens a complete cache.
+
+        Args:
+            folder: Where [`cache_features`] wrote it.
+            key: What the features must have been computed from, as of [`feature_key`]; None accepts any.
+            verify: Read all features and compare their checksums, besides sizes and headers.
+
+        Raises:
+            FeatureCacheError: if the cache is incomplete or damaged, or its key is another one.
+        """
+        folder = Path(folder)
+        index = read_index(folder)
+        if index is None:
+            state = "is damaged" if (folder / INDEX).exists() else "is missing: the cache is not complete"
+            raise FeatureCacheError(f"{folder / INDEX} {state}; {_ANEW}")
+        if key is not None:
+            _refuse_another(folder, index["key"], plain_json(key))
+        features = cls(folder, index)
+        for shard, checksum in enumerate(index["sha256"]):
+            shape = {"tokens": features.tokens, "width": features.width, "sha256": checksum}
+            if wrong := defect(features._plan, shard, shape, verify):
+                raise FeatureCacheError(f"{features._plan.path(shard)} {wrong}; {_ANEW}")
+        return features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all features."""
+        return 2 * self.num_rows * self.tokens * self.width
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}
+
+    def __getitem__(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        numbers = np.asarray(rows)
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+            raise TypeError(f"Cached features are asked for by a list of row numbers, not by {rows!r}.")
+        wrong = numbers[(numbers < 0) | (numbers >= self.num_rows)]
+        if wrong.size:
+            raise IndexError(f"{self.folder} has no row {wrong[0]}: its rows are numbered 0 to {self.num_rows - 1}.")
+        found = np.empty((len(numbers), self.tokens, self.width), dtype=np.uint16)
+        for place, number in enumerate(numbers.tolist()):
+            shard, row = divmod(number, self._plan.rows_per_shard)
+            found[place] = self._map(shard)[row]
+        return torch.from_numpy(found).view(torch.bfloat16)
+
+    def _map(self, shard: int) -> np.memmap:
+        if shard not in self._maps:
+            shape = (len(self._plan.rows(shard)), self.tokens, self.width)
+            self._maps[shard] = map_features(self._plan.path(shard), shape)
+        return self._maps[shard]
+
+
+def cache_features(
+    folder: str | os.PathLike,
+    rows: Rows,
+    processor: Callable[..., Any],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    key: dict[str, Any],
+    batch_size: int = 128,
+    rows_per_shard: int = 4096,
+    num_workers: int = 0,
+    progress: bool = True,
+    verify: bool = False,
+) -> CachedFeatures:
+    """Computes the features of all rows into a folder, as far as they are not there already.
+
+    A second process that asks for the same cache waits for the first and then opens what that wrote. A shard is held in
+    memory until it is written.
+
+    Args:
+        folder: Of the cache; made if need be.
+        rows: Dicts with an `image`, whatever [`load_image`] takes.
+        processor: Makes `pixel_values` of `images`: an image processor, or a processor that has one.
+        encode: Features `(batch, tokens, width)` of `pixel_values` `(batch, channels, height, width)`, on any device
+            and of any precision; they are rounded to bfloat16. Called without gradients.
+        key: What decides the features, see [`feature_key`].
+        batch_size: Pictures a call of `encode`.
+        rows_per_shard: Rows a file. A cache that is continued keeps its own.
+        num_workers: Processes that load pictures.
+        progress: Show a progress bar.
+        verify: Read a complete cache too, and make shards anew whose checksums are wrong.
+
+    Raises:
+        FeatureCacheError: if the folder holds a cache of another key or number of rows, it cannot be written, there are
+            no rows, or a feature is not a finite number.
+        ImageError: if a picture cannot be read.
+    """
+    folder, key, num_rows = Path(folder), plain_json(key), len(rows)
+    if num_rows == 0:
+        raise FeatureCacheError(f"{folder}: there are no rows to cache; name data with pictures.")
+    with locked(folder):
+        index = read_index(folder)
+        found = index or any_shard(folder)
+        if found is not None:
+            _refuse_another(folder, found["key"], key, found["num_rows"], num_rows)
+            rows_per_shard = found["rows_per_shard"]
+        plan = Plan(folder, key, num_rows, rows_per_shard)
+        known = [{"sha256": checksum} for checksum in index["sha256"]] if index else [{}] * len(plan)
+        deep = verify or index is None
+        missing = [shard for shard in range(len(plan)) if defect(plan, shard, known[shard], deep)]
+        if missing or index is None:
+            (folder / INDEX).unlink(missing_ok=True)
+            _write_shards(plan, missing, rows, processor, encode, batch_size, num_workers, progress)
+            write_index(plan)
+        return CachedFeatures.open(folder, key)
+
+
+def _refuse_another(
+    folder: Path, has: dict[str, Any], asked: dict[str, Any], has_rows: int = 0, asked_rows: int = 0
+) -> None:
+    difference = first_difference(compared(has), compared(asked))
+    if difference is None and has_rows != asked_rows:
+        difference = ("number of rows", has_rows, asked_rows)
+    if difference is not None:
+        name, old, new = difference
+        raise FeatureCacheError(
+            f"{folder} is a cache of other features: its {name} is {old!r}, asked is {new!r}; {OTHER}"
+        )
+
+
+class _Pictures(Dataset):
+    """Pixels of a range of rows. Errors in data are returned: raised in a worker they would come with its traceback."""
+
+    def __init__(self, rows: Rows, processor: Callable[..., Any]):
+        self.rows, self.processor = rows, processor
+
+    def __getitem__(self, numbers: range) -> torch.Tensor | ValueError:
+        try:
+            images = [load_image(self.rows[number]["image"], where=f"row {number}") for number in numbers]
+        except (ImageError, CaptionError, SourceError) as error:
+            return error
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+def _write_shards(plan, missing, rows, processor, encode, batch_size, num_workers, progress) -> None:
+    """Encodes in batches that do not cross shards, so that a shard's bytes do not depend on which others are there."""
+    batches = [
+        plan.rows(shard)[start : start + batch_size]
+        for shard in missing
+        for start in range(0, len(plan.rows(shard)), batch_size)
+    ]
+    generator = torch.Generator()  # or the loader would draw from the random numbers of a training to come
+    pictures = _Pictures(rows, processor)
+    loader: DataLoader = DataLoader(
+        pictures, batch_size=None, sampler=batches, num_workers=num_workers, generator=generator
+    )
+    sound = next((shard for shard in range(len(plan)) if shard not in missing), None)
+    header = (sound is not None and read_header(plan.path(sound))) or {}
+    shape: tuple[int, ...] | None = (header["tokens"], header["width"]) if header else None
+    whole = torch.empty(0)
+    done = plan.num_rows - sum(map(len, batches))
+    with tqdm(total=plan.num_rows, initial=done, desc="features", unit=" rows", disable=not progress) as bar:
+        for numbers, pixels in zip(batches, loader, strict=True):
+            if isinstance(pixels, ValueError):
+                raise pixels
+            with torch.no_grad():
+                features = encode(pixels).to("cpu", torch.bfloat16)
+            shape = _check(plan.folder, features, numbers, shape)
+            shard = numbers.start // plan.rows_per_shard
+            first, stop = plan.rows(shard).start, plan.rows(shard).stop
+            if numbers.start == first:
+                whole = torch.empty((stop - first, *shape), dtype=torch.bfloat16)
+            whole[numbers.start - first : numbers.stop - first] = features
+            if numbers.stop == stop:
+                save_shard(plan, shard, whole)
+            bar.update(len(numbers))
+
+
+def _check(folder: Path, features: torch.Tensor, numbers: range, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape `(tokens, width)` of good features of some rows."""
+    if features.ndim != 3 or len(features) != len(numbers) or (shape and features.shape[1:] != shape):
+        wanted = f"({len(numbers)}, {', '.join(map(str, shape or ('tokens', 'width')))})"
+        raise FeatureCacheError(f"{folder}: encode gave features of shape {tuple(features.shape)}, wanted is {wanted}.")
+    finite = features.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        row = numbers[int(finite.int().argmin())]
+        raise FeatureCacheError(
+            f"{folder}: row {row} has features that are not finite; compute in float32 or remove it."
+        )
+    return tuple(features.shape[1:])
+
+
+__all__ = ["CachedFeatures", "FeatureCacheError", "cache_features", "feature_key"]

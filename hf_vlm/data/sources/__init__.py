@@ -1,0 +1,1 @@
+"""What the user has, as rows: images, tables, tar files, conversations, questions."""

@@ -1,0 +1,61 @@
+"""How heads with a language model are asked: in the words and the layout of tokens that they were trained with."""
+
+from functools import partial
+
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..data.batches.prompt_collators import prompt_inputs
+from ..data.builtin.instruction_templates import Wordings, wordings_of
+from ..data.builtin.scene_conversations import CAPTION
+from ..data.sources.conversations import SHORT_ANSWER
+from ..models import (
+    VlmBlip2ForConditionalGeneration,
+    VlmInstructBlipForConditionalGeneration,
+    VlmLlavaForConditionalGeneration,
+    tower_states,
+)
+from . import Chatting, Prompting
+from .chat import say
+
+BLIP2_QUESTION = "Question: {question} Short answer:"
+"""BLIP-2, which has learned captions alone, is asked as in its paper (arXiv 2301.12597, section 4.1)."""
+
+
+def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting | Chatting | None:
+    """How the model is given its prompts, or None of a head without a language model."""
+    if isinstance(model, VlmLlavaForConditionalGeneration):
+        return Chatting(partial(say, model, processor))
+    if not isinstance(model, VlmBlip2ForConditionalGeneration):
+        return None
+    body = model.model
+    options = {
+        "with_qformer": body.reads_instruction,
+        "is_encoder_decoder": body.language_model.config.is_encoder_decoder,
+    }
+    return Prompting(partial(prompt_inputs, processor, **options), partial(tower_states, body.vision_model))
+
+
+def caption_prompt(model: PreTrainedModel, wordings: Wordings) -> str | None:
+    """The first wording of InstructBLIP's captions, or LLaVA's; other heads write them without being told."""
+    if isinstance(model, VlmLlavaForConditionalGeneration):
+        return CAPTION if wordings == "train" else wordings_of("caption", wordings)[0]
+    follows = isinstance(model, VlmInstructBlipForConditionalGeneration)
+    return wordings_of("caption", wordings)[0] if follows else None
+
+
+def question_wording(model: PreTrainedModel, wordings: Wordings) -> str:
+    """What `{question}` is put into: the first wording, BLIP-2's own for one that is seen, none of BLIP's heads.
+
+    LLaVA, which answers in sentences or in a word, is asked for a word in any wording.
+    """
+    if isinstance(model, VlmLlavaForConditionalGeneration):
+        asked = "{question}" if wordings == "train" else wordings_of("vqa", wordings)[0]
+        return SHORT_ANSWER.format(question=asked)
+    if not isinstance(model, VlmBlip2ForConditionalGeneration):
+        return "{question}"
+    if wordings == "train" and not isinstance(model, VlmInstructBlipForConditionalGeneration):
+        return BLIP2_QUESTION
+    return wordings_of("vqa", wordings)[0]
+
+
+__all__ = ["BLIP2_QUESTION", "caption_prompt", "prompting_of", "question_wording"]

@@ -1,0 +1,300 @@
+"""Whole evaluations of a model on data: everything embedded, scored or written, beside chance and blind guessing.
+
+- Two-tower models and the comparing heads of BLIP and BLIP-2: retrieval (with `rerank`, also re-ranked by ITM) and
+  hard negatives.
+- BLIP's writing heads, and with `prompting` models that go on with a prompt: captions and answers, of which those
+  about objects tell hallucinations (POPE).
+- **Blind rows**: the same model on a plain grey picture in place of every image. What it still gets right it took from
+  the texts alone. Retrieval needs none: on equal images nothing beats `chance`.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..metrics.captioning import caption_metrics
+from ..metrics.hard_negatives import hard_negative_metrics
+from ..metrics.pope import pope_metrics
+from ..metrics.rerank import rerank_metrics
+from ..metrics.retrieval import COSINE_TOLERANCE, chance, pair_cosines, retrieval_metrics, unit_images
+from ..metrics.vqa import majority_answer, majority_answers, vqa_metrics
+from .embed import embed_images, embed_texts
+from .matching import MATCH_TOLERANCE, match_logits
+from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
+
+GREY = Image.new("RGB", (64, 64), (128, 128, 128))
+"""What a blind model sees."""
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
+def retrieval_report(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    captions: Sequence[str | Sequence[str]],
+    ids: Sequence[int] | None = None,
+    *,
+    rerank: int | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    batch_size: int = 64,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Retrieval both ways over one test set.
+
+    Args:
+        images: `(I,)` pictures.
+        captions: `(I,)`, one caption or several of each picture; a caption that repeats within an id counts once.
+        ids: `(I,)`, pictures of equal id share their captions; by default each is its own.
+        rerank: so many candidates of each query are re-ranked by matching, which the model must be capable of.
+        ks: ranks at which recall is measured.
+        batch_size: images a forward pass.
+        progress: show progress bars.
+        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
+
+    Returns:
+        The keys of `retrieval_metrics`, `num_images`, `num_texts`, and under `chance` the same metrics at random; with
+        `rerank` that number, and under `reranked` the metrics of `rerank_metrics`.
+
+    Raises:
+        ValueError: the lengths differ or there are no images.
+    """
+    ids = list(range(len(images))) if ids is None else list(ids)
+    if not len(images) == len(captions) == len(ids):
+        raise ValueError(f"{len(images)} images, {len(captions)} captions and {len(ids)} ids: they must be equal")
+    pairs = {
+        (image_id, text): None
+        for image_id, texts in zip(ids, captions, strict=True)
+        for text in ([texts] if isinstance(texts, str) else texts)
+    }
+    text_ids, texts = [image_id for image_id, _ in pairs], [text for _, text in pairs]
+    shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+    image_embeds = embed_images(model, processor, images, batch_size, **shown)
+    text_embeds = embed_texts(model, processor, texts, **shown)
+    report: dict[str, Any] = retrieval_metrics(image_embeds, text_embeds, text_ids, ids, ks=ks)
+    report |= {"num_images": len(images), "num_texts": len(texts), "chance": chance(text_ids, ids, ks=ks)}
+    if rerank is None:
+        return report
+
+    def score_pairs(candidates: torch.Tensor) -> torch.Tensor:
+        return match_logits(model, processor, images, texts, candidates, **shown)[:, 1]
+
+    reranked = rerank_metrics(image_embeds, text_embeds, score_pairs, text_ids, ids, k=rerank, ks=ks)
+    return report | {"rerank": rerank, "reranked": reranked}
+
+
+def hard_negative_report(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    hard_negatives: Sequence[Sequence[Mapping[str, str]]],
+    *,
+    matching: bool = False,
+    batch_size: int = 64,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """How often a picture prefers its true caption to one that differs in a word.
+
+    Args:
+        images: `(I,)` pictures.
+        hard_negatives: `(I,)`, for each picture dicts with `caption` (true), `negative` (false) and `kind`.
+        matching: also by the log-odds of matching (ITM), which the model must be capable of.
+        batch_size: images a forward pass.
+        progress: show progress bars.
+        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
+
+    Returns:
+        The keys of `hard_negative_metrics` by the similarity of embeddings (ITC), under `blind` the same on grey
+        pictures; with `matching` under `itm` and `itm_blind` the same by matching. Chance is 0.5.
+    """
+    rows = [(i, pair) for i, pairs in enumerate(hard_negatives) for pair in pairs]
+    texts = sorted({pair[key] for _, pair in rows for key in ("caption", "negative")})
+    position = {text: i for i, text in enumerate(texts)}
+    owner = torch.tensor([i for i, _ in rows])
+    true, false = (torch.tensor([position[pair[key]] for _, pair in rows]) for key in ("caption", "negative"))
+    kinds = [pair["kind"] for _, pair in rows]
+    shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+    text_embeds = embed_texts(model, processor, texts, **shown)
+
+    def by_embeddings(images: Sequence[Image.Image], owner: torch.Tensor) -> dict[str, float]:
+        image_embeds = unit_images(embed_images(model, processor, images, batch_size, **shown))
+        pairs = (torch.stack([owner, chosen], dim=1) for chosen in (true, false))
+        right, wrong = (pair_cosines(image_embeds, text_embeds, of) for of in pairs)
+        return hard_negative_metrics(right, wrong, kinds, tie_tolerance=COSINE_TOLERANCE)
+
+    def by_matching(images: Sequence[Image.Image], owner: torch.Tensor) -> dict[str, float]:
+        pairs, inverse = torch.stack([owner.repeat(2), torch.cat([true, false])], dim=1).unique(
+            dim=0, return_inverse=True
+        )
+        logits = match_logits(model, processor, images, texts, pairs, **shown)
+        right, wrong = (logits[:, 1] - logits[:, 0])[inverse].chunk(2)
+        return hard_negative_metrics(right, wrong, kinds, tie_tolerance=MATCH_TOLERANCE)
+
+    nowhere = torch.zeros_like(owner)
+    report: dict[str, Any] = {**by_embeddings(images, owner), "blind": by_embeddings([GREY], nowhere)}
+    if matching:
+        report |= {"itm": by_matching(images, owner), "itm_blind": by_matching([GREY], nowhere)}
+    return report
+
+
+def caption_report(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    references: Sequence[str | Sequence[str]],
+    *,
+    prompt: str | None = None,
+    prompting: Prompting | Chatting | None = None,
+    generate_options: Mapping[str, Any] = NO_OPTIONS,
+    batch_size: int = 32,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Captions of all pictures against their references.
+
+    Args:
+        images: `(I,)` pictures.
+        references: `(I,)`, one true caption or several of each.
+        prompt: text that captions begin with and that is not scored; with `prompting` the instruction.
+        prompting: as in `answer_questions`.
+        generate_options: options of transformers' `generate`.
+        batch_size, progress, autocast_dtype: as in `caption_images`.
+
+    Returns:
+        The keys of `caption_metrics`, `images`, their number, and under `blind` the metrics of the caption that the
+        model gives a grey picture; and the captions.
+
+    Raises:
+        ValueError: the lengths differ, there are no images, or an image has no reference.
+    """
+    truths = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+    options: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype, **generate_options}
+
+    def write(images: Sequence[Image.Image]) -> list[str]:
+        if prompting is None:
+            return caption_images(model, processor, images, prompt, batch_size, **options)
+        rows, prompts = range(len(images)), [prompt or ""] * len(images)
+        return answer_questions(model, processor, images, prompts, rows, batch_size, prompting=prompting, **options)
+
+    captions = write(images)
+    blind = write([GREY]) * len(captions)
+    report = {**caption_metrics(captions, truths), "images": len(captions), "blind": caption_metrics(blind, truths)}
+    return report, captions
+
+
+def vqa_report(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    questions: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    train_questions: Sequence[Mapping[str, Any]] | None = None,
+    answer_list: Sequence[str] | None = None,
+    prompting: Prompting | Chatting | None = None,
+    generate_options: Mapping[str, Any] = NO_OPTIONS,
+    batch_size: int = 64,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Answers to all questions about the pictures.
+
+    Args:
+        images: `(I,)` pictures.
+        questions: `(I,)`, for each picture dicts with `question`, `answer` (a string, or what several people said), and
+            in all or none `kind`.
+        train_questions: questions of the training set, for the row of the majority.
+        answer_list: a closed list of answers to choose from; by default answers are written.
+        generate_options: options of transformers' `generate`, where answers are written.
+        prompting, batch_size, progress, autocast_dtype: as in `answer_questions`.
+
+    Returns:
+        The keys of `vqa_metrics`, by kind of question where there are kinds; under `blind` the same for the questions
+        beside a grey picture; with `train_questions` under `majority` the same for the most frequent training answer,
+        of each kind where there are kinds. And the answers, picture by picture.
+
+    Raises:
+        ValueError: the lengths differ, there are no questions, or a question has no answer.
+    """
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images and questions about {len(questions)}: they must be equal")
+    rows = [(i, asked) for i, of_image in enumerate(questions) for asked in of_image]
+    texts = [asked["question"] for _, asked in rows]
+    people = [[asked["answer"]] if isinstance(asked["answer"], str) else asked["answer"] for _, asked in rows]
+    kinds = [asked["kind"] for _, asked in rows] if rows and "kind" in rows[0][1] else None
+    shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+
+    def answer(images: Sequence[Image.Image], texts: list[str], image_of_text: list[int]) -> list[str]:
+        if answer_list is not None:
+            return choose_answers(model, processor, images, texts, image_of_text, answer_list, **shown)
+        options = {"prompting": prompting, **shown, **generate_options}
+        return answer_questions(model, processor, images, texts, image_of_text, batch_size, **options)
+
+    answers = answer(images, texts, [i for i, _ in rows])
+    asked_once = list(dict.fromkeys(texts))
+    blind = dict(zip(asked_once, answer([GREY], asked_once, [0] * len(asked_once)), strict=True))
+    report: dict[str, Any] = vqa_metrics(answers, people, kinds)
+    report["blind"] = vqa_metrics([blind[text] for text in texts], people, kinds)
+    if train_questions is not None:
+        report["majority"] = vqa_metrics(_majority(train_questions, kinds, len(rows)), people, kinds)
+    return report, answers
+
+
+def _majority(train_questions: Sequence[Mapping[str, Any]], kinds: list[str] | None, count: int) -> list[str]:
+    """What the majority answers to questions of these kinds; to a kind that training has not, the answer of all."""
+    given = [asked["answer"] for asked in train_questions]
+    of_all = majority_answer(given)
+    if kinds is None:
+        return [of_all] * count
+    by_kind = majority_answers(given, [asked["kind"] for asked in train_questions])
+    return [by_kind.get(kind, of_all) for kind in kinds]
+
+
+def pope_report(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    questions: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    prompting: Prompting | Chatting | None = None,
+    generate_options: Mapping[str, Any] = NO_OPTIONS,
+    batch_size: int = 64,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Whether a model says that things are there which are not.
+
+    Args:
+        questions: `(I,)`, for each picture dicts with `question`, `answer` ("yes" or "no") and `kind`.
+        The rest as in `vqa_report`.
+
+    Returns:
+        The keys of `pope_metrics`; under `blind` the same beside a grey picture, under `majority` the same for yes to
+        everything.
+
+    Raises:
+        ValueError: the lengths differ, or there are no questions.
+    """
+    rows = [(i, asked) for i, of_image in enumerate(questions) for asked in of_image]
+    texts, truths, kinds = ([asked[name] for _, asked in rows] for name in ("question", "answer", "kind"))
+    options = {"progress": progress, "autocast_dtype": autocast_dtype, **generate_options}
+
+    def answer(images: Sequence[Image.Image], texts: list[str], image_of_text: list[int]) -> list[str]:
+        return answer_questions(
+            model, processor, images, texts, image_of_text, batch_size, prompting=prompting, **options
+        )
+
+    report: dict[str, Any] = pope_metrics(answer(images, texts, [i for i, _ in rows]), truths, kinds)
+    asked_once = list(dict.fromkeys(texts))
+    blind = dict(zip(asked_once, answer([GREY], asked_once, [0] * len(asked_once)), strict=True))
+    report["blind"] = pope_metrics([blind[text] for text in texts], truths, kinds)
+    report["majority"] = pope_metrics(["yes"] * len(texts), truths, kinds)
+    return report
+
+
+__all__ = ["GREY", "caption_report", "hard_negative_report", "pope_report", "retrieval_report", "vqa_report"]

@@ -1,0 +1,1 @@
+"""Model cards: one file a family."""

@@ -1,0 +1,297 @@
+"""The model card: `README.md` beside the weights, written from what the checkpoint and its run say of themselves.
+
+- Sources: config.json, the processor's files, training_record.json and results.json. What they do not hold is left out.
+- The metadata at the top is what the Hub reads: task, licence, data sets, base models and, as model-index, the numbers.
+- Names and other text from outside are shown as text, never as Markdown or HTML.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..record import Record, read_json, read_record
+from .texts import ARCHITECTURES, CHECKPOINT, EVALUATIONS, TEST_SETS
+from .types import OTHER_RUNS, Architecture, Evaluation, Head
+
+RESULTS_NAME = "results.json"
+TEMPLATE = Path(__file__).with_name("card_template.md")
+Results = dict[str, dict[str, dict[str, Any]]]  # by evaluation, then by test set
+
+
+def write_card(folder: str | Path, name: str | None = None) -> Path:
+    """Writes `README.md` into the folder of a checkpoint.
+
+    Args:
+        folder: A folder with model and processor.
+        name: The name that it will be loaded by, such as the Hub id `org/name`; by default the folder's own name.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: if the folder holds no checkpoint that cards are written for, or one of its files is broken.
+    """
+    path = Path(folder) / "README.md"
+    path.write_text(render_card(folder, name), encoding="utf-8")
+    return path
+
+
+def render_card(folder: str | Path, name: str | None = None) -> str:
+    """The text of the card; see [`write_card`]."""
+    folder = Path(folder)
+    name = name or folder.resolve().name
+    config, record, results = read_json(folder / "config.json"), read_record(folder), read_results(folder)
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{folder}: no card can be written for a checkpoint of type {model_type}, only for {known}.")
+    architecture = ARCHITECTURES[model_type]
+    head = architecture.head(config)
+    card = ModelCard.from_template(
+        card_metadata(name, model_type, head, record, results),
+        template_path=str(TEMPLATE),
+        title=escape(name.split("/")[-1]),
+        description=architecture.description,
+        paper=architecture.paper,
+        arxiv=architecture.arxiv,
+        facts=facts_table(folder, architecture, model_type),
+        usage=head.usage.replace(CHECKPOINT, json.dumps(name, ensure_ascii=False)),
+        # A snippet that takes a class from the package needs the package.
+        carries_code="auto_map" in config and "hf_vlm.Vlm" not in head.usage,
+        results="\n\n".join(results_section(key, by_set, model_type) for key, by_set in results.items()),
+        citation=architecture.citation,
+        limits="\n".join(f"- {limit}" for limit in (*architecture.limits, *data_limits(record))),
+        **training_sections(record),
+    )
+    return str(card).rstrip() + "\n"
+
+
+def card_under_name(folder: Path, source: Path, name: str) -> str:
+    """The card of a folder for a copy of it: under another name, unless somebody has edited what a recipe wrote."""
+    written = (folder / "README.md").read_text(encoding="utf-8")
+    try:
+        return render_card(source, name) if written == render_card(folder) else written
+    except ValueError:  # of a type that no recipe writes cards for
+        return written
+
+
+def card_metadata(name: str, model_type: str, head: Head, record: Record, results: Results) -> ModelCardData:
+    """The metadata of a card; see [`write_card`]."""
+    evaluated = eval_results(results, model_type)
+    return ModelCardData(
+        # Not hf_vlm: of a library that it does not know, the Hub shows no snippet. transformers' snippet is right as it
+        # stands where the repository carries its code, else the line `import hf_vlm` comes first, as the card says.
+        library_name="transformers",
+        pipeline_tag=head.pipeline_tag,
+        license=record.get("licence"),
+        datasets=[entry["hub_id"] for entry in record["data"] if "hub_id" in entry] or None,
+        base_model=list(dict.fromkeys(entry["hub_id"] for entry in record["parts"] if "hub_id" in entry)) or None,
+        tags=["hf_vlm", model_type, *head.tags],
+        model_name=name.split("/")[-1] if evaluated else None,
+        eval_results=evaluated or None,
+    )
+
+
+def read_results(folder: str | Path) -> Results:
+    """What the evaluation wrote: metrics by evaluation and test set, or nothing.
+
+    Raises:
+        ValueError: if it is broken.
+    """
+    path = Path(folder) / RESULTS_NAME
+    results = read_json(path)
+    sets = [scores for by_set in results.values() for scores in (by_set.values() if isinstance(by_set, dict) else [0])]
+    if not all(isinstance(scores, dict) for scores in sets):
+        raise ValueError(f"{path} does not hold metrics by evaluation and test set: run the evaluation again.")
+    return results
+
+
+def evaluation_of(name: str, by_set: dict[str, dict[str, Any]], model_type: str) -> Evaluation:
+    """How an evaluation is shown: as the table of texts says, else every number under its own name."""
+    known = EVALUATIONS | (ARCHITECTURES[model_type].evaluations if model_type in ARCHITECTURES else {})
+    if name in known:
+        return known[name]
+    numbers = {key: key for scores in by_set.values() for key, value in scores.items() if not isinstance(value, dict)}
+    title = name.replace("_", " ").capitalize()
+    return Evaluation(title, (name, title), (name, title), {}, numbers, "")
+
+
+def eval_results(results: Results, model_type: str) -> list[EvalResult]:
+    """The measured numbers as the Hub's model index has them, unrounded."""
+    found = []
+    for name, by_set in results.items():
+        evaluation = evaluation_of(name, by_set, model_type)
+        for test_set, scores in by_set.items():
+            values = [(key, label, scores.get(key)) for key, label in evaluation.metrics.items()]
+            for row in evaluation.own:
+                suffix, own = evaluation.rows[row], scores.get(row, {})
+                values += [(f"{row}_{k}", f"{label}, {suffix}", own.get(k)) for k, label in evaluation.metrics.items()]
+            found += [
+                EvalResult(
+                    task_type=evaluation.task[0],
+                    task_name=evaluation.task[1],
+                    dataset_type=evaluation.dataset[0],
+                    dataset_name=evaluation.dataset[1],
+                    dataset_split=test_set,
+                    metric_type=key,
+                    metric_name=label,
+                    metric_value=value,
+                )
+                for key, label, value in values
+                if value is not None
+            ]
+    return found
+
+
+def results_section(name: str, by_set: dict[str, dict[str, Any]], model_type: str) -> str:
+    """One evaluation as heading, note and table; what was computed to compare with stands below each test set's row."""
+    evaluation = evaluation_of(name, by_set, model_type)
+    used = {key for scores in by_set.values() for key in scores}
+    sizes = {key: label for key, label in evaluation.sizes.items() if key in used}
+    metrics = {key: label for key, label in evaluation.metrics.items() if key in used}
+    rows = []
+    for test_set, scores in by_set.items():
+        counts = [number(scores.get(key), digits=0) for key in sizes]
+        rows.append([TEST_SETS.get(test_set, test_set), *counts, *(number(scores.get(key)) for key in metrics)])
+        for row, label in (evaluation.rows | OTHER_RUNS).items():
+            if nested := scores.get(row):
+                rows.append([label, *("" for _ in sizes), *(number(nested.get(key)) for key in metrics)])
+    heading = f"### {escape(evaluation.title)}"
+    return "\n\n".join(
+        filter(None, [heading, evaluation.note, table(["test set", *sizes.values(), *metrics.values()], rows)])
+    )
+
+
+def training_sections(record: Record) -> dict[str, str]:
+    """The parts of a card that come from the record of the run, by the template's names; empty where it is silent."""
+    parameters, sections = record["parameters"], {}
+    if record["training"]:
+        sections["training"] = training_text(record)
+    if parameters:
+        rows = [[part, number(n["total"], 0), number(n["trained"], 0)] for part, n in parameters["parts"].items()]
+        rows.append(["total", number(parameters["total"], 0), number(parameters["trained"], 0)])
+        sections["parameters"] = table(["part", "parameters", "of these trained"], rows)
+    if record["arguments"]:
+        arguments = {group: without_unset(values) for group, values in record["arguments"].items()}
+        sections["arguments"] = json.dumps(arguments, indent=2, ensure_ascii=False)
+    sections["versions"] = table(["package", "version"], record["versions"].items()) if record["versions"] else ""
+    sections["data"] = data_table(record["data"])
+    sections["parts"] = entries_table(record["parts"], ("part", "id", "revision", "version", "licence"))
+    sections["licence"] = licence_text(record)
+    return sections
+
+
+def training_text(record: Record) -> str:
+    """How long, on what and with which batches the model was trained."""
+    facts = dict(record["training"])
+    if facts.get("timed_steps") == facts.get("steps"):
+        facts.pop("timed_steps", None)
+    labels = {
+        "steps": "steps",
+        "epochs": "epochs",
+        "rows": "training pairs",
+        "global_batch_size": "global batch size",
+        "minutes": "minutes of training, evaluations in between included",
+        "timed_steps": "steps that these minutes cover",
+        "device": "device",
+        "ranks": "processes",
+        "weights_of_step": "step whose weights these are",
+        "chosen_by": "chosen on the validation pairs by",
+        "chosen_at": "its value there",
+    }
+    digits = {"minutes": 1, "epochs": 1, "chosen_at": 3}
+    rows = [
+        [label, facts[key] if isinstance(facts[key], str) else number(facts[key], digits.get(key, 0))]
+        for key, label in labels.items()
+        if facts.get(key) is not None
+    ]
+    return table(["recipe", str(record.get("recipe", ""))], rows)
+
+
+def data_table(data: Sequence[Record]) -> str:
+    """The data sources with what each gave to which split, and their licences."""
+    rows = []
+    for entry in data:
+        counts = ", ".join(f"{split}: {number(count, 0)}" for split, count in entry.get("rows", {}).items())
+        licence = entry.get("licence") or "not recorded: see the source"
+        rows.append(
+            [entry.get("name"), counts or entry.get("split"), licence, entry.get("credit"), entry.get("source")]
+        )
+    return table(["data", "rows", "licence", "credit", "source"], rows) if rows else ""
+
+
+def entries_table(entries: Sequence[Record], keys: Sequence[str]) -> str:
+    """A table of dictionaries with the columns that any of them fills."""
+    filled = [key for key in keys if any(entry.get(key) is not None for entry in entries)]
+    return table(filled, [[entry.get(key) for key in filled] for entry in entries]) if entries else ""
+
+
+def licence_text(record: Record) -> str:
+    """The licence of the weights, and that data and parts have their own."""
+    stated = (
+        f"These weights: {escape(record['licence'])}."
+        if record.get("licence")
+        else ("The licence of these weights is not stated here: it is for whoever publishes them to say.")
+    )
+    sources = " What it was trained on, or from, stays under the licences named above."
+    return stated + (sources if record["data"] or record["parts"] else "")
+
+
+def data_limits(record: Record) -> list[str]:
+    """What follows from the data that the model was trained on."""
+    names = [entry["name"] for entry in record["data"] if "train" in entry.get("rows", {"train": 0})]
+    if not names:
+        return []
+    listed = ", ".join(escape(name) for name in names)
+    return [f"All pictures of its training came from {listed}. How it fares on any other kind was not measured."]
+
+
+def facts_table(folder: Path, architecture: Architecture, model_type: str) -> str:
+    """Architecture and sizes of the inputs."""
+    sizes = input_sizes(folder)
+    return table(["architecture", f"{architecture.title} ({model_type})"], [[key, sizes[key]] for key in sizes])
+
+
+def input_sizes(folder: str | Path) -> dict[str, str]:
+    """What the processor makes of pictures (`images`) and texts (`texts`), as words; what no file says is left out."""
+    folder = Path(folder)
+    processor = read_json(folder / "processor_config.json")
+    pictures = processor.get("image_processor") or read_json(folder / "preprocessor_config.json")
+    sizes, size = {}, pictures.get("size", {})
+    if {"height", "width"} <= set(size):
+        sizes["images"] = f"{size['height']} x {size['width']} pixels"
+    longest = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    if isinstance(longest, int) and longest < 10**6:  # tokenizers without a limit name a huge number
+        sizes["texts"] = f"at most {longest} tokens"
+    return sizes
+
+
+def without_unset(values: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without those that are unset or off; a nought is a value."""
+    return {key: value for key, value in values.items() if value not in (None, "", [], {}) and value is not False}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number as the card's tables show it."""
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table of plain text."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join('---' if cell == '---' else escape(cell) for cell in line)} |" for line in lines)
+
+
+def escape(text: Any) -> str:
+    """Text in one line in which no character is Markdown or HTML."""
+    line = " ".join(("" if text is None else str(text)).split())
+    return re.sub(r"([\\`*_{}\[\]<>#|!&~$])", r"\\\1", line)
+
+
+__all__ = [
+    "RESULTS_NAME", "card_under_name", "eval_results", "input_sizes", "read_results", "render_card", "write_card"
+]  # fmt: skip

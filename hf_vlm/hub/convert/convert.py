@@ -1,0 +1,257 @@
+"""Checkpoints of other layouts to ours and back: `from_transformers`, `to_transformers`, `from_original`.
+
+- Exact or refused: what the other side has no equivalent of is named in a one-line error, before anything is written.
+- A checkpoint that lacks a weight or has one too many is refused as well; transformers itself would only log it.
+- A family is a module that holds its tables and the two classes; the tables below say which model type and which
+  processor belongs to which. The layout of an original is recognised by the names of its tensors.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from . import blip as convert_blip
+from . import blip2 as convert_blip2
+from . import blip2_original as convert_blip2_original
+from . import blip_original as convert_blip_original
+from . import clip as convert_clip
+from . import llava as convert_llava
+from . import llava_original as convert_llava_original
+from . import open_clip as convert_open_clip
+from .state_dict import load_complete, read_state_dict
+
+NATIVE = {
+    "clip": convert_clip,
+    "blip": convert_blip,
+    "blip-2": convert_blip2,
+    "instructblip": convert_blip2,
+    "llava": convert_llava,
+    "llava_next": convert_llava,
+}
+OWN = {
+    "vlm_clip": convert_clip,
+    "vlm_blip": convert_blip,
+    "vlm_blip2": convert_blip2,
+    "vlm_instructblip": convert_blip2,
+    "vlm_llava": convert_llava,
+}
+NATIVE_PROCESSORS = {
+    "CLIPProcessor": convert_clip,
+    "BlipProcessor": convert_blip,
+    "Blip2Processor": convert_blip2,
+    "InstructBlipProcessor": convert_blip2,
+    "LlavaProcessor": convert_llava,
+    "LlavaNextProcessor": convert_llava,
+}
+OWN_PROCESSORS = {
+    "VlmClipProcessor": convert_clip,
+    "VlmBlipProcessor": convert_blip,
+    "VlmBlip2Processor": convert_blip2,
+    "VlmInstructBlipProcessor": convert_blip2,
+    "VlmLlavaProcessor": convert_llava,
+}
+
+
+def _family(table: dict[str, ModuleType], name: str, source: object) -> ModuleType:
+    if name not in table:
+        where = source if isinstance(source, str | Path) else "This object"
+        raise ValueError(f"{where} is of architecture {name}, which cannot be converted here; {', '.join(table)} can.")
+    return table[name]
+
+
+def _model_type(model_or_path: str | Path | PreTrainedModel) -> str:
+    if isinstance(model_or_path, PreTrainedModel):
+        return model_or_path.config.model_type
+    return AutoConfig.from_pretrained(model_or_path).model_type
+
+
+def _load(classes: tuple[type[PreTrainedModel], ...], path: str | Path) -> PreTrainedModel:
+    """The model of a folder or Hub id, as the class that its config names, or the only one there is."""
+    names = AutoConfig.from_pretrained(path).architectures or [classes[0].__name__]
+    by_name = {model_class.__name__: model_class for model_class in classes}
+    if names[0] not in by_name:
+        raise ValueError(f"{path} holds a {names[0]}, which cannot be converted here; {', '.join(by_name)} can.")
+    return load_complete(by_name[names[0]], path)
+
+
+def _processor(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
+    if isinstance(path_or_processor, ProcessorMixin):
+        return path_or_processor
+    return AutoProcessor.from_pretrained(path_or_processor)
+
+
+def from_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedModel:
+    """Our model of one of transformers' own, with the same outputs.
+
+    Args:
+        model_or_path: A `CLIPModel`, a BLIP for captions, questions or retrieval, a BLIP-2 for generation or retrieval,
+            an InstructBLIP, or a LLaVA (1.5, 1.6) for generation, or the folder or Hub id of one.
+
+    Returns:
+        [`VlmClipModel`] or the head of our BLIP, BLIP-2, InstructBLIP or LLaVA, in eval mode, with copies of the
+            weights in their dtype.
+
+    Raises:
+        ValueError: if it is of another architecture, or its weights are not exactly those of its class.
+    """
+    family = _family(NATIVE, _model_type(model_or_path), model_or_path)
+    if isinstance(model_or_path, str | Path):
+        model_or_path = _load(family.NATIVE_MODELS, model_or_path)
+    return family.from_transformers(model_or_path)
+
+
+def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedModel:
+    """The model of transformers that computes the same as ours, so that everything which knows it can serve it.
+
+    Args:
+        model_or_path: A [`VlmClipModel`] or a head of our BLIP, BLIP-2, InstructBLIP or LLaVA, or the folder or Hub id
+            of one.
+
+    Returns:
+        `CLIPModel` or the class of BLIP, BLIP-2, InstructBLIP or LLaVA for the same task, in eval mode, with copies of
+            the weights in their dtype.
+
+    Raises:
+        ValueError: if it is of another architecture, or an option (named) has no equivalent there: another text
+            encoder, mean pooling, the sigmoid loss, another layout of the image tower.
+    """
+    family = _family(OWN, _model_type(model_or_path), model_or_path)
+    if isinstance(model_or_path, str | Path):
+        model_or_path = _load(family.OWN_MODELS, model_or_path)
+    return family.to_transformers(model_or_path)
+
+
+def processor_from_transformers(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
+    """Our processor of one of transformers' own, with the same pixels (of RGB pictures) and tokens.
+
+    Args:
+        path_or_processor: A `CLIPProcessor`, or the folder or Hub id of one.
+
+    Returns:
+        [`VlmClipProcessor`], which holds the same tokenizer object.
+
+    Raises:
+        ValueError: if it is another processor, or sizes its images in a way that ours does not.
+    """
+    processor = _processor(path_or_processor)
+    family = _family(NATIVE_PROCESSORS, type(processor).__name__, path_or_processor)
+    return family.processor_from_transformers(processor)
+
+
+def processor_to_transformers(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
+    """The inverse of [`processor_from_transformers`].
+
+    Args:
+        path_or_processor: A [`VlmClipProcessor`], or the folder or Hub id of one.
+
+    Returns:
+        `CLIPProcessor`, which holds the same tokenizer object.
+
+    Raises:
+        ValueError: if it is another processor, or pads its images.
+    """
+    processor = _processor(path_or_processor)
+    family = _family(OWN_PROCESSORS, type(processor).__name__, path_or_processor)
+    return family.processor_to_transformers(processor)
+
+
+def from_original(
+    state_dict_or_path: Mapping[str, torch.Tensor] | str | Path,
+    config: PreTrainedConfig | None = None,
+    hidden_act: str | None = None,
+    image_size: int | None = None,
+    base: PreTrainedModel | None = None,
+) -> PreTrainedModel:
+    """Our model of weights in the layout of the code they were published with: open_clip's (OpenAI's too), BLIP's
+    (LAVIS's too), that of BLIP-2's first stage in LAVIS, or LLaVA's.
+
+    Args:
+        state_dict_or_path: The tensors by name, or a `.safetensors`, `.pt`, `.pth` or `.bin` file of them (also a
+            training checkpoint), or a folder with a `model.safetensors`, `pytorch_model.bin` (or their parts with an
+            index) or `mm_projector.bin`. A pickle is read as plain tensors only.
+        config: The config; without it, the sizes are read from the tensors, and heads are as wide as in that code (64,
+            but in ViT-H, ViT-g and ViT-bigG). A LLaVA needs it, or a `base`.
+        hidden_act: CLIP only: the activation, where no config says it: `"quick_gelu"` for OpenAI's weights, `"gelu"`
+            for most others.
+        image_size: BLIP only: another side of the images in pixels, to which position embeddings are interpolated.
+        base: LLaVA only: a [`VlmLlavaForConditionalGeneration`] of `from_parts(tower, llm, ...)`, whose projector, and
+            LLM and tower where the checkpoint has them, get its weights in place. Its `image_token_id` is an id past
+            the words of the checkpoint's tokenizer. LLaVA's code writes grids as `[width, height]`;
+            `image_grid_pinpoints` here are `[height, width]`.
+
+    Returns:
+        [`VlmClipModel`], or the head of BLIP that the weights are, or `base`, in eval mode; in float32, but a base in
+        its own dtypes. A BLIP of pretraining has its momentum encoders and queue, but not with another `image_size`.
+
+    Raises:
+        ValueError: if the layout is another one, CLIP's activation is not said or said twice, a LLaVA lacks a part and
+            has no `base`, or tensors are missing, unexpected or of another shape (the first few are named). A `base` is
+            then unchanged.
+    """
+    if isinstance(state_dict_or_path, str | Path):
+        is_folder = Path(state_dict_or_path).is_dir()
+        read = convert_llava_original.read_folder if is_folder else read_state_dict
+        state_dict_or_path = read(Path(state_dict_or_path))
+    # Data parallelism leaves a prefix on every name.
+    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict_or_path.items()}
+    if convert_llava_original.is_llava(state_dict):
+        return convert_llava_original.from_original(state_dict, config, base)
+    if base is not None:
+        raise ValueError("These are not the weights of a LLaVA in its own code's layout, for which a base serves.")
+    if convert_open_clip.is_open_clip(state_dict):
+        return convert_open_clip.from_original(state_dict, config, hidden_act)
+    if convert_blip2_original.is_blip2(state_dict):
+        return convert_blip2_original.from_original(state_dict, config)
+    if convert_blip_original.is_blip(state_dict):
+        return convert_blip_original.from_original(state_dict, config, image_size)
+    names = ", ".join(list(state_dict)[:3])
+    raise ValueError(
+        f"Not a known layout: its tensors are {names}, ...; those of open_clip's vision transformers, BLIP, BLIP-2 and "
+        "LLaVA are known."
+    )
+
+
+def convert_folder(src: str | Path, dst: str | Path, to: Literal["native", "hf_vlm"]) -> None:
+    """Converts the model and the processor of a checkpoint and saves both; if either is refused, nothing is written.
+
+    Args:
+        src: Folder or Hub id of the checkpoint.
+        dst: Folder to write; it must be new or empty.
+        to: `"native"` for transformers' own classes, `"hf_vlm"` for ours.
+
+    Raises:
+        ValueError: if `dst` is in use, or the checkpoint cannot be converted.
+        OSError: if `src` is no checkpoint with a processor.
+    """
+    dst = Path(dst)
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ValueError(f"{dst} exists and is not an empty folder: choose another one.")
+    if to == "native":
+        model, processor = to_transformers(src), processor_to_transformers(src)
+    elif to == "hf_vlm":
+        model, processor = from_transformers(src), processor_from_transformers(src)
+    else:
+        raise ValueError(f"There is no target {to!r}; choose native or hf_vlm.")
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=dst.parent, prefix=f".{dst.name}-") as folder:
+        unfinished = Path(folder) / dst.name
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        if dst.exists():  # Windows does not rename onto a folder
+            dst.rmdir()
+        unfinished.rename(dst)
+
+
+__all__ = [
+    "convert_folder",
+    "from_original",
+    "from_transformers",
+    "processor_from_transformers",
+    "processor_to_transformers",
+    "to_transformers",
+]

@@ -1,0 +1,199 @@
+"""LLaVA from the layout of its own code (haotian-liu/LLaVA), which keeps projector and image tower inside the LLM.
+
+- The projector is always there, the LLM in whole checkpoints, the image tower only where it was trained (1.6); each
+  entirely or not at all. What is left out stays as it is in `base`.
+- That code has no row for its image placeholder: rows of embeddings and head past the checkpoint's words stay as well.
+- Everything is checked first. Then the weights are copied into views of the model's tensors that bear the original
+  names, so that no third copy of an LLM is made.
+- What tensors do not say is the base's or the config's: the layer that is read, activations, heads, grids.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ...models.configuration_llava import VlmLlavaConfig
+from ...models.modeling_llava import VlmLlavaForConditionalGeneration
+from .clip import QKV, SAME_NAMES, VISION_NAMES
+from .llava import OWN_TOWER, tower_only
+from .state_dict import Names, StateDict, check_keys, prefixed, read_state_dict, rename, split
+
+PROJECTOR, NEWLINE = "model.mm_projector.", "model.image_newline"
+TOWER = "model.vision_tower.vision_tower.vision_model."
+WORDS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Numbers that earlier versions of transformers saved with the weights.
+BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
+# The first that a folder has, or has an index of.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "mm_projector.bin")
+LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+LORA_PREFIX = "base_model."
+ADDED_WORDS = 2  # <im_start> and <im_end>
+OWNER = "this LLaVA checkpoint"
+
+
+def is_llava(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the names are those of a LLaVA, or of its projector, in this layout."""
+    return any("mm_projector." in name for name in state_dict)
+
+
+def read_folder(folder: Path) -> StateDict:
+    """The tensors of a folder: those of `model.safetensors`, else of `pytorch_model.bin`, both perhaps in parts that an
+    index names, else of `mm_projector.bin`.
+
+    Raises:
+        ValueError: if it has none of these or lacks a part, a file cannot be read, or it holds LoRA's weights.
+    """
+    if any((folder / name).exists() for name in LORA_FILES):
+        raise ValueError(f"{folder} holds LoRA's weights: merge them into the LLM with LLaVA's own code first.")
+    state_dict: StateDict = {}
+    for path in _weight_files(folder):
+        state_dict |= read_state_dict(path)
+    return state_dict
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return [folder / name]
+        if index.exists():
+            return _parts(index)
+    raise ValueError(f"{folder} holds no weights: {', '.join(WEIGHT_FILES)} are read, the first two also in parts.")
+
+
+def _parts(index: Path) -> list[Path]:
+    """The files that an index names, which must lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights.") from error
+    if outside:
+        raise ValueError(f"{index} names {outside[0]}, which lies outside its folder.")
+    if missing := [name for name in names if not (index.parent / name).exists()]:
+        raise ValueError(f"{index.parent} lacks {missing[0]}, which its index names.")
+    return [index.parent / name for name in names]
+
+
+def from_original(
+    state_dict: Mapping[str, torch.Tensor],
+    config: VlmLlavaConfig | None,
+    base: PreTrainedModel | None,
+) -> VlmLlavaForConditionalGeneration:
+    """See [`hf_vlm.hub.convert.from_original`].
+
+    Raises:
+        ValueError: before anything is changed, if a part is neither in the checkpoint nor in a base, projector or
+            vocabulary are not those of the model, or tensors do not fit.
+    """
+    if any(name.startswith(LORA_PREFIX) for name in state_dict):
+        raise ValueError("These are LoRA's weights: merge them into the LLM with LLaVA's own code first.")
+    weights = {name: tensor for name, tensor in state_dict.items() if not name.endswith(BUFFERS)}
+    model = _new_model(weights, config) if base is None else base
+    if not isinstance(model, VlmLlavaForConditionalGeneration):
+        raise ValueError(f"base is a {type(model).__name__}; it must be a VlmLlavaForConditionalGeneration.")
+    if base is not None and config is not None:
+        raise ValueError("A base has its config: pass config or base, and not both.")
+    _check_projector(weights, model.config)
+    targets = targets_of(model)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    _check_tensors(weights, targets, tied)
+    _check_words(weights, targets, tied)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            targets[name][: len(tensor)].copy_(tensor)
+    return model.eval()
+
+
+def _new_model(weights: StateDict, config: VlmLlavaConfig | None) -> VlmLlavaForConditionalGeneration:
+    """A new model, if every part of it is in the weights."""
+    lacking = [part for part in ("image tower", "LLM") if part not in _parts_of(weights)]
+    if lacking:
+        raise ValueError(
+            f"This LLaVA checkpoint leaves out its {' and '.join(lacking)}: pass base=VlmLlavaForConditionalGeneration."
+            f'from_parts(tower, llm, projector_type="{_projector_type(weights)}").'
+        )
+    if config is None:
+        raise ValueError("The tensors of a LLaVA do not say its heads and activations: pass a config or a base.")
+    return VlmLlavaForConditionalGeneration(config)
+
+
+def targets_of(model: VlmLlavaForConditionalGeneration) -> StateDict:
+    """The model's own tensors, or views of them, in the names of the original."""
+    config = model.config
+    own_tower, linear = config.vision_config.model_type == OWN_TOWER, config.projector_type == "linear"
+    names: Names = (
+        *prefixed("model.vision_model.", TOWER, VISION_NAMES if own_tower else SAME_NAMES),
+        ("model.projector.newline", NEWLINE),
+        ("model.projector.linear_1.*", f"{PROJECTOR}*" if linear else f"{PROJECTOR}0.*"),
+        ("model.projector.linear_2.*", f"{PROJECTOR}2.*"),
+        ("model.language_model.*", "*"),
+    )
+    tower, rest = tower_only(rename(model.state_dict(), names), TOWER)
+    return {**(split(tower, QKV, "qkv_proj") if own_tower else tower), **rest}
+
+
+def _part_of(name: str) -> str:
+    if name.startswith(TOWER):
+        return "image tower"
+    return "projector" if name == NEWLINE or name.startswith(PROJECTOR) else "LLM"
+
+
+def _parts_of(names: Iterable[str]) -> set[str]:
+    """The parts that are there, besides the projector; embeddings alone, saved beside one, make no LLM."""
+    return {_part_of(name) for name in names if name != WORDS} | {"projector"}
+
+
+def _projector_type(weights: StateDict) -> str:
+    return "linear" if f"{PROJECTOR}weight" in weights else "mlp"
+
+
+def _check_projector(weights: StateDict, config: VlmLlavaConfig) -> None:
+    found, expected = _projector_type(weights), config.projector_type
+    if found != expected:
+        raise ValueError(f'The checkpoint\'s projector is "{found}", the model\'s "{expected}": set projector_type.')
+    if NEWLINE in weights and config.image_grid_pinpoints is None:
+        raise ValueError(
+            "The checkpoint has an image newline, but the model does not look at tiles: set image_grid_pinpoints, or "
+            f'leave {NEWLINE} out if the checkpoint\'s config says mm_patch_merge_type="flat".'
+        )
+    if NEWLINE not in weights and config.image_grid_pinpoints is not None:
+        raise ValueError(
+            "The checkpoint has no image newline, but the model looks at tiles: leave out image_grid_pinpoints, or add "
+            f"{NEWLINE} to the tensors."
+        )
+
+
+def _check_tensors(weights: StateDict, targets: StateDict, tied: bool) -> None:
+    """Names and shapes; of words there may be fewer than rows."""
+    parts = _parts_of(weights.keys() & targets.keys())
+    missing = [name for name in targets if _part_of(name) in parts and name not in weights]
+    mismatched = []
+    for name in targets.keys() & weights.keys():
+        found, expected = weights[name].shape, targets[name].shape
+        first = int(name in (WORDS, HEAD))
+        if len(found) != len(expected) or found[first:] != expected[first:]:
+            mismatched.append(f"{name} {tuple(found)} instead of {tuple(expected)}")
+    unexpected = list(weights.keys() - targets.keys())
+    check_keys(OWNER, [name for name in missing if not (tied and name == HEAD)], unexpected, mismatched)
+    if any(targets[name].is_meta for name in weights):
+        raise ValueError("The weights of base are offloaded: load its parts without device_map.")
+
+
+def _check_words(weights: StateDict, targets: StateDict, tied: bool) -> None:
+    for name in (WORDS, HEAD):
+        if name in weights and len(weights[name]) > len(targets[name]):
+            count, rows = len(weights[name]), len(targets[name])
+            raise ValueError(
+                f"The checkpoint has {count} words, but the model {rows} rows: build it with image_token_id={count}."
+            )
+    if "LLM" not in _parts_of(weights) and WORDS in weights and len(weights[WORDS]) == ADDED_WORDS:
+        raise ValueError(f"{WORDS} has the rows of two added words only: put them into their places in the LLM first.")
+    if tied and HEAD in weights and not torch.equal(weights[HEAD], weights[WORDS]):
+        raise ValueError("The checkpoint's head is not its embeddings, but the model's LLM ties the two: untie it.")
+
+
+__all__ = ["from_original", "is_llava", "read_folder", "targets_of"]

@@ -1,0 +1,203 @@
+"""`hf-vlm info`: what a checkpoint is, what it was trained on and its numbers, read without loading its weights."""
+
+import inspect
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    EvalResult,
+    HfApi,
+    ModelCard,
+    parse_local_safetensors_file_metadata,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.utils import SafetensorsFileMetadata
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from .. import models
+from ..families import MODELS
+from .cards.card import RESULTS_NAME, eval_results, input_sizes, read_results
+from .cards.texts import ARCHITECTURES
+from .record import RECORD_NAME, count_parameters, read_json, read_record
+
+# All that is fetched of a repository on the Hub; of its weights, only the headers are read.
+FILES = ["config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"]
+FILES += [RECORD_NAME, RESULTS_NAME, "README.md"]
+Info = dict[str, Any]
+
+
+def checkpoint_info(source: str) -> Info:
+    """What a checkpoint says of itself.
+
+    Args:
+        source: A folder or a Hub id.
+
+    Returns:
+        `architecture`, `model_type`, `head`, `parameters` (`total` and by part), `weights` (`bytes` and `dtypes`:
+        values by data type), `inputs` (`images` and `texts`), `revision` (of Hub ids), and what the run left: `recipe`,
+        `training`, `data`, `parts`, `licence` and `results` (one entry a number). What is not known is left out.
+
+    Raises:
+        ValueError: if there is no such checkpoint, it is of another architecture, or one of its files is broken.
+    """
+    folder, revision = local_files(source)
+    config = own_config(folder, source)
+    record = read_record(folder)
+    with torch.device("meta"):
+        model = head_class(config, source)(config)
+    parameters = count_parameters(model)
+    known = ARCHITECTURES.get(config.model_type)
+    info = {
+        "checkpoint": source,
+        "revision": revision,
+        "architecture": known.title if known else None,
+        "model_type": config.model_type,
+        "head": type(model).__name__,
+        "parameters": {
+            "total": parameters["total"],
+            "parts": {part: counts["total"] for part, counts in parameters["parts"].items()},
+        },
+        "weights": stored_weights(folder, source if revision else None, revision),
+        "inputs": input_sizes(folder),
+        **{key: record.get(key) for key in ("recipe", "training", "data", "parts", "licence")},
+        "results": measured(folder, config.model_type),
+    }
+    return {key: value for key, value in info.items() if value not in (None, {}, [])}
+
+
+def local_files(source: str) -> tuple[Path, str | None]:
+    """The folder of a checkpoint's small files and, of a Hub id, the commit that they are from."""
+    if Path(source).is_dir():
+        return Path(source), None
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=FILES))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ValueError(
+            f"{source} is neither a folder nor a repository of the Hub that you may read: correct the name, or log in."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"{source} is no folder here, and the Hub cannot be reached to ask for it.") from error
+    return folder, folder.name
+
+
+def own_config(folder: Path, source: str) -> PreTrainedConfig:
+    """The config of a checkpoint of this package.
+
+    Raises:
+        ValueError: if it is missing, broken, or of another architecture.
+    """
+    content = read_json(folder / "config.json")
+    if not content:
+        raise ValueError(f"{source} holds no config.json: it is not a checkpoint.")
+    own = {config_class.model_type for config_class in MODELS}
+    if content.get("model_type") not in own:
+        raise ValueError(
+            f"{source} is a {content.get('model_type')} checkpoint, not one of this package ({', '.join(sorted(own))})."
+        )
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def head_class(config: PreTrainedConfig, source: str) -> type[PreTrainedModel]:
+    """The class that wrote a checkpoint; the base model's if its config does not say."""
+    # Not from the table of Auto classes alone: some heads answer to none.
+    public: list[Any] = [item for item in vars(models).values() if inspect.isclass(item)]
+    heads = [item for item in public if issubclass(item, PreTrainedModel)]
+    classes = {head.__name__: head for head in heads if head.config_class is type(config)}
+    written_by = (config.architectures or [MODELS[type(config)][AutoModel].__name__])[0]
+    if written_by not in classes:
+        raise ValueError(f"{source}: config.json names the class {written_by}, which is none of {', '.join(classes)}.")
+    return classes[written_by]
+
+
+def stored_weights(folder: Path, repo_id: str | None, revision: str | None) -> Info | None:
+    """Bytes and data types of the weights, from the headers of their files; None where there are none."""
+    try:
+        headers = [parse_local_safetensors_file_metadata(path) for path in sorted(folder.glob("model*.safetensors"))]
+        if not headers and repo_id:
+            headers = remote_headers(repo_id, revision)
+    except SafetensorsParsingError as error:
+        raise ValueError(f"{repo_id or folder}: its weights are broken ({str(error).splitlines()[0]})") from error
+    if not headers:
+        return None
+    tensors = [tensor for header in headers for tensor in header.tensors.values()]
+    dtypes: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        dtypes[tensor.dtype] += tensor.parameter_count
+    return {"bytes": sum(end - begin for begin, end in (t.data_offsets for t in tensors)), "dtypes": dict(dtypes)}
+
+
+def remote_headers(repo_id: str, revision: str | None) -> list[SafetensorsFileMetadata]:
+    """The headers of a repository's weights, without the weights; none where it has none or the Hub is out of reach."""
+    try:
+        return list(HfApi().get_safetensors_metadata(repo_id, revision=revision).files_metadata.values())
+    except (NotASafetensorsRepoError, OfflineModeIsEnabled):
+        return []
+
+
+def measured(folder: Path, model_type: str) -> list[Info]:
+    """The numbers of a checkpoint: those of its evaluation, else those that its model card carries."""
+    card = folder / "README.md"
+    found: list[EvalResult] = eval_results(read_results(folder), model_type)
+    if not found and card.is_file():
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.eval_results or []
+    return [
+        {
+            "task": result.task_type,
+            "dataset": result.dataset_name,
+            "split": result.dataset_split,
+            "metric": result.metric_name or result.metric_type,
+            "value": result.metric_value,
+        }
+        for result in found
+    ]
+
+
+def format_info(info: Info) -> str:
+    """A report of [`checkpoint_info`] as lines of text."""
+    parts = ", ".join(f"{part} {count:,}" for part, count in info["parameters"]["parts"].items())
+    lines = [
+        ("checkpoint", info["checkpoint"] + (f" at {info['revision']}" if "revision" in info else "")),
+        ("architecture", f"{info.get('architecture', info['model_type'])} ({info['model_type']}), {info['head']}"),
+        ("parameters", f"{info['parameters']['total']:,}: {parts}"),
+    ]
+    if weights := info.get("weights"):
+        lines.append(("weights", f"{weights['bytes'] / 1e6:,.1f} MB, {', '.join(weights['dtypes'])}"))
+    lines += info.get("inputs", {}).items()
+    if training := info.get("training"):
+        facts = ", ".join(f"{key.replace('_', ' ')} {short(value)}" for key, value in training.items())
+        lines.append(("training", f"{info.get('recipe', '')}: {facts}"))
+    for entry in info.get("data", []):
+        rows = ", ".join(f"{split} {count}" for split, count in entry.get("rows", {}).items())
+        lines.append(("data", f"{entry.get('name')}: {rows or entry.get('split')}; {entry.get('licence') or '?'}"))
+    for entry in info.get("parts", []):
+        lines.append(("part", f"{entry.get('part')}: {entry.get('id')}; {entry.get('licence') or '?'}"))
+    if "licence" in info:
+        lines.append(("licence", info["licence"]))
+    groups: dict[str, list[str]] = defaultdict(list)
+    for result in info.get("results", []):
+        groups[f"{result['dataset']}, {result['split']}"].append(f"{result['metric']} {short(result['value'])}")
+    lines += [("results", f"{group}: {'; '.join(numbers)}") for group, numbers in groups.items()]
+    return "\n".join(f"{label:<14}{printable(text)}" for label, text in lines)
+
+
+def short(value: Any) -> str:
+    """A value in few characters."""
+    return f"{value:.3f}" if isinstance(value, float) and not value.is_integer() else f"{value}"
+
+
+def printable(text: Any) -> str:
+    """Text from a checkpoint without characters that would command the terminal."""
+    return "".join(character for character in str(text) if character.isprintable())
+
+
+__all__ = ["checkpoint_info", "format_info"]

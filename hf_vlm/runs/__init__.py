@@ -1,0 +1,1 @@
+"""What recipes share: argument groups, opening data, the record and card at the end; the quickstart."""

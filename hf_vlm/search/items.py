@@ -1,0 +1,269 @@
+"""What goes into an index: items from a folder of pictures, a file of descriptions, or a data set.
+
+Ids are the same whenever a source is read, so that an interrupted build goes on where it stopped: the path of a
+picture, an `id` column, or a hash of the content.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from ..data.sources.images import load_image
+from ..data.sources.rows import CaptionError
+
+CAPTION_NAMES = ("caption", "text", "name", "title", "description")
+TEXT_FILES = (".txt", ".jsonl", ".csv")
+NOT_PICTURES = (".txt", ".json", ".jsonl", ".csv", ".md", ".parquet", ".html", ".xml", ".yaml", ".yml")
+
+
+@dataclass
+class Item:
+    """A picture or a text for an index.
+
+    Args:
+        id: Unique; adding it again replaces it.
+        image: What `hf_vlm.data.load_image` reads, for a picture.
+        text: The text, or the caption of the picture.
+        kind: "image" or "text".
+        path: Where the picture is, if it is in a file.
+        metadata: Further columns: text, numbers, true or false, lists of text.
+        place: What to call it in an error; by default its id.
+    """
+
+    id: str
+    image: Any = None
+    text: str = ""
+    kind: str = "image"
+    path: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
+
+    def load(self) -> Image.Image:
+        """The decoded picture.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        return load_image(self.image, where=self.place or self.id)
+
+    def check_text(self) -> str:
+        """The text.
+
+        Raises:
+            CaptionError: if there is none.
+        """
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise CaptionError(f"{self.place or self.id}: there is no text here; fill it or remove the row.")
+        return self.text
+
+
+def folder_items(folder: str | Path) -> list[Item]:
+    """The pictures of a folder and of the folders in it; ids and captions are their paths.
+
+    Hidden files and files that are no pictures by their ending (text, tables, pages) are not taken.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    root = Path(folder).expanduser().resolve()
+    items = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(parent, name)
+            if not name.startswith(".") and path.suffix.lower() not in NOT_PICTURES:
+                items.append(Item(str(path), path, path.relative_to(root).as_posix(), path=str(path)))
+    if not items:
+        raise ValueError(f"{folder}: there are no pictures in this folder.")
+    return items
+
+
+def text_items(path: str | Path) -> list[Item]:
+    """Descriptions from a file: txt (one a line), jsonl or csv (a column of `CAPTION_NAMES`; others are metadata).
+
+    Raises:
+        ValueError: if the file cannot be read so; with its line.
+    """
+    path = Path(path).expanduser()
+    readers = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: descriptions come in files that end in {', '.join(readers)}.")
+    items = []
+    try:
+        for number, row in readers[path.suffix](path):
+            items.append(_text_item(row, f"{path}, line {number}"))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    if not items:
+        raise ValueError(f"{path}: there are no descriptions in this file.")
+    return items
+
+
+def _text_item(row: dict[str, Any], place: str) -> Item:
+    row = dict(row)
+    name = next((name for name in CAPTION_NAMES if name in row), None)
+    if name is None:
+        raise ValueError(f"{place}: no column for the text; call it one of {', '.join(CAPTION_NAMES)}.")
+    text, row_id = row.pop(name), row.pop("id", None)
+    identity = content_id("text", text, json.dumps(row, sort_keys=True)) if row_id is None else str(row_id)
+    return Item(identity, text=text, kind="text", metadata=row, place=place)
+
+
+def _txt_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        yield from ((number, {"text": line.strip()}) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}).") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: not a JSON object.")
+            yield number, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"{path}, line {reader.line_num}: not as many cells as the first line names.")
+            rows.append((reader.line_num, row))
+    for name in {*(reader.fieldnames or ())} - {"id", *CAPTION_NAMES}:
+        for (_, row), value in zip(rows, _numbers([row[name] for _, row in rows]), strict=True):
+            row[name] = value
+    yield from rows
+
+
+def _numbers(cells: list[str]) -> list[Any]:
+    """The cells of a column as numbers, if all of them are, with None where they are empty."""
+    for convert in (int, float):
+        try:
+            values = [convert(cell) if cell else None for cell in cells]
+        except ValueError:
+            continue
+        if all(
+            value is None or convert is float or str(value) == cell for value, cell in zip(values, cells, strict=True)
+        ):
+            return values
+    return [cell or None for cell in cells]
+
+
+@dataclass
+class DatasetItems:
+    """The rows of a `datasets.Dataset` as items; each picture is read when its turn comes.
+
+    Args:
+        rows: The data set.
+        columns: Role -> column, of `image`, `caption` and `id`. Default: the first column of pictures, one called like
+            a caption, and `id`.
+        kinds: "image": the pictures, with their captions. "text": each caption as an item of its own.
+        metadata: Columns to keep; by default all others that hold text, numbers, or lists of text.
+        label: What to call the data set in an error.
+
+    Raises:
+        ValueError: if a column is missing.
+    """
+
+    rows: datasets.Dataset
+    columns: dict[str, str] | None = None
+    kinds: Sequence[str] = ("image",)
+    metadata: Sequence[str] | None = None
+    label: str = "data set"
+
+    def __post_init__(self) -> None:
+        features = self.rows.features
+        pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+        roles = {"image": pictures, "caption": CAPTION_NAMES, "id": ("id",)}
+        found = {role: next((name for name in names if name in features), None) for role, names in roles.items()}
+        self.roles = {role: name for role, name in {**found, **(self.columns or {})}.items() if name is not None}
+        needed = {"image": "image", "text": "caption"}
+        missing = [needed[kind] for kind in self.kinds if needed[kind] not in self.roles]
+        absent = [name for name in (*self.roles.values(), *(self.metadata or ())) if name not in features]
+        if missing or absent:
+            raise ValueError(f"{self.label}: no column for {(missing or absent)[0]}; it has {', '.join(features)}.")
+        if self.metadata is None:
+            others = [name for name in features if name not in self.roles.values()]
+            self.metadata = [name for name in others if _is_metadata(features[name])]
+        self.rows = self.rows.with_format(None)
+        for name in pictures:
+            self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
+        self.rows = self.rows.select_columns([*self.roles.values(), *self.metadata])
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.kinds)
+
+    def __iter__(self) -> Iterator[Item]:
+        for number, row in enumerate(self.rows):
+            captions = row.get(self.roles.get("caption", ""))
+            captions = captions if isinstance(captions, list) else [captions or ""]
+            metadata = {name: row[name] for name in self.metadata or ()}
+            place = f"{self.label}, row {number}"
+            if "image" in self.kinds:
+                yield self._picture(row, captions, metadata, place)
+            if "text" in self.kinds:
+                for text in captions:
+                    identity = content_id("text", text, json.dumps(metadata, sort_keys=True, default=str))
+                    yield Item(identity, text=text, kind="text", metadata=metadata, place=place)
+
+    def _picture(self, row: dict[str, Any], captions: list[str], metadata: dict[str, Any], place: str) -> Item:
+        cell = row[self.roles["image"]]
+        source = cell if isinstance(cell, dict) else {"path": cell}
+        path, text = source.get("path"), captions[0] if captions else ""
+        if "id" in self.roles:
+            identity = str(row[self.roles["id"]])
+        else:
+            identity = content_id("image", source.get("bytes") or path or "", text)
+        return Item(identity, cell, text, path=path, metadata=metadata, place=place + (f" ({path})" if path else ""))
+
+
+def _is_metadata(feature: Any) -> bool:
+    value = feature.feature if isinstance(feature, datasets.List) else feature
+    return isinstance(value, datasets.Value) and value.dtype not in ("null", "binary", "large_binary")
+
+
+def content_id(kind: str, *parts: str | bytes) -> str:
+    """An id from what an item holds."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(f"{len(data)}:".encode() + data)
+    return f"{kind}-{digest.hexdigest()[:24]}"
+
+
+def read_items(
+    source: str | Path | datasets.Dataset, kinds: Sequence[str] = ("image",)
+) -> Sequence[Item] | DatasetItems:
+    """The items of a source: a data set, a folder of pictures, a picture, or a file of descriptions.
+
+    Raises:
+        ValueError: if there is no such thing.
+    """
+    if isinstance(source, datasets.Dataset):
+        return DatasetItems(source, kinds=kinds)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return folder_items(path)
+    if not path.is_file():
+        raise ValueError(f"{source}: no such file or folder; correct the path.")
+    if path.suffix in TEXT_FILES:
+        return text_items(path)
+    return [Item(str(path.resolve()), path, path.name, path=str(path.resolve()))]
+
+
+__all__ = ["DatasetItems", "Item", "content_id", "folder_items", "read_items", "text_items"]

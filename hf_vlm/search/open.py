@@ -1,0 +1,132 @@
+"""`hf-vlm index`: what its commands do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from ..data.builtin.emoji import load_emoji
+from ..data.sources.images import load_image
+from ..data.sources.rows import OnError
+from . import AddReport, DatasetItems, EmbeddingIndex, Item, Match, Result, write_sheet
+from .filters import condition
+from .identity import load_model
+from .items import read_items
+from .store import exists
+
+KINDS = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
+
+
+def open_index(uri: str, model: str = "") -> EmbeddingIndex:
+    """An index, with the model from `model` or else from where it was when the index was built."""
+    if not model:
+        return EmbeddingIndex.open(uri)
+    EmbeddingIndex.open(uri)  # tells that there is no index before a large model is loaded
+    return EmbeddingIndex.open(uri, *load_model(model))
+
+
+def build(
+    uri: str, model: str, sources: Sequence[Sequence[Item] | DatasetItems], on_error: OnError, remake: bool
+) -> AddReport:
+    """Makes an index, or goes on with an interrupted one.
+
+    Raises:
+        ValueError: if a new index is to be made and no model is named.
+    """
+    if remake or not exists(uri):
+        if not model:
+            raise ValueError("A new index needs a model: --model FOLDER_OR_HUB_ID.")
+        index = EmbeddingIndex.create(uri, *load_model(model), replace=remake)
+    else:
+        index = open_index(uri, model)
+    return add(index, sources, on_error, keep=True)
+
+
+def add(
+    index: EmbeddingIndex, sources: Sequence[Sequence[Item] | DatasetItems], on_error: OnError, keep: bool
+) -> AddReport:
+    """Adds every source; returns the sums."""
+    total = AddReport()
+    for source in sources:
+        report = index.add(source, keep=keep, on_error=on_error)
+        total = AddReport(
+            total.added + report.added,
+            total.replaced + report.replaced,
+            total.kept + report.kept,
+            total.errors + report.errors,
+        )
+    return total
+
+
+def open_sources(names: Sequence[str], kind: str, split: str, columns: str) -> list[Sequence[Item] | DatasetItems]:
+    """The items of each source: a folder, a file, a saved data set, `emoji`, or a data set on the Hub.
+
+    Raises:
+        ValueError: if one cannot be opened.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"--kind {kind} is unknown; write {', '.join(KINDS)}.")
+    mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else None
+    return [open_source(name, KINDS[kind], split, mapping) for name in names]
+
+
+def open_source(
+    name: str, kinds: Sequence[str], split: str, columns: dict[str, str] | None
+) -> Sequence[Item] | DatasetItems:
+    """See `open_sources`."""
+    path = Path(name).expanduser()
+    if name == "emoji" and not path.exists():
+        rows = datasets.concatenate_datasets(list(load_emoji().values()))
+        return DatasetItems(rows, {"caption": "name"}, kinds, label="emoji")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(path)
+        rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    elif path.suffix == ".parquet" and path.is_file():
+        rows = datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
+    elif path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        return read_items(path)
+    else:
+        rows = datasets.load_dataset(name, split=split)
+    return DatasetItems(rows, columns, kinds, label=name)
+
+
+def read_filter(items: Sequence[str], sql: str, schema: pa.Schema) -> dict[str, Any] | str:
+    """The filter of a command: `NAME=VALUE` texts, whose values get the type of their column, or SQL.
+
+    Raises:
+        ValueError: if there are both, a text has no `=`, names no column, or its value does not fit the column.
+    """
+    if items and sql:
+        raise ValueError("Give --where or --sql, not both.")
+    where: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--where {item}: write NAME=VALUE, or a condition in SQL after --sql.")
+        condition(name, None, schema)  # raises if there is no such column
+        kind = schema.field(name).type
+        kind = kind.value_type if pa.types.is_list(kind) else kind
+        try:
+            where[name] = pa.scalar(value).cast(kind).as_py()
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"--where {item}: column {name} holds {kind}.") from error
+    return sql or where
+
+
+def write_results(path: Path, uri: str, query: str, image: Path | None, matches: Sequence[Match]) -> Path:
+    """The sheet of one search."""
+    picture = None if image is None else load_image(image)
+    result = Result(query, [match.hit() for match in matches], picture)
+    return write_sheet(path, "Search results", f"{len(matches)} matches in {uri}", [result])
+
+
+def query_label(text: str | None, image: Path | None, minus: str | None, minus_image: Path | None) -> str:
+    """What was asked, in words."""
+    wanted = [part for part in (text, None if image is None else f"like {image.name}") if part]
+    unwanted = [part for part in (minus, None if minus_image is None else f"like {minus_image.name}") if part]
+    return " − ".join([" + ".join(wanted), *unwanted])
+
+
+__all__ = ["add", "build", "open_index", "open_sources", "query_label", "read_filter", "write_results"]

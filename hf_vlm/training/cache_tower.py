@@ -1,0 +1,91 @@
+"""`hf-vlm cache-features`: what a frozen image tower makes of a data set, computed once."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from ..data.batches.pairs import Rows
+from ..data.builtin.scene_rows import SceneRows
+from ..data.builtin.scenes import SceneStream
+from ..data.features.cache import CachedFeatures
+from ..data.sources.sources import DataSource, load_source
+from ..models.modeling_blip2 import frozen_tower
+from ..models.modeling_clip import load_tower
+from .features import cached_tower_features
+
+
+def cache_tower(
+    model: str,
+    output: Path,
+    data: str,
+    split: str = "train",
+    seed: int = 0,
+    limit: int = 0,
+    image_size: int | None = None,
+    columns: str = "",
+    bf16: bool = False,
+    batch_size: int = 128,
+    workers: int = 0,
+    verify: bool = False,
+) -> CachedFeatures:
+    """The cache behind `hf-vlm cache-features`; see the command's help for the arguments.
+
+    Raises:
+        ValueError: if the checkpoint has no image tower, its pictures cannot be of `image_size`, the data cannot be
+            read, or the folder holds another cache.
+    """
+    tower, processor = load_vision(model, image_size)
+    rows, named = open_rows(data, split, seed, limit, columns, processor.size.get("height", 224))
+
+    options = {"batch_size": batch_size, "num_workers": workers, "verify": verify}
+    return cached_tower_features(output, rows, processor, tower, named, model, bf16, **options)
+
+
+def load_vision(model: str, image_size: int | None) -> tuple[PreTrainedModel, Any]:
+    """Image tower, in eval mode and where there is a GPU on it, and image processor of a checkpoint.
+
+    Raises:
+        ValueError: if it has no image tower, or tower or processor cannot do with `image_size` pixels a side.
+    """
+    tower = load_tower(model, "vision", {})
+    if tower.main_input_name != "pixel_values":
+        raise ValueError(
+            f"{model} is a {tower.config.model_type} model, which reads no pictures: name an image encoder."
+        )
+    processor = AutoImageProcessor.from_pretrained(model)
+    if image_size is not None:
+        if "height" not in processor.size:
+            raise ValueError(f"{model} sizes pictures by {', '.join(dict(processor.size))}: leave out --image-size.")
+        processor.size = {"height": image_size, "width": image_size}
+        tower = frozen_tower(tower, None, image_size)
+    return tower.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def open_rows(data: str, split: str, seed: int, limit: int, columns: str, size: int) -> tuple[Rows, dict[str, Any]]:
+    """Rows with pictures, and what names them in a key.
+
+    Raises:
+        ValueError: if there is no end to the scenes, or the data cannot be read.
+    """
+    if data == "scenes":
+        if limit < 1:
+            raise ValueError("Scenes have no end: say how many, such as --limit 10000.")
+        stream = SceneStream(split, seed, min(max(size, 48), 1024))  # sides that scenes can have
+        rows = SceneRows(stream, limit)
+        return rows, rows.key
+    mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
+    rows = load_source(DataSource(data, split=split, columns=mapping))
+    if 0 < limit < len(rows):
+        rows = rows.select(range(limit))
+    return rows, {"path": data, "split": split, "columns": mapping}
+
+
+def summary(output: Path, features: CachedFeatures) -> str:
+    """What a cache holds, in one line."""
+    shape = f"{features.num_rows} rows of {features.tokens} x {features.width}"
+    return f"{output}: {shape} in bfloat16, {features.nbytes / 1e6:.1f} MB"
+
+
+__all__ = ["cache_tower", "load_vision", "open_rows", "summary"]
