@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from hf_vlm import VlmBlip2Config, VlmBlip2ForConditionalGeneration, VlmBlip2ForPreTraining
 from hf_vlm.hub.convert import to_transformers
-from hf_vlm.models.modeling_blip2 import tower_states
+from hf_vlm.models.towers import tower_states
 
 PAD, BOS = 1, 2  # OPT's
 STAGE1_OUTPUTS = ("loss", "loss_itc", "loss_itm", "loss_lm", "itm_logits")

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_vlm import VlmBlipConfig, VlmBlipForConditionalGeneration, VlmBlipForPreTraining
 from hf_vlm.hub.convert import to_transformers
-from hf_vlm.models.configuration_blip import BLIP_VISION
+from hf_vlm.models.configuration_tower import BLIP_VISION
 
 PADDED_LENGTH = 30
 SHORTEST, LONGEST = 8, 20

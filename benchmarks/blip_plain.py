@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_vlm import VlmBlipForPreTraining
-from hf_vlm.models.modeling_blip_text import Memory, with_first_token
+from hf_vlm.models.bert import with_first_token
+from hf_vlm.models.modeling_blip_text import Memory
 
 
 class PlainBlip(VlmBlipForPreTraining):

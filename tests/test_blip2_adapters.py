@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 import tiny_blip2
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmInstructBlipForConditionalGeneration
-from hf_vlm.training.sft import add_lora
+from hf_vlm.training.lora import add_lora
 
 HEADS = [VlmBlip2ForConditionalGeneration, VlmInstructBlipForConditionalGeneration]
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_vlm.models import cross_entropy
-from hf_vlm.models.cross_entropy import token_cross_entropy
+from hf_vlm.models.losses import token_cross_entropy
 
 TOKENS, VOCABULARY = 11, 37
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

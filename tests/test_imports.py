@@ -171,15 +171,15 @@ MODULES = dict.fromkeys(
 @pytest.mark.parametrize(
     ("path", "source", "expected"),
     [
-        ("hf_vlm/models/losses.py", "from ..data import emoji", "hf_vlm.data.builtin.emoji"),
+        ("hf_vlm/models/losses.py", "from ..data import emoji", "hf_vlm.data.emoji"),
         ("hf_vlm/models/losses.py", "import hf_vlm", "hf_vlm"),
         ("hf_vlm/data/emoji.py", "from hf_vlm.models.losses import clip_loss", "hf_vlm.models.losses.clip_loss"),
         ("hf_vlm/data/emoji.py", "from hf_vlm import load_emoji", "hf_vlm.load_emoji"),
         ("hf_vlm/data/__init__.py", "def late():\n    from ..training import trainer", "hf_vlm.training.trainer"),
-        ("hf_vlm/evaluation/retrieval.py", "import torch, hf_vlm.data.builtin.emoji as e", "hf_vlm.data.builtin.emoji"),
+        ("hf_vlm/evaluation/retrieval.py", "import torch, hf_vlm.data.emoji as e", "hf_vlm.data.emoji"),
         ("hf_vlm/metrics/recall.py", "from hf_vlm.models import losses", "hf_vlm.models.losses"),
-        ("hf_vlm/training/trainer.py", "from hf_vlm.evaluation import retrieval", "hf_vlm.metrics.retrieval"),
-        ("hf_vlm/hub/convert.py", "from ..auto import TABLE", "hf_vlm.families.TABLE"),
+        ("hf_vlm/training/trainer.py", "from hf_vlm.evaluation import retrieval", "hf_vlm.evaluation.retrieval"),
+        ("hf_vlm/hub/convert.py", "from ..auto import TABLE", "hf_vlm.auto.TABLE"),
         ("hf_vlm/__init__.py", "from .cli import main", "hf_vlm.cli.main"),
         ("hf_vlm/app.py", "from hf_vlm import cli", "hf_vlm.cli"),
         ("hf_vlm/commands/evaluate.py", "from ..cli import main", "hf_vlm.cli.main"),
@@ -197,7 +197,7 @@ def test_a_wrong_direction_is_seen(path: str, source: str, expected: str) -> Non
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("hf_vlm/metrics/recall.py", "from hf_vlm.metrics.retrieval import recall"),
+        ("hf_vlm/metrics/recall.py", "from hf_vlm.evaluation.retrieval import recall"),
         ("hf_vlm/training/trainer.py", "import torch\nfrom ..models.losses import a\nfrom hf_vlm.data import emoji"),
         ("hf_vlm/cli.py", "import hf_vlm.hub.convert\nfrom .training import trainer"),
         ("hf_vlm/data/emoji.py", "from .images import load_image\nimport hf_vlm_other"),
@@ -211,8 +211,8 @@ def test_a_right_direction_passes(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     "sources",
     [
-        {"data/emoji": "from .images import a", "data/images": "from hf_vlm.data.builtin.emoji import b"},
-        {"data/emoji": "from . import images", "data/images": "def late():\n    import hf_vlm.data.builtin.emoji"},
+        {"data/emoji": "from .images import a", "data/images": "from hf_vlm.data.emoji import b"},
+        {"data/emoji": "from . import images", "data/images": "def late():\n    import hf_vlm.data.emoji"},
         {"data/__init__": "from .emoji import a", "data/emoji": "from hf_vlm.data import b"},
         {"models/losses": "from .losses import a"},
     ],

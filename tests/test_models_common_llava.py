@@ -29,7 +29,7 @@ import tiny
 import tiny_blip2
 import tiny_llava
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmLlavaConfig, VlmLlavaForConditionalGeneration, VlmLlavaModel
-from hf_vlm.models.vision_features import layer_states
+from hf_vlm.models.towers import layer_states
 from scripts import llava_steps
 from tiny_llava import GRIDS, LAYERS, TOWERS
 

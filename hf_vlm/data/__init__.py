@@ -3,6 +3,7 @@
 from .batches.augment import Augmentation
 from .batches.collators import CaptionCollator, ContrastiveCollator, QuestionCollator
 from .batches.conversation_collator import PLAIN_TEMPLATE, ConversationCollator
+from .batches.conversations import CaptionConversations, QuestionConversations
 from .batches.pairs import Pair, PairDataset, PairStream, load_pairs
 from .batches.prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
 from .batches.questions import Question, QuestionDataset, QuestionRows, load_questions, question_source
@@ -16,14 +17,7 @@ from .builtin.scene_conversations import SceneConversations
 from .builtin.scene_rows import SceneRows
 from .builtin.scenes import SceneStream, load_scenes
 from .features.cache import CachedFeatures, FeatureCacheError, cache_features, feature_key
-from .sources.conversations import (
-    CaptionConversations,
-    Conversation,
-    ConversationRows,
-    QuestionConversations,
-    load_conversations,
-    open_conversations,
-)
+from .sources.conversations import Conversation, ConversationRows, load_conversations, open_conversations
 from .sources.images import ImageError, load_image
 from .sources.mixing import mix, split_stream
 from .sources.sources import DataSource, load_source

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .blocks import image_blocks
 from .embed import _evaluating
 
-MATCH_TOLERANCE = 1e-5
 """Matching scores that differ by no more are tied: so much depends on the batch that a pair was computed in."""
 
 
@@ -76,4 +75,4 @@ def match_logits(
     return logits
 
 
-__all__ = ["MATCH_TOLERANCE", "match_logits"]
+__all__ = ["match_logits"]

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..metrics.captioning import caption_metrics
 from ..metrics.hard_negatives import hard_negative_metrics
 from ..metrics.pope import pope_metrics
-from ..metrics.rerank import rerank_metrics
+from ..metrics.rerank import MATCH_TOLERANCE, rerank_metrics
 from ..metrics.retrieval import COSINE_TOLERANCE, chance, pair_cosines, retrieval_metrics, unit_images
 from ..metrics.vqa import majority_answer, majority_answers, vqa_metrics
 from .embed import embed_images, embed_texts
-from .matching import MATCH_TOLERANCE, match_logits
+from .matching import match_logits
 from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from ..evaluation.matching import MATCH_TOLERANCE
 from .retrieval import Array, _both_directions, _matching_ids, cosines, first_matches, unit_images, unit_rows
+
+MATCH_TOLERANCE = 1e-5
 
 
 def rerank_metrics(
@@ -76,4 +77,4 @@ def _rows(scores: torch.Tensor, places: torch.Tensor, width: int) -> Callable[[s
     return rows
 
 
-__all__ = ["rerank_metrics"]
+__all__ = ["MATCH_TOLERANCE", "rerank_metrics"]

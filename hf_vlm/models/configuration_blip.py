@@ -5,17 +5,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_clip import as_native
-from .configuration_tower import VlmTowerConfig
-
-# What sets BLIP's vision transformer apart from CLIP's, which VlmTowerConfig describes by default.
-BLIP_VISION = {
-    "use_pre_norm": False,
-    "use_patch_bias": True,
-    "final_norm": "sequence",
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-}
+from .configuration_tower import BLIP_VISION, VlmTowerConfig, as_native
 
 
 @strict
@@ -147,4 +137,4 @@ class VlmBlipConfig(PreTrainedConfig):
             raise ValueError("There is no loss left: set one of itc_weight, itm_weight and lm_weight.")
 
 
-__all__ = ["BLIP_VISION", "VlmBlipConfig", "VlmBlipTextConfig"]
+__all__ = ["VlmBlipConfig", "VlmBlipTextConfig"]

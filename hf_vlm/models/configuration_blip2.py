@@ -4,10 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_blip import BLIP_VISION
-from .configuration_clip import as_native
 from .configuration_qformer import VlmQFormerConfig
-from .configuration_tower import VlmTowerConfig
+from .configuration_tower import BLIP_VISION, VlmTowerConfig, as_native
 
 # EVA's vision transformer has the layout of BLIP's. Its last states are normalised by the model around it.
 EVA_VISION = BLIP_VISION

@@ -3,16 +3,9 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
-
-
-def as_native(config: dict | PreTrainedConfig | None, own_type: str) -> dict | PreTrainedConfig | None:
-    """A dict of one of transformers' own model types as the config of that type; anything else unchanged."""
-    if isinstance(config, dict) and config.get("model_type", own_type) != own_type:
-        return AutoConfig.for_model(**config)
-    return config
+from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig, as_native
 
 
 @strict
@@ -55,4 +48,4 @@ class VlmClipConfig(PreTrainedConfig):
             self.logit_scale_init_value = 2.6592600369327783 if self.loss_type == "softmax" else 2.302585092994046
 
 
-__all__ = ["VlmClipConfig", "as_native"]
+__all__ = ["VlmClipConfig"]

@@ -6,8 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_clip import as_native
-from .configuration_tower import VlmTowerConfig
+from .configuration_tower import VlmTowerConfig, as_native
 
 
 @strict

@@ -17,7 +17,7 @@ zero key bias is the same function and needs no option.
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 
 def _check_heads(hidden_size: int, num_attention_heads: int) -> None:
@@ -137,4 +137,21 @@ class VlmTextTowerConfig(PreTrainedConfig):
         _check_heads(self.hidden_size, self.num_attention_heads)
 
 
-__all__ = ["VlmTextTowerConfig", "VlmTowerConfig"]
+def as_native(config: dict | PreTrainedConfig | None, own_type: str) -> dict | PreTrainedConfig | None:
+    """A dict of one of transformers' own model types as the config of that type; anything else unchanged."""
+    if isinstance(config, dict) and config.get("model_type", own_type) != own_type:
+        return AutoConfig.for_model(**config)
+    return config
+
+
+# What sets BLIP's vision transformer apart from CLIP's, which VlmTowerConfig describes by default.
+BLIP_VISION = {
+    "use_pre_norm": False,
+    "use_patch_bias": True,
+    "final_norm": "sequence",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+}
+
+
+__all__ = ["BLIP_VISION", "VlmTextTowerConfig", "VlmTowerConfig", "as_native"]

@@ -8,101 +8,17 @@
 Shapes: B local rows, G = ranks x B global rows, E embedding size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .cross_entropy import token_cross_entropy
+from .distributed import gather_with_grad, rank, world_size
 
 ROWS_PER_BLOCK = 128
-
-
-def world_size() -> int:
-    """Number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
-    """Concatenates the ranks' tensors along the first dimension, letting gradients flow back to every rank.
-
-    Args:
-        tensor (`torch.Tensor` of shape `(B, ...)`): The same shape on every rank.
-
-    Returns:
-        `torch.Tensor` of shape `(G, ...)`; the tensor itself without a process group.
-    """
-    if world_size() == 1:
-        return tensor
-    if not tensor.is_floating_point():
-        parts = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-    return torch.cat(all_gather(tensor.contiguous()))
-
-
-class _Exchange(torch.autograd.Function):
-    """Rows sent to and received from every rank, in the order of the ranks; gradients take the way back."""
-
-    @staticmethod
-    def forward(ctx, rows, num_sent, num_received):
-        ctx.counts = num_sent, num_received
-        received = rows.new_empty(sum(num_received), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), num_received, num_sent)
-        return received
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        num_sent, num_received = ctx.counts
-        returned = gradients[0].new_empty(sum(num_sent), *gradients[0].shape[1:])
-        dist.all_to_all_single(returned, gradients[0].contiguous(), num_sent, num_received)
-        return returned, None, None
-
-
-def fetch_rows(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the other ranks' tensors, of which only those asked for travel, with gradients back to their owners.
-
-    Args:
-        tensor (`torch.Tensor` of shape `(B, ...)`): This rank's rows; the same shape on every rank.
-        index (`torch.LongTensor` of shape `(N,)`): Rows of the global batch; as many on every rank.
-
-    Returns:
-        This rank's rows with those fetched after them, `(B + fetched, ...)`, and the places in it of the rows asked
-        for, `(N,)`. Without a process group, the two arguments.
-    """
-    if world_size() == 1:
-        return tensor, index
-    num_rows = len(tensor)
-    wanted = gather_with_grad(index).view(world_size(), -1)  # by rank
-    owner = wanted // num_rows
-    travels = owner != torch.arange(world_size(), device=index.device)[:, None]
-    sent = travels & (owner == rank())
-    remote, its_owner = travels[rank()], owner[rank()]
-    num_received = torch.bincount(its_owner[remote], minlength=world_size()).tolist()
-    fetched = _Exchange.apply(tensor[wanted[sent] - rank() * num_rows], sent.sum(dim=1).tolist(), num_received)
-    # They arrive by owner, and by owner in the order asked for.
-    arrival = its_owner[remote].argsort(stable=True).argsort()
-    places = index - rank() * num_rows
-    places[remote] = num_rows + arrival
-    return torch.cat([tensor, fetched]), places
-
-
-def gather_texts(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and masks `(G, L)` of all ranks, padded to the longest of any."""
-    longest = int(gather_with_grad(torch.tensor([input_ids.shape[1]], device=input_ids.device)).max())
-    padding = (0, longest - input_ids.shape[1])
-    input_ids = F.pad(input_ids, padding, value=pad_token_id)
-    return gather_with_grad(input_ids), gather_with_grad(F.pad(attention_mask, padding))
 
 
 def positive_pairs(pair_ids: torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
@@ -275,16 +191,64 @@ def language_modeling_loss(
     return total, supervised.sum()
 
 
+LOGITS_PER_BLOCK = 2**22  # 16 MB of fp32
+
+
+def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of each token, equal to PyTorch's of fp32 logits. It can be differentiated once.
+
+    Args:
+        logits (`torch.Tensor` of shape `(tokens, vocabulary)`): Of any floating-point type.
+        targets (`torch.LongTensor` of shape `(tokens,)`): Indices of the vocabulary.
+        label_smoothing: Share of the target spread evenly over the vocabulary.
+
+    Returns:
+        `torch.FloatTensor` of shape `(tokens,)`.
+
+    Raises:
+        RuntimeError: if a target is not of the vocabulary; there is no index to ignore.
+    """
+    return _TokenCrossEntropy.apply(logits, targets, label_smoothing)
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        losses = logits.new_empty(len(targets), dtype=torch.float32)
+        for rows in _blocks(logits):
+            block = logits[rows].float().log_softmax(dim=-1)
+            losses[rows] = block.gather(1, targets[rows, None])[:, 0].mul_(label_smoothing - 1)
+            if label_smoothing:
+                losses[rows] -= label_smoothing * block.mean(dim=-1)
+        ctx.save_for_backward(logits, targets)
+        ctx.label_smoothing = label_smoothing
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, targets = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            block = logits[rows].float().softmax(dim=-1)
+            if ctx.label_smoothing:
+                block -= ctx.label_smoothing / block.shape[1]
+            block.scatter_add_(1, targets[rows, None], block.new_full((len(block), 1), ctx.label_smoothing - 1))
+            result[rows] = block.mul_(gradient[rows, None])
+        return result, None, None
+
+
+def _blocks(logits: torch.Tensor) -> Iterator[slice]:
+    size = max(1, LOGITS_PER_BLOCK // logits.shape[1])
+    return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
 __all__ = [
     "contrastive_loss",
-    "fetch_rows",
-    "gather_texts",
-    "gather_with_grad",
     "language_modeling_loss",
     "positive_pairs",
-    "rank",
     "sample_negatives",
     "sigmoid_loss",
     "soft_contrastive_loss",
-    "world_size",
+    "token_cross_entropy",
 ]

@@ -25,31 +25,15 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
+from .bert import VlmBlipLMHead, bert_text_config, copy_bert, with_first_token
 from .configuration_blip import VlmBlipConfig
 from .configuration_tower import VlmTowerConfig
-from .losses import (
-    fetch_rows,
-    gather_texts,
-    gather_with_grad,
-    language_modeling_loss,
-    positive_pairs,
-    rank,
-    sample_negatives,
-    soft_contrastive_loss,
-)
-from .modeling_blip_text import (
-    Memory,
-    VlmBlipLMHead,
-    VlmBlipOutput,
-    VlmBlipPreTrainedModel,
-    VlmBlipTextModel,
-    bert_text_config,
-    copy_bert,
-    with_first_token,
-)
-from .modeling_clip import build_vision_tower, freeze_unused, load_tower, published_config, resize_tower
+from .distributed import fetch_rows, gather_texts, gather_with_grad, rank
+from .losses import language_modeling_loss, positive_pairs, sample_negatives, soft_contrastive_loss
+from .modeling_blip_text import Memory, VlmBlipOutput, VlmBlipPreTrainedModel, VlmBlipTextModel
 from .modeling_tower import VlmTowerModel
 from .momentum import FeatureQueue, MomentumEncoders
+from .towers import build_vision_tower, freeze_unused, load_tower, published_config, resize_tower
 
 logger = logging.get_logger(__name__)
 

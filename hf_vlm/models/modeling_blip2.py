@@ -8,8 +8,6 @@
 Shapes: B rows, Q queries, L tokens, H width of the Q-Former, I images, P patches.
 """
 
-import copy
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,7 +17,6 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
-from .configuration_tower import VlmTowerConfig
 from .language_model import (
     AdapterNames,
     adapter_base,
@@ -29,34 +26,10 @@ from .language_model import (
     keep_names,
     load_language_model,
 )
-from .modeling_clip import build_vision_tower, freeze_unused, load_tower, resize_tower
 from .modeling_qformer import VlmQFormerModel
+from .towers import build_vision_tower, freeze_unused, tower_states
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "trust_remote_code")
-
-
-def tower_states(
-    tower: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
-) -> torch.Tensor:
-    """What BLIP-2 reads of an image tower, `(I, P, width)`: its last states, ours without their final norm."""
-    options: dict = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-    if tower.config.model_type == VlmTowerConfig.model_type:
-        options["stop_at_layer"] = -1
-    with torch.no_grad():
-        return tower(pixel_values=pixel_values, **options).last_hidden_state
-
-
-def frozen_tower(source: str | PreTrainedModel, kwargs: dict | None, image_size: int | None) -> PreTrainedModel:
-    """A copy of an image tower for images of `image_size` pixels: one of ours interpolates its positions.
-
-    Raises:
-        ValueError: if a foreign tower takes images of another size.
-    """
-    tower = load_tower(source, "vision", kwargs or {})
-    if not isinstance(source, str):
-        tower = copy.deepcopy(tower)
-    resize_tower(tower, image_size)
-    return tower
 
 
 class VlmBlip2PreTrainedModel(AdapterNames):
@@ -306,4 +279,4 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
             raise ValueError(f"The LLM is no longer that of {source['id']}: save without exclude_frozen.")
 
 
-__all__ = ["VlmBlip2Model", "VlmBlip2PreTrainedModel", "frozen_tower", "tower_states"]
+__all__ = ["VlmBlip2Model", "VlmBlip2PreTrainedModel"]

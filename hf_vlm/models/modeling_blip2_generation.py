@@ -20,11 +20,10 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
-from .cross_entropy import token_cross_entropy
 from .language_model import commit_of, contiguous_inputs, hidden_states, load_language_model, logits_of
-from .losses import language_modeling_loss
+from .losses import language_modeling_loss, token_cross_entropy
 from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
-from .modeling_clip import published_config
+from .towers import published_config
 
 logger = logging.get_logger(__name__)
 

@@ -21,21 +21,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .bert import VlmBlipLMHead, bert_qformer_config, copy_bert_to_qformer, with_first_token
 from .configuration_blip2 import VlmBlip2Config
-from .losses import (
-    fetch_rows,
-    gather_texts,
-    gather_with_grad,
-    language_modeling_loss,
-    positive_pairs,
-    rank,
-    sample_negatives,
-    soft_contrastive_loss,
-)
-from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel, frozen_tower
-from .modeling_blip_text import VlmBlipLMHead, with_first_token
-from .modeling_clip import load_tower, published_config
-from .modeling_qformer import QFormerMemory, QueryStates, bert_qformer_config, copy_bert_to_qformer
+from .distributed import fetch_rows, gather_texts, gather_with_grad, rank
+from .losses import language_modeling_loss, positive_pairs, sample_negatives, soft_contrastive_loss
+from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
+from .modeling_qformer import QFormerMemory, QueryStates
+from .towers import frozen_tower, load_tower, published_config
 
 
 @dataclass

@@ -16,9 +16,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .bert import VlmBlipLMHead, with_first_token
 from .configuration_blip import VlmBlipConfig
 from .modeling_blip import VlmBlipHead
-from .modeling_blip_text import Memory, VlmBlipLMHead, VlmBlipOutput, prompts, text_generation_config, with_first_token
+from .modeling_blip_text import Memory, VlmBlipOutput, prompts, text_generation_config
 
 
 class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -24,7 +24,8 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_clip import VlmClipConfig
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .losses import contrastive_loss, sigmoid_loss
-from .modeling_tower import VlmTextTowerModel, VlmTowerModel
+from .modeling_tower import VlmTextTowerModel
+from .towers import build_vision_tower, default_pooling, freeze_unused, load_tower, published_config
 
 TOWER_NAMES = ("vision", "text")
 
@@ -361,80 +362,4 @@ class VlmClipModel(PreTrainedModel):
         )
 
 
-def default_pooling(config: PreTrainedConfig) -> str:
-    """`"tower"` for encoders whose pooled output is trained to stand for the whole, else `"mean"`."""
-    has_trained_pooler = config.model_type.startswith(("vlm_", "clip", "siglip", "dinov2", "dinov3"))
-    return "tower" if has_trained_pooler else "mean"
-
-
-def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A new image tower: ours, or the one that `AutoModel` knows for the config."""
-    if config.model_type == VlmTowerConfig.model_type:
-        return VlmTowerModel._from_config(config)
-    return AutoModel.from_config(config)
-
-
-def freeze_unused(tower: PreTrainedModel, uses_pooled_output: bool) -> None:
-    """Freezes a tower's mask tokens and, where only its token states are used, what its pooled output alone needs.
-
-    A trained parameter without a gradient stalls data parallelism.
-    """
-    config = tower.config
-    unused: tuple[str, ...] = () if uses_pooled_output else ("pooler.", "head.")
-    if not uses_pooled_output and config.model_type == "clip_vision_model":
-        unused += ("post_layernorm.",)
-    if not uses_pooled_output and config.model_type == VlmTowerConfig.model_type and config.final_norm == "pooled":
-        unused += ("post_norm.",)
-    for name, parameter in tower.named_parameters():
-        if name.startswith(unused) or name.endswith("mask_token"):
-            parameter.requires_grad_(False)
-
-
-def load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTrainedModel:
-    """A tower from an id, a folder or an instance; of a two-tower model, the tower called `name`.
-
-    Raises:
-        ValueError: if `AutoModel` could not build it again from its config, as loading the whole will have to.
-    """
-    model = source
-    if isinstance(source, str):
-        config = AutoConfig.from_pretrained(source, revision=kwargs.get("revision"))
-        model = AutoModel.from_pretrained(source, config=config, **{"dtype": torch.float32, **kwargs})
-    if f"{name}_config" in model.config.to_dict():
-        model = model.get_submodule(f"{name}_model")
-    is_own = model.config.model_type in (VlmTowerConfig.model_type, VlmTextTowerConfig.model_type)
-    if not is_own and type(model.config) not in MODEL_MAPPING:
-        raise ValueError(f"AutoModel has no encoder for {model.config.model_type}: choose another {name} tower.")
-    return model
-
-
-def resize_tower(tower: PreTrainedModel, image_size: int | None) -> None:
-    """Makes an image tower take images of `image_size` pixels (None: as it is): one of ours interpolates its positions.
-
-    Raises:
-        ValueError: if a foreign tower takes images of another size.
-    """
-    if image_size is None or image_size == tower.config.image_size:
-        return
-    if tower.config.model_type != VlmTowerConfig.model_type:
-        name, own_size = tower.config.model_type, tower.config.image_size
-        raise ValueError(f"A {name} tower takes images of {own_size} pixels, not of {image_size}.")
-    tower.resize_images(image_size)
-
-
-def published_config(tower: PreTrainedModel) -> dict:
-    """A tower's config without the folder that it was loaded from, which is nobody else's business."""
-    config = tower.config.to_dict()
-    config.pop("_name_or_path", None)
-    return config
-
-
-__all__ = [
-    "VlmClipModel",
-    "VlmClipOutput",
-    "build_vision_tower",
-    "freeze_unused",
-    "load_tower",
-    "published_config",
-    "resize_tower",
-]
+__all__ = ["VlmClipModel", "VlmClipOutput"]

@@ -42,8 +42,15 @@ from .language_model import (
     logits_of,
 )
 from .losses import language_modeling_loss
-from .modeling_clip import build_vision_tower, load_tower, published_config, resize_tower
-from .vision_features import has_class_token, layer_states, read_parameters
+from .towers import (
+    build_vision_tower,
+    has_class_token,
+    layer_states,
+    load_tower,
+    published_config,
+    read_parameters,
+    resize_tower,
+)
 
 Features = dict[str, ModelOutput]
 

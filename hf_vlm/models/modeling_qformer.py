@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
@@ -22,7 +22,6 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qformer import VlmQFormerConfig
-from .modeling_blip_text import bert_text_config, copy_bert_embeddings, copy_bert_layer
 from .modeling_fusion import LayerMemory, VlmFusionCrossAttention, VlmFusionMLP, VlmFusionSelfAttention
 
 # Keys and values of every layer; None where the queries do not look at the image.
@@ -252,35 +251,4 @@ class VlmQFormerModel(PreTrainedModel):
             module.requires_grad_(False)
 
 
-def bert_qformer_config(bert: PreTrainedConfig, memory_size: int, dropout: float | None = None, **fields) -> dict:
-    """Fields of the config of a Q-Former that begins as a BERT (section 3.1); `[DEC]` follows its vocabulary.
-
-    Raises:
-        ValueError: if it is the config of another architecture.
-    """
-    shared = bert_text_config(bert, dropout).to_dict()
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act"
-    names += " layer_norm_eps hidden_dropout attention_dropout bos_token_id pad_token_id"
-    sizes = {"vocab_size": bert.vocab_size + 1, "memory_size": memory_size}
-    return {**{name: shared[name] for name in names.split()}, **sizes, **fields}
-
-
-def copy_bert_to_qformer(qformer: VlmQFormerModel, bert: PreTrainedModel) -> None:
-    """Copies the weights of a BERT, its feed-forward layers to queries and text alike (section 3.1).
-
-    Queries and cross-attention stay new.
-    """
-    copy_bert_embeddings(qformer.embeddings, bert)
-    for own, its in zip(qformer.layers, bert.encoder.layer, strict=True):
-        copy_bert_layer(own, its)
-        own.query_mlp.load_state_dict(own.mlp.state_dict())
-
-
-__all__ = [
-    "QFormerMemory",
-    "QueryStates",
-    "VlmQFormerModel",
-    "VlmQFormerOutput",
-    "bert_qformer_config",
-    "copy_bert_to_qformer",
-]
+__all__ = ["QFormerMemory", "QueryStates", "VlmQFormerModel", "VlmQFormerOutput"]

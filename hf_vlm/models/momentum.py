@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .losses import gather_with_grad
+from .distributed import gather_with_grad
 
 
 class FeatureQueue(nn.Module):

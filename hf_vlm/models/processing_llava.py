@@ -11,7 +11,7 @@ from .anyres import anyres_layout
 from .image_processing_vlm import VlmImageProcessor
 from .modeling_llava import VlmLlavaForConditionalGeneration
 from .processing_blip2 import IMAGE_TOKEN, with_image_token
-from .vision_features import count_extra_tokens
+from .towers import count_extra_tokens
 
 # LLaVA-1.5's conversations (Vicuna v1), for tokenizers that bring no template.
 VICUNA_TEMPLATE = (

@@ -1,15 +1,14 @@
 """Trainers, stages and callbacks."""
 
 from .arguments import ContrastiveTrainingArguments, VlmTrainingArguments
-from .blip import BlipTrainer, BlipTrainingArguments
-from .blip2 import Blip2Trainer
 from .contrastive import ContrastiveTrainer
-from .features import cached_tower_features
-from .lit import cache_text_features, cache_vision_features
+from .features import cache_text_features, cache_vision_features, cached_tower_features
+from .lora import add_lora
 from .open_parts import open_language_model
+from .parts import Blip2Trainer, BlipTrainer, BlipTrainingArguments
 from .precision import choose_bf16
 from .resume import last_checkpoint
-from .sft import VlmSFTConfig, VlmSFTTrainer, add_lora
+from .sft import VlmSFTConfig, VlmSFTTrainer
 from .stages import STAGES, Stage, apply_stage, stage_named
 from .trainer import VlmTrainer
 

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from ..data.batches.pairs import Rows
 from ..data.builtin.scene_rows import SceneRows
 from ..data.builtin.scenes import SceneStream
 from ..data.features.cache import CachedFeatures
+from ..data.sources.rows import Rows
 from ..data.sources.sources import DataSource, load_source
-from ..models.modeling_blip2 import frozen_tower
-from ..models.modeling_clip import load_tower
+from ..models.towers import frozen_tower, load_tower
 from .features import cached_tower_features
 
 

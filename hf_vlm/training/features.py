@@ -1,17 +1,22 @@
 """Cached features of a frozen tower for training: computed when first asked for, then read from disk."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
 
-from ..data.batches.pairs import PairStream, Rows
+from ..data.batches.collators import ContrastiveCollator
+from ..data.batches.pairs import PairDataset, PairStream
 from ..data.builtin.scene_rows import SceneRows
 from ..data.features.cache import CachedFeatures, cache_features
 from ..data.features.key import feature_key
-from ..models.modeling_blip2 import tower_states
+from ..data.sources.rows import Rows
+from ..models.modeling_clip import VlmClipModel
+from ..models.towers import tower_states
 
 
 def cached_tower_features(
@@ -53,4 +58,70 @@ def cached_tower_features(
     return cache_features(folder, rows, processor, encode, key, **options)
 
 
-__all__ = ["cached_tower_features"]
+@torch.no_grad()
+def cache_text_features(
+    model: VlmClipModel,
+    processor: ProcessorMixin,
+    captions: Iterable[str],
+    batch_size: int = 256,
+    bf16: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Pooled outputs of the text tower for every different caption.
+
+    Args:
+        model: A model whose text tower is locked.
+        processor: Its processor.
+        captions: Texts; repetitions cost nothing.
+        batch_size: Texts a forward pass.
+        bf16: Under bf16 autocast, as the tower would run in a training in bf16.
+
+    Returns:
+        A float32 CPU tensor of shape `(hidden,)` by caption, for [`ContrastiveCollator`].
+
+    Raises:
+        ValueError: if the text tower is not locked, since its features would change under the cache.
+    """
+    _require_locked(model, "text")
+    # Similar lengths together: less padding.
+    unique = sorted(set(captions), key=lambda caption: (len(caption), caption))
+    features: dict[str, torch.Tensor] = {}
+    for start in tqdm(range(0, len(unique), batch_size), desc="Caching text features"):
+        batch = unique[start : start + batch_size]
+        tokens = processor(text=batch).to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            pooled = model.text_pooled(tokens["input_ids"], tokens["attention_mask"]).float().cpu()
+        features.update(zip(batch, pooled, strict=True))
+    return features
+
+
+@torch.no_grad()
+def cache_vision_features(
+    model: VlmClipModel, processor: ProcessorMixin, rows: Sequence[dict], batch_size: int = 64
+) -> torch.Tensor:
+    """Pooled outputs of the image tower for every row of a dataset that is not augmented.
+
+    Args:
+        model: A model whose image tower is locked.
+        processor: Its processor.
+        rows: Examples with `image` and `caption`.
+        batch_size: Images a forward pass.
+
+    Returns:
+        A float32 CPU tensor of shape `(rows, hidden)`, for [`ContrastiveCollator`].
+
+    Raises:
+        ValueError: if the image tower is not locked.
+    """
+    _require_locked(model, "vision")
+    collator = ContrastiveCollator(processor)
+    loader = DataLoader(PairDataset(rows, shuffle_captions=False), batch_size, collate_fn=collator.images)
+    batches = tqdm(loader, desc="Caching image features")
+    return torch.cat([model.vision_pooled(batch["pixel_values"].to(model.device)).float().cpu() for batch in batches])
+
+
+def _require_locked(model: VlmClipModel, name: str) -> None:
+    if name not in model.locked_towers:
+        raise ValueError(f"The {name} tower is trained, so its features cannot be cached: lock_tower({name!r}) first.")
+
+
+__all__ = ["cache_text_features", "cache_vision_features", "cached_tower_features"]

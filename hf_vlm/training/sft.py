@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import datasets
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch.utils.data import Sampler
 from tqdm import trange
 from transformers import PreTrainedModel, Trainer
@@ -15,17 +15,10 @@ from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTConfig, SFTTrainer
 
 from ..data.batches.conversation_collator import ConversationCollator
-from ..data.batches.pairs import Rows
-from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
+from ..data.sources.rows import Rows
 from .arguments import VlmTrainingArguments
+from .lora import base_of
 from .trainer import VlmTrainer
-
-# What is trained in full beside LoRA: what stands between the tower and the LLM.
-TRAINED_IN_FULL = {
-    "vlm_blip2": ["qformer", "vision_norm", "language_projection"],
-    "vlm_instructblip": ["qformer", "vision_norm", "language_projection"],
-    "vlm_llava": ["projector"],
-}
 
 
 @dataclass
@@ -123,11 +116,6 @@ def as_dataset(rows: Rows) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"row": range(len(rows))}).with_transform(read)
 
 
-def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model without PEFT's around it; the adapters in its layers stay."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 @torch.no_grad()
 def check_packing(model: PreTrainedModel | PeftModel) -> None:
     """Tries whether an LLM keeps the samples of a packed row apart. Some, such as OPT, make no mask of the positions.
@@ -155,28 +143,4 @@ def row_lengths(rows: Rows, collator: ConversationCollator) -> list[int]:
     return [collator.length(rows[row]) for row in trange(len(rows), desc="lengths of the rows", unit="row")]
 
 
-def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -> PeftModel:
-    """LoRA on every linear layer of the LLM; what stands before the LLM is trained in full and saved with it.
-
-    Args:
-        model: A head with an LLM.
-        r: Rank.
-        alpha: Numerator of the scale `alpha / r`.
-        dropout: Dropout probability before the adapters.
-    """
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        exclude_modules=r".*(vision_model|qformer|language_projection|projector|lm_head).*",
-        modules_to_save=TRAINED_IN_FULL[model.config.model_type],
-    )
-    adapted = get_peft_model(model, config)
-    if isinstance(model, VlmBlip2PreTrainedModel):
-        # PEFT thaws all of these; a trained parameter without a gradient stalls data parallelism.
-        model.body.qformer.freeze_text(all_layers=not model.body.reads_instruction)
-    return adapted
-
-
-__all__ = ["TRAINED_IN_FULL", "VlmSFTConfig", "VlmSFTTrainer", "add_lora", "as_dataset", "check_packing", "row_lengths"]
+__all__ = ["VlmSFTConfig", "VlmSFTTrainer", "as_dataset", "check_packing", "row_lengths"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from peft import PeftModel
 
 from ..models.modeling_llava import VlmLlavaForConditionalGeneration
-from .sft import add_lora
+from .lora import add_lora
 
 PARTS = ("projector", "language_model", "vision_model")
 

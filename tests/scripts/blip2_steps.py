@@ -17,7 +17,7 @@ import tiny_blip2
 from hf_vlm import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining
 from hf_vlm.models import losses
 from hf_vlm.models import modeling_blip2_pretraining as modeling_blip2_stage1
-from hf_vlm.models.losses import gather_with_grad
+from hf_vlm.models.distributed import gather_with_grad
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 PAIR_IDS = torch.tensor([0, 1, 2, 0, 1, 3, 0, 3])
@@ -40,7 +40,7 @@ def step(head: str, ids: str, num_pairs: str, way: str) -> dict[str, torch.Tenso
         model.activation_checkpointing_enable()
     # The rows that travel, and those that the first cross-attention projects.
     travelled, projected = [], []
-    fetch_rows = losses.fetch_rows
+    fetch_rows = distributed.fetch_rows
 
     def counted(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pool, places = fetch_rows(tensor, index)

@@ -17,7 +17,8 @@ import tiny
 from hf_vlm import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmClipModel
 from hf_vlm.data.batches.pairs import Pair, PairDataset
 from hf_vlm.models import losses
-from hf_vlm.models.losses import gather_with_grad, positive_pairs, sample_negatives
+from hf_vlm.models.distributed import gather_with_grad
+from hf_vlm.models.losses import positive_pairs, sample_negatives
 from hf_vlm.training.grad_cache import grad_cache_backward
 from scripts import tiny_training
 

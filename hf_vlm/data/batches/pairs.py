@@ -6,7 +6,7 @@ A resumed run therefore sees the same captions and the same augmentations as an 
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import datasets
 import numpy as np
@@ -15,16 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..sources.mixing import Weights, mix, split_stream
-from ..sources.rows import OnError
+from ..sources.rows import OnError, Rows
 from ..sources.sources import DataSource
-
-
-class Rows(Protocol):
-    """What is read by row number: a list, a `datasets.Dataset`, a mixture."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Pair(TypedDict):

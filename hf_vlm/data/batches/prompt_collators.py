@@ -15,9 +15,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..sources.images import load_image
+from ..sources.rows import Rows
 from .augment import Augmentation
 from .collators import ImageTextCollator
-from .pairs import Pair, Rows
+from .pairs import Pair
 
 PROMPT_END = "\n"  # parts a prompt from the response
 

@@ -11,9 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..sources.mixing import Weights, mix
-from ..sources.rows import CaptionError, OnError
+from ..sources.rows import CaptionError, OnError, Rows
 from ..sources.sources import DataSource
-from .pairs import Rows
 
 
 class Question(TypedDict):

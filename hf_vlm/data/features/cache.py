@@ -17,9 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..batches.pairs import Rows
 from ..sources.images import ImageError, load_image
-from ..sources.rows import CaptionError, SourceError
+from ..sources.rows import CaptionError, Rows, SourceError
 from .key import compared, feature_key, first_difference, plain_json
 from .shards import (
     INDEX,

@@ -7,15 +7,14 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 import datasets
 
-from ..batches.pairs import Rows, make_pair
 from .images import load_image
-from .rows import HOPELESS, OnError, SkipReport, SourceError, hopeless, place_of
+from .rows import HOPELESS, OnError, Rows, SkipReport, SourceError, hopeless, place_of
 from .sources import report_for
 
 IMAGE_MARK = "<image>"
@@ -223,68 +222,12 @@ def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
     return rows
 
 
-class CaptionConversations:
-    """Captions as rows of LLaVA's first stage: the image alone is the user's turn.
-
-    Args:
-        rows: Dicts with `image` and `caption`, a text or several of which one is chosen.
-        seed: Decides, together with the row's number, which.
-
-    Raises:
-        ValueError: on indexing, if a caption is empty.
-    """
-
-    def __init__(self, rows: Rows, seed: int = 0):
-        self.rows = rows
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Conversation:
-        pair = make_pair(self.rows[index], index, (self.seed,), epoch=0, shuffle_captions=True)
-        asked: Message = {"role": "user", "content": IMAGE_MARK}
-        return {"messages": [asked, {"role": "assistant", "content": pair["caption"]}], "images": [pair["image"]]}
-
-
-class QuestionConversations:
-    """Questions with short answers as rows, all those about an image in one conversation.
-
-    Args:
-        questions: Dicts with `question`, `answer` and `index`, the row of the image.
-        images: Dicts with `image`, by row number.
-        wording: What the first question of each image is put into.
-    """
-
-    def __init__(self, questions: Sequence[Mapping[str, Any]], images: Rows, wording: str = SHORT_ANSWER):
-        asked: dict[int, list[Mapping[str, Any]]] = {}
-        for question in questions:
-            asked.setdefault(question["index"], []).append(question)
-        self.asked = list(asked.items())
-        self.images = images
-        self.wording = wording
-
-    def __len__(self) -> int:
-        return len(self.asked)
-
-    def __getitem__(self, index: int) -> Conversation:
-        row, asked = self.asked[index]
-        messages: list[Message] = []
-        for number, one in enumerate(asked):
-            question = one["question"] if number else f"{IMAGE_MARK}\n{self.wording.format(question=one['question'])}"
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": one["answer"]})
-        return {"messages": messages, "images": [self.images[row]["image"]]}
-
-
 __all__ = [
     "IMAGE_MARK",
     "SHORT_ANSWER",
-    "CaptionConversations",
     "Conversation",
     "ConversationRows",
     "Message",
-    "QuestionConversations",
     "load_conversations",
     "open_conversations",
     "read_conversation",

@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import datasets
 import fsspec
@@ -253,6 +253,14 @@ def _leave_out(error: ImageError | CaptionError, report: SkipReport | None) -> N
 def hopeless(label: str) -> SourceError:
     """The error for a source in which row after row is bad."""
     return SourceError(f"{label}: no good row among up to {HOPELESS} in succession; are the images in their place?")
+
+
+class Rows(Protocol):
+    """What is read by row number: a list, a `datasets.Dataset`, a mixture."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 __all__ = [

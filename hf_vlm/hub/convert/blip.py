@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from ...models.configuration_blip import BLIP_VISION, VlmBlipConfig
+from ...models.configuration_blip import VlmBlipConfig
+from ...models.configuration_tower import BLIP_VISION
 from ...models.image_processing_vlm import VlmImageProcessor
 from ...models.modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipHead
 from ...models.modeling_blip_generation import VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering

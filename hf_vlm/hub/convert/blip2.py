@@ -26,8 +26,8 @@ from ...models.configuration_blip2 import EVA_VISION, VlmBlip2Config
 from ...models.modeling_blip2 import VlmBlip2PreTrainedModel
 from ...models.modeling_blip2_generation import VlmBlip2ForConditionalGeneration
 from ...models.modeling_blip2_pretraining import VlmBlip2ForImageTextRetrieval
-from ...models.modeling_clip import published_config
 from ...models.modeling_instructblip import VlmInstructBlipForConditionalGeneration
+from ...models.towers import published_config
 from .blip import KEY_VALUE, LAYER_NAMES, QKV
 from .blip import VISION_FIELDS as BLIP_VISION_FIELDS
 from .blip import VISION_NAMES as BLIP_VISION_NAMES

@@ -9,7 +9,8 @@ from math import isqrt
 
 import torch
 
-from ...models.configuration_blip import BLIP_VISION, VlmBlipConfig
+from ...models.configuration_blip import VlmBlipConfig
+from ...models.configuration_tower import BLIP_VISION
 from ...models.modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmBlipHead
 from ...models.modeling_blip_generation import VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering
 from .blip import REDUNDANT, SHARED_NAMES, fuse_text

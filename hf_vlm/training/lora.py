@@ -1,0 +1,45 @@
+"""LoRA: what is wrapped, what is trained in full beside it, adapters and merged models."""
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
+
+# What is trained in full beside LoRA: what stands between the tower and the LLM.
+TRAINED_IN_FULL = {
+    "vlm_blip2": ["qformer", "vision_norm", "language_projection"],
+    "vlm_instructblip": ["qformer", "vision_norm", "language_projection"],
+    "vlm_llava": ["projector"],
+}
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model without PEFT's around it; the adapters in its layers stay."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -> PeftModel:
+    """LoRA on every linear layer of the LLM; what stands before the LLM is trained in full and saved with it.
+
+    Args:
+        model: A head with an LLM.
+        r: Rank.
+        alpha: Numerator of the scale `alpha / r`.
+        dropout: Dropout probability before the adapters.
+    """
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        exclude_modules=r".*(vision_model|qformer|language_projection|projector|lm_head).*",
+        modules_to_save=TRAINED_IN_FULL[model.config.model_type],
+    )
+    adapted = get_peft_model(model, config)
+    if isinstance(model, VlmBlip2PreTrainedModel):
+        # PEFT thaws all of these; a trained parameter without a gradient stalls data parallelism.
+        model.body.qformer.freeze_text(all_layers=not model.body.reads_instruction)
+    return adapted
+
+
+__all__ = ["TRAINED_IN_FULL", "add_lora"]
