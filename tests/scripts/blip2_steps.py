@@ -15,8 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tiny
 import tiny_blip2
 from hf_vlm import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining
-from hf_vlm.models import losses
-from hf_vlm.models import modeling_blip2_pretraining as modeling_blip2_stage1
+from hf_vlm.models import distributed, modeling_blip2_pretraining
 from hf_vlm.models.distributed import gather_with_grad
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -47,12 +46,12 @@ def step(head: str, ids: str, num_pairs: str, way: str) -> dict[str, torch.Tenso
         travelled.append(len(pool) - len(tensor))
         return pool, places
 
-    modeling_blip2_stage1.fetch_rows = counted
+    modeling_blip2_pretraining.fetch_rows = counted
     key_value = model.model.qformer.layers[0].cross_attention.key_value
     key_value.register_forward_pre_hook(lambda _, inputs: projected.append(len(inputs[0])))
     wrapped = DistributedDataParallel(model) if RANKS > 1 else model
     output = wrapped(**batch, return_loss=True, sample_seed=5)
-    modeling_blip2_stage1.fetch_rows = fetch_rows
+    modeling_blip2_pretraining.fetch_rows = fetch_rows
     parts = {name: (total, gather_with_grad(n.detach()[None]).sum()) for name, (total, n) in output.parts.items()}
     sum(total * RANKS / n for total, n in parts.values()).backward()
     found = {f"loss_{name}": gather_with_grad(total.detach()[None]).sum() / n for name, (total, n) in parts.items()}

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from hf_vlm import VlmBlipForPreTraining, VlmBlipForQuestionAnswering
-from hf_vlm.training import blip, last_checkpoint
+from hf_vlm.training import last_checkpoint
+from hf_vlm.training import parts as blip
 from scripts import blip_training
 from scripts.resume_runs import DieWhileAccumulating, die, die_in_optimizer, die_in_state
 

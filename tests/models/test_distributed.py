@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from scripts import distributed_steps
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 Results = dict[tuple[str, ...], dict]
 
 

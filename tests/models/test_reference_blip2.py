@@ -11,7 +11,7 @@ from hf_vlm import VlmBlip2Config, VlmBlip2ForPreTraining
 from hf_vlm.hub.convert import from_original
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-RECORDED = Path(__file__).parent / "data" / "blip2_stage1"
+RECORDED = Path(__file__).parents[1] / "data" / "blip2_stage1"
 META = json.loads((RECORDED / "meta.json").read_text())
 VOCABULARY = (RECORDED / "vocab.txt").read_text().split()
 

@@ -140,7 +140,7 @@ build(sys.argv[1], tower)
 
 def test_killed_while_writing(tmp_path, tower):
     torch.save(tower.state_dict(), tmp_path / "weights")
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, str(Path(tests).parent)])}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "part"), str(tmp_path / "weights")]
     assert subprocess.run(command, env=env, check=False).returncode == -9

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_vlm.models import cross_entropy
+from hf_vlm.models import losses as cross_entropy
 from hf_vlm.models.losses import token_cross_entropy
 
 TOKENS, VOCABULARY = 11, 37

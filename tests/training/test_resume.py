@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from hf_vlm.training import last_checkpoint
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 DEATHS = [
     "between micro-batches",
     "after an epoch's checkpoint",

@@ -42,7 +42,7 @@ from hf_vlm.hub.convert import (
 )
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-RECORDED = Path(__file__).parent / "data" / "blip_pretrain" / "lavis_state.safetensors"
+RECORDED = Path(__file__).parents[1] / "data" / "blip_pretrain" / "lavis_state.safetensors"
 PRETRAINING, RETRIEVAL = VlmBlipForPreTraining, VlmBlipForImageTextRetrieval
 CAPTIONS, ANSWERS = VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering
 HEADS = [PRETRAINING, RETRIEVAL, CAPTIONS, ANSWERS]

@@ -14,7 +14,7 @@ import tiny
 from hf_vlm.cli.main import app
 
 pytest.importorskip("lancedb")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUN = "from hf_vlm.cli import main; main()"
 
 

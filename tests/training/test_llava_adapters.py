@@ -22,7 +22,7 @@ from hf_vlm.training import STAGES, apply_stage, last_checkpoint
 from hf_vlm.training.stages import PARTS
 from scripts import llava_resume, llava_training
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 Llava = VlmLlavaForConditionalGeneration
 LORA = STAGES["llava-1.5-lora"]
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

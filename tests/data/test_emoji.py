@@ -249,7 +249,7 @@ def test_the_same_in_a_process_that_hashes_otherwise(few: None, tmp_path: Path) 
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONHASHSEED": "77"},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == digest(load_emoji(16, tmp_path / "here")), done.stderr
 

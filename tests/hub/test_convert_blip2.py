@@ -50,7 +50,7 @@ from hf_vlm.hub.convert.blip2_original import NAMES
 from hf_vlm.hub.convert.state_dict import rename
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-RECORDED = Path(__file__).parent / "data" / "blip2_stage1" / "lavis_state.safetensors"
+RECORDED = Path(__file__).parents[1] / "data" / "blip2_stage1" / "lavis_state.safetensors"
 BLIP2, INSTRUCT, RETRIEVAL = (
     VlmBlip2ForConditionalGeneration,
     VlmInstructBlipForConditionalGeneration,

@@ -32,7 +32,7 @@ from hf_vlm.training.parts import MOMENTUM_NAME
 from scripts import blip_resume, blip_steps, blip_training
 from scripts.blip_training import ONE_GRADIENT, SPLITS
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 Weights = dict[str, torch.Tensor]
 ONLY_LM = {"itc_weight": 0.0, "itm_weight": 0.0, "lm_weight": 0.5}
 

@@ -81,7 +81,7 @@ BUILDERS = {
         for head in TALKING
     },
 }
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_" + "aBcDeFgH" * 4
 # What the small recipe's parts, data and choices can carry, out of the licences that the Hub lists.
 HUB_LICENCES = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "ofl-1.1"}

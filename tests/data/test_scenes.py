@@ -406,7 +406,7 @@ def test_the_same_in_another_process(scenes: list[dict]) -> None:
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONHASHSEED": "77"},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == digest(scenes[:50]), done.stderr
 

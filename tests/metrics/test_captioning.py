@@ -9,7 +9,7 @@ import pytest
 
 from hf_vlm.evaluation import caption_metrics, ptb_tokenize
 
-RECORD = json.loads((Path(__file__).parent / "data" / "caption_scores.json").read_text(encoding="utf-8"))
+RECORD = json.loads((Path(__file__).parents[1] / "data" / "caption_scores.json").read_text(encoding="utf-8"))
 ROWS = RECORD["rows"]
 WORDS = "a the red blue big small cat dog tree on of near sits runs".split()
 

@@ -26,7 +26,7 @@ from hf_vlm.hub.push import PushError, push_folder
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
 from loopback_hub import ATTRIBUTES, Account, File, LoopbackHub
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 WRITER, READER, STRANGER, WRONG = "hf_writer_token", "hf_reader_token", "hf_stranger_token", "hf_wrong_token"
 ACCOUNTS = {
     WRITER: Account("writer", ("org",)),

@@ -32,7 +32,7 @@ from hf_vlm.models import BLIP_VISION
 from hf_vlm.models.losses import language_modeling_loss
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-RECORDED = Path(__file__).parent / "data" / "blip_pretrain"
+RECORDED = Path(__file__).parents[1] / "data" / "blip_pretrain"
 META = json.loads((RECORDED / "meta.json").read_text())
 VOCABULARY = (RECORDED / "vocab.txt").read_text().split()
 
