@@ -1,4 +1,4 @@
-"""Checkpoints written before the redesign load bit-equal: no key is missing or left over, and outputs are the recorded ones."""
+"""Checkpoints written before the redesign load bit-equal: all keys match, and outputs are the recorded ones."""
 
 from pathlib import Path
 
