@@ -13,22 +13,32 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FRONT_ENDS = {"cli", "app"}
+FRONT_ENDS = {"cli", "recipes"}
 ANYTHING = None
-# What each part of hf_vlm may import of hf_vlm. The part "" is hf_vlm/__init__.py.
+DATA = {"data", "data.batches", "data.builtin", "data.features", "data.sources", "data.wheels"}
+# What each part of hf_vlm may import of hf_vlm. The part "" is hf_vlm/__init__.py, the part "data" its `__init__.py`.
 ALLOWED = {
     "": ANYTHING,
-    "auto": {"auto", "models"},
+    "families": {"families", "models"},
     "models": {"models"},
-    "data": {"data"},
-    "evaluation": {"evaluation"},
-    "metrics": {"metrics", "evaluation"},
-    "training": {"training", "models", "data"},
-    "retrieval": {"retrieval", "models", "data", "evaluation"},
-    "hub": {"hub", "models"},
-    "commands": ANYTHING,
+    "metrics": {"metrics"},
+    "data": DATA,
+    "data.wheels": {"data.wheels"},
+    "data.sources": {"data.sources", "data.wheels"},
+    "data.batches": {"data.batches", "data.sources", "data.wheels"},
+    "data.builtin": {"data.builtin", "data.batches", "data.sources", "data.wheels"},
+    "data.features": {"data.features", "data.sources", "data.wheels"},
+    "training": {"training", "models", "families", *DATA},
+    "evaluation": {"evaluation", "models", "families", "metrics", *DATA},
+    "hub": {"hub", "models", "families", "metrics"},
+    "search": {"search", "models", "evaluation", *DATA},
+    "bootstrap": {"bootstrap", "models", "metrics", "evaluation", "hub", *DATA},
+    "runs": {
+        *{"runs", "models", "families", "metrics", "training", "evaluation", "hub", "search", "bootstrap"},
+        *DATA,
+    },
     "cli": ANYTHING,
-    "app": ANYTHING,
+    "recipes": ANYTHING,
 }
 
 IMPORT_IN_TEXT = re.compile(r"^\s*(from|import)\s+(\.|hf_vlm\b)", flags=re.MULTILINE)
@@ -46,7 +56,9 @@ def module_name(path: str) -> str:
 
 
 def part_of(module: str) -> str:
-    return (module + ".").split(".")[1]
+    """The folder or file of hf_vlm that a module belongs to; the folders within data/ are parts of their own."""
+    _, *parts = [*module.split("."), ""][:3]
+    return ".".join(parts) if parts[:1] == ["data"] and parts[1] else parts[0]
 
 
 def is_private(name: str) -> bool:
@@ -150,15 +162,16 @@ def test_models_travel_with_a_checkpoint() -> None:
 MODULES = dict.fromkeys(
     [
         "hf_vlm/__init__.py",
-        "hf_vlm/app.py",
-        "hf_vlm/auto.py",
-        "hf_vlm/cli.py",
+        "hf_vlm/cli/__init__.py",
+        "hf_vlm/cli/main.py",
         "hf_vlm/data/__init__.py",
-        "hf_vlm/data/emoji.py",
-        "hf_vlm/data/images.py",
-        "hf_vlm/evaluation/retrieval.py",
-        "hf_vlm/hub/convert.py",
-        "hf_vlm/metrics/recall.py",
+        "hf_vlm/data/batches/pairs.py",
+        "hf_vlm/data/builtin/emoji.py",
+        "hf_vlm/data/sources/images.py",
+        "hf_vlm/evaluation/reports.py",
+        "hf_vlm/families.py",
+        "hf_vlm/hub/push.py",
+        "hf_vlm/metrics/retrieval.py",
         "hf_vlm/models/__init__.py",
         "hf_vlm/models/losses.py",
         "hf_vlm/models/modeling_clip.py",
@@ -171,19 +184,35 @@ MODULES = dict.fromkeys(
 @pytest.mark.parametrize(
     ("path", "source", "expected"),
     [
-        ("hf_vlm/models/losses.py", "from ..data import emoji", "hf_vlm.data.emoji"),
+        ("hf_vlm/models/losses.py", "from ..data.builtin import emoji", "hf_vlm.data.builtin.emoji"),
         ("hf_vlm/models/losses.py", "import hf_vlm", "hf_vlm"),
-        ("hf_vlm/data/emoji.py", "from hf_vlm.models.losses import clip_loss", "hf_vlm.models.losses.clip_loss"),
-        ("hf_vlm/data/emoji.py", "from hf_vlm import load_emoji", "hf_vlm.load_emoji"),
+        (
+            "hf_vlm/data/sources/images.py",
+            "from hf_vlm.models.losses import clip_loss",
+            "hf_vlm.models.losses.clip_loss",
+        ),
+        ("hf_vlm/data/sources/images.py", "from ..batches import pairs", "hf_vlm.data.batches.pairs"),
+        (
+            "hf_vlm/data/batches/pairs.py",
+            "from ..builtin.emoji import load_emoji",
+            "hf_vlm.data.builtin.emoji.load_emoji",
+        ),
+        ("hf_vlm/data/builtin/emoji.py", "from hf_vlm import load_emoji", "hf_vlm.load_emoji"),
+        ("hf_vlm/data/builtin/emoji.py", "from hf_vlm.data import load_emoji", "hf_vlm.data.load_emoji"),
         ("hf_vlm/data/__init__.py", "def late():\n    from ..training import trainer", "hf_vlm.training.trainer"),
-        ("hf_vlm/evaluation/retrieval.py", "import torch, hf_vlm.data.emoji as e", "hf_vlm.data.emoji"),
-        ("hf_vlm/metrics/recall.py", "from hf_vlm.models import losses", "hf_vlm.models.losses"),
-        ("hf_vlm/training/trainer.py", "from hf_vlm.evaluation import retrieval", "hf_vlm.evaluation.retrieval"),
-        ("hf_vlm/hub/convert.py", "from ..auto import TABLE", "hf_vlm.auto.TABLE"),
-        ("hf_vlm/__init__.py", "from .cli import main", "hf_vlm.cli.main"),
-        ("hf_vlm/app.py", "from hf_vlm import cli", "hf_vlm.cli"),
-        ("hf_vlm/commands/evaluate.py", "from ..cli import main", "hf_vlm.cli.main"),
-        ("recipes/clip.py", "from hf_vlm.app import launch", "hf_vlm.app.launch"),
+        ("hf_vlm/evaluation/reports.py", "import torch, hf_vlm.hub.push as e", "hf_vlm.hub.push"),
+        ("hf_vlm/metrics/retrieval.py", "from hf_vlm.models import losses", "hf_vlm.models.losses"),
+        (
+            "hf_vlm/metrics/retrieval.py",
+            "from hf_vlm.evaluation.reports import report",
+            "hf_vlm.evaluation.reports.report",
+        ),
+        ("hf_vlm/training/trainer.py", "from hf_vlm.evaluation import reports", "hf_vlm.evaluation.reports"),
+        ("hf_vlm/families.py", "from .hub.push import push_run", "hf_vlm.hub.push.push_run"),
+        ("hf_vlm/hub/push.py", "from ..training import trainer", "hf_vlm.training.trainer"),
+        ("hf_vlm/__init__.py", "from .cli.main import main", "hf_vlm.cli.main.main"),
+        ("hf_vlm/runs/finish.py", "from ..cli.main import app", "hf_vlm.cli.main.app"),
+        ("recipes/clip.py", "from hf_vlm.cli.main import app", "hf_vlm.cli.main.app"),
         ("recipes/clip.py", "from hf_vlm.models.losses import _gather", "hf_vlm.models.losses._gather"),
         ("hf_vlm/extras.py", "", "hf_vlm.extras is not in ALLOWED"),
     ],
@@ -197,10 +226,13 @@ def test_a_wrong_direction_is_seen(path: str, source: str, expected: str) -> Non
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("hf_vlm/metrics/recall.py", "from hf_vlm.evaluation.retrieval import recall"),
-        ("hf_vlm/training/trainer.py", "import torch\nfrom ..models.losses import a\nfrom hf_vlm.data import emoji"),
-        ("hf_vlm/cli.py", "import hf_vlm.hub.convert\nfrom .training import trainer"),
-        ("hf_vlm/data/emoji.py", "from .images import load_image\nimport hf_vlm_other"),
+        ("hf_vlm/evaluation/reports.py", "from ..metrics.retrieval import recall"),
+        (
+            "hf_vlm/training/trainer.py",
+            "import torch\nfrom ..models.losses import a\nfrom hf_vlm.data.builtin import emoji",
+        ),
+        ("hf_vlm/cli/main.py", "import hf_vlm.hub.push\nfrom ..training import trainer"),
+        ("hf_vlm/data/builtin/emoji.py", "from ..sources.images import load_image\nimport hf_vlm_other"),
         ("recipes/clip.py", "import hf_vlm\nfrom hf_vlm import __version__\nfrom hf_vlm.training.trainer import A"),
     ],
 )
@@ -211,9 +243,15 @@ def test_a_right_direction_passes(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     "sources",
     [
-        {"data/emoji": "from .images import a", "data/images": "from hf_vlm.data.emoji import b"},
-        {"data/emoji": "from . import images", "data/images": "def late():\n    import hf_vlm.data.emoji"},
-        {"data/__init__": "from .emoji import a", "data/emoji": "from hf_vlm.data import b"},
+        {
+            "data/builtin/emoji": "from ..sources.images import a",
+            "data/sources/images": "from hf_vlm.data.builtin.emoji import b",
+        },
+        {
+            "data/builtin/emoji": "from ..sources import images",
+            "data/sources/images": "def late():\n    import hf_vlm.data.builtin.emoji",
+        },
+        {"data/__init__": "from .builtin.emoji import a", "data/builtin/emoji": "from hf_vlm.data import b"},
         {"models/losses": "from .losses import a"},
     ],
 )
@@ -222,7 +260,10 @@ def test_a_cycle_is_seen(sources: Tree) -> None:
 
 
 def test_no_cycle_is_made_up() -> None:
-    sources = {"hf_vlm/data/__init__.py": "from .emoji import a", "hf_vlm/data/emoji.py": "from . import images"}
+    sources = {
+        "hf_vlm/data/__init__.py": "from .builtin.emoji import a",
+        "hf_vlm/data/builtin/emoji.py": "from ..sources import images",
+    }
     assert import_cycle({**MODULES, **sources}) == []
 
 

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from ...evaluation import caption_metrics
+from hf_vlm.metrics.captioning import caption_metrics
 
 _DESCRIPTION = "CIDEr, BLEU-1 to 4 and ROUGE-L of image captions, as pycocoevalcap computes them, without Java."
 

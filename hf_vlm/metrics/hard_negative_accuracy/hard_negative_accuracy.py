@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from ...evaluation import hard_negative_metrics
+from hf_vlm.metrics.hard_negatives import hard_negative_metrics
 
 _DESCRIPTION = "How often an image scores its true caption above one that differs in a word; ties count one half."
 

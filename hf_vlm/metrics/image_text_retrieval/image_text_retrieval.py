@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from ...evaluation import retrieval_metrics
+from hf_vlm.metrics.retrieval import retrieval_metrics
 
 _DESCRIPTION = "Recall at k, median rank and mean reciprocal rank of image-to-text and text-to-image retrieval."
 

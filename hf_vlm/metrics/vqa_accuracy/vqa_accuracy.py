@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from ...evaluation import vqa_metrics
+from hf_vlm.metrics.vqa import vqa_metrics
 
 _DESCRIPTION = "The soft accuracy of the VQA challenge and exact match, of normalised answers."
 

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from ...evaluation import zero_shot_metrics
+from hf_vlm.metrics.zero_shot import zero_shot_metrics
 
 _DESCRIPTION = "Top-k and mean per class accuracy of classifying images by the nearest class embedding."
 
