@@ -29,6 +29,7 @@ from .bert import VlmBlipLMHead, bert_text_config, copy_bert, with_first_token
 from .configuration_blip import VlmBlipConfig
 from .configuration_tower import VlmTowerConfig
 from .distributed import fetch_rows, gather_texts, gather_with_grad, rank
+from .freezing import freeze
 from .losses import language_modeling_loss, positive_pairs, sample_negatives, soft_contrastive_loss
 from .modeling_blip_text import Memory, VlmBlipOutput, VlmBlipPreTrainedModel, VlmBlipTextModel
 from .modeling_tower import VlmTowerModel
@@ -52,6 +53,7 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
             shared = self.text_encoder if self.shares_parts else None
             self.text_decoder = VlmBlipTextModel(text, memory_size, is_causal=True, shared=shared)
         self.post_init()
+        self.freeze_parts()
 
     @property
     def shares_parts(self) -> bool:
@@ -59,10 +61,9 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         has_both = self.config.use_text_encoder and self.config.use_text_decoder
         return has_both and self.config.share_encoder_decoder and self.config.decoder_memory == "image"
 
-    def train(self, mode: bool = True) -> "VlmBlipModel":
-        """Also freezes what no patch state depends on; here, since loading thaws all and then calls `eval()`."""
+    def freeze_parts(self) -> None:
+        """Freezes parameters of the image tower that the patch states do not depend on."""
         freeze_unused(self.vision_model, uses_pooled_output=False)
-        return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         return (self.text_encoder or self.text_decoder).get_input_embeddings()
@@ -175,6 +176,10 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
             owner = "text_encoder" if self.model.shares_parts else "text_decoder"
             self._tied_weights_keys = {"lm_head.decoder.weight": f"model.{owner}.embeddings.word_embedding.weight"}
 
+    def freeze_parts(self) -> None:
+        """Freezes what the body freezes."""
+        self.model.freeze_parts()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -216,6 +221,7 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         parts = {"vision_config": published_config(vision_model), "text_config": bert_text_config(bert.config, dropout)}
         head = cls(VlmBlipConfig(**{**cls.layout, **parts, **config_kwargs}))
         head.model.vision_model = vision_model
+        head.freeze_parts()
         for text_model in (head.model.text_encoder, head.model.text_decoder):
             if text_model is not None:
                 copy_bert(text_model, bert)
@@ -281,23 +287,25 @@ class VlmBlipForPreTraining(VlmBlipHead):
         # In a list, so that neither weights, optimisers nor data parallelism know of it.
         self._momentum: list[MomentumEncoders] = []
         self.post_init()
+        self.freeze_parts()
 
-    def train(self, mode: bool = True) -> "VlmBlipForPreTraining":
-        """Also freezes what no loss with a weight depends on; see [`VlmBlipModel`]."""
-        super().train(mode)
+    def freeze_parts(self) -> None:
+        """Also freezes parameters that only losses of weight 0 depend on."""
+        super().freeze_parts()
         config = self.config
-        unused: list[nn.Module] = []
+        unused: list[nn.Module | nn.Parameter] = []
         if not config.itc_weight:
             unused.append(self.similarity)
         if not config.itm_weight:
             unused.append(self.itm_head)
         if config.use_text_decoder and not config.lm_weight:
-            unused += [self.lm_head, self.model.text_decoder]
+            head = self.lm_head
+            unused += [head.dense, head.norm, head.decoder.bias, self.model.text_decoder]
+            if not config.tie_word_embeddings:  # else the weight is the word embedding, which the other losses train
+                unused.append(head.decoder.weight)
         if not (config.itm_weight or (config.lm_weight and self.model.shares_parts)):
             unused += [layer.cross_attention for layer in self.model.text_encoder.layers]
-        for module in unused:
-            module.requires_grad_(False)
-        return self
+        freeze(*unused)
 
     def averaged_modules(self) -> dict[str, nn.Module]:
         """What the momentum encoders are averages of."""

@@ -17,6 +17,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
+from .freezing import freeze, keep_frozen_in_eval
 from .language_model import (
     AdapterNames,
     adapter_base,
@@ -138,17 +139,15 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
     def freeze(self) -> None:
         """See [`freeze_parts`]; where there is an LLM, queries are all that it sees of the Q-Former."""
         freeze_unused(self.vision_model, uses_pooled_output=False)
-        self.vision_model.requires_grad_(False)
+        freeze(self.vision_model)
         if self.language_model is not None:
-            self.language_model.requires_grad_(False)
+            freeze(self.language_model)
             self.qformer.freeze_text(all_layers=not self.reads_instruction)
 
     def train(self, mode: bool = True) -> "VlmBlip2Model":
-        """Sets training mode everywhere but in the tower, and in an LLM of which nothing is trained."""
+        """Sets training mode everywhere except in a frozen tower and a frozen LLM."""
         super().train(mode)
-        self.vision_model.eval()
-        if self.language_model is not None and not any(p.requires_grad for p in self.language_model.parameters()):
-            self.language_model.eval()
+        keep_frozen_in_eval(self.vision_model, self.language_model)
         return self
 
     def get_input_embeddings(self) -> nn.Module:

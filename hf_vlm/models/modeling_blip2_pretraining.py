@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from .bert import VlmBlipLMHead, bert_qformer_config, copy_bert_to_qformer, with_first_token
 from .configuration_blip2 import VlmBlip2Config
 from .distributed import fetch_rows, gather_texts, gather_with_grad, rank
+from .freezing import freeze
 from .losses import language_modeling_loss, positive_pairs, sample_negatives, soft_contrastive_loss
 from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
 from .modeling_qformer import QFormerMemory, QueryStates
@@ -138,9 +139,8 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         unused: list[nn.Module] = [] if self.config.itm_weight else [self.itm_head]
         if self.writes and not self.config.lm_weight:
             unused += [self.lm_head.dense, self.lm_head.norm]
-            self.lm_head.decoder.bias.requires_grad_(False)  # its weight is the word embedding
-        for module in unused:
-            module.requires_grad_(False)
+            freeze(self.lm_head.decoder.bias)  # its weight is the word embedding
+        freeze(*unused)
 
     @classmethod
     def from_parts(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .bert import VlmBlipLMHead
 from .configuration_blip import VlmBlipConfig, VlmBlipTextConfig
+from .freezing import PartlyFrozenModel
 from .modeling_fusion import LayerMemory, VlmFusionCrossAttention, VlmFusionLayer, VlmFusionSelfAttention
 
 # Keys and values of every layer.
@@ -95,7 +96,7 @@ class VlmBlipTextEmbeddings(nn.Module):
         return self.dropout(self.norm(self.word_embedding(input_ids) + positions))
 
 
-class VlmBlipPreTrainedModel(PreTrainedModel):
+class VlmBlipPreTrainedModel(PartlyFrozenModel):
     """Initialisation and capabilities shared by all of BLIP's models."""
 
     config: VlmBlipConfig

@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_clip import VlmClipConfig
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
+from .freezing import PartlyFrozenModel, freeze, keep_frozen_in_eval
 from .losses import contrastive_loss, sigmoid_loss
 from .modeling_tower import VlmTextTowerModel
 from .towers import build_vision_tower, default_pooling, freeze_unused, load_tower, published_config
@@ -97,7 +98,7 @@ class VlmClipSimilarity(nn.Module):
         self.logit_scale.clamp_(max=self.config.max_logit_scale)
 
 
-class VlmClipModel(PreTrainedModel):
+class VlmClipModel(PartlyFrozenModel):
     """CLIP with our towers or any that transformers knows. See the module's docstring.
 
     Example:
@@ -129,9 +130,8 @@ class VlmClipModel(PreTrainedModel):
         self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
         self.similarity = VlmClipSimilarity(config)
-        self.locked_towers: set[str] = set()
-        self._freeze_unused()
         self.post_init()
+        self.freeze_parts()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -144,11 +144,8 @@ class VlmClipModel(PreTrainedModel):
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, module.config.logit_bias_init_value)
 
-    def _freeze_unused(self) -> None:
-        """Freezes what no output depends on: what the chosen pooling passes by, and mask tokens.
-
-        Loading thaws every parameter, and then calls `eval()`: so `train` says this again.
-        """
+    def freeze_parts(self) -> None:
+        """Freezes parameters that no output depends on: those that the chosen pooling skips, and mask tokens."""
         freeze_unused(self.vision_model, uses_pooled_output=self.config.vision_pooling == "tower")
         freeze_unused(self.text_model, uses_pooled_output=self.config.text_pooling == "tower")
 
@@ -185,7 +182,7 @@ class VlmClipModel(PreTrainedModel):
         )
         model = cls(config)
         model.vision_model, model.text_model = vision_model, text_model
-        model._freeze_unused()
+        model.freeze_parts()
         return model
 
     def lock_tower(self, name: str) -> None:
@@ -199,19 +196,12 @@ class VlmClipModel(PreTrainedModel):
         """
         if name not in TOWER_NAMES:
             raise ValueError(f"There is no tower {name!r} to lock; choose one of {TOWER_NAMES}.")
-        self.locked_towers.add(name)
-        tower = self.vision_model if name == "vision" else self.text_model
-        tower.requires_grad_(False)
-        self.train(self.training)
+        freeze(self.vision_model if name == "vision" else self.text_model)
 
     def train(self, mode: bool = True) -> "VlmClipModel":
-        """Sets training mode everywhere but in locked towers."""
+        """Sets training mode everywhere except in frozen towers."""
         super().train(mode)
-        self._freeze_unused()
-        if "vision" in self.locked_towers:
-            self.vision_model.eval()
-        if "text" in self.locked_towers:
-            self.text_model.eval()
+        keep_frozen_in_eval(self.vision_model, self.text_model)
         return self
 
     def vision_pooled(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
@@ -219,8 +209,7 @@ class VlmClipModel(PreTrainedModel):
         options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
         if self.config.vision_config.model_type == VlmTowerConfig.model_type:
             options["pooled_only"] = self.config.vision_pooling == "tower"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.locked_towers):
-            outputs = self.vision_model(pixel_values=pixel_values, **options)
+        outputs = self.vision_model(pixel_values=pixel_values, **options)
         if self.config.vision_pooling == "tower":
             return outputs.pooler_output
         return pool_tokens(outputs.last_hidden_state, self.config.vision_pooling)
@@ -230,8 +219,7 @@ class VlmClipModel(PreTrainedModel):
         options = {}
         if self.config.text_config.model_type == VlmTextTowerConfig.model_type:
             options["pooled_only"] = self.config.text_pooling == "tower"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in self.locked_towers):
-            outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **options)
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **options)
         if self.config.text_pooling == "tower":
             return outputs.pooler_output
         return pool_tokens(outputs.last_hidden_state, self.config.text_pooling, attention_mask)

@@ -33,6 +33,7 @@ from transformers.utils.generic import can_return_tuple, is_flash_attention_requ
 
 from .anyres import anyres_layout, join_views
 from .configuration_llava import VlmLlavaConfig
+from .freezing import freeze, is_frozen, keep_frozen_in_eval
 from .language_model import (
     AdapterNames,
     build_language_model,
@@ -167,7 +168,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
 
     def freeze_tower(self) -> None:
         """Freezes the image tower, which is then in eval mode whatever `train()` says."""
-        self.vision_model.requires_grad_(False)
+        freeze(self.vision_model)
 
     def thaw_tower(self) -> None:
         """Trains the image tower, but for what lies behind the layer that is read."""
@@ -177,14 +178,12 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
     @property
     def trains_tower(self) -> bool:
         """Whether anything in the image tower is trained."""
-        return any(parameter.requires_grad for parameter in self.vision_model.parameters())
+        return not is_frozen(self.vision_model)
 
     def train(self, mode: bool = True) -> "VlmLlavaModel":
         """Sets training mode everywhere but in a tower or LLM of which nothing is trained."""
         super().train(mode)
-        for part in (self.vision_model, self.language_model):
-            if not any(parameter.requires_grad for parameter in part.parameters()):
-                part.eval()
+        keep_frozen_in_eval(self.vision_model, self.language_model)
         return self
 
     def get_input_embeddings(self) -> nn.Module:

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qformer import VlmQFormerConfig
+from .freezing import freeze
 from .modeling_fusion import LayerMemory, VlmFusionCrossAttention, VlmFusionMLP, VlmFusionSelfAttention
 
 # Keys and values of every layer; None where the queries do not look at the image.
@@ -247,8 +248,7 @@ class VlmQFormerModel(PreTrainedModel):
         unused = [layer.mlp for layer in (self.layers if all_layers else self.layers[-1:])]
         if all_layers:
             unused += [self.embeddings.word_embedding, self.embeddings.position_embedding]
-        for module in unused:
-            module.requires_grad_(False)
+        freeze(*unused)
 
 
 __all__ = ["QFormerMemory", "QueryStates", "VlmQFormerModel", "VlmQFormerOutput"]

@@ -324,7 +324,9 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
         if image_size % self.config.patch_size:
             raise ValueError(f"Image side {image_size} must be a multiple of the patch size {self.config.patch_size}.")
         positions = self.embeddings.positions(image_size, image_size).clone()
-        self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
+        self.embeddings.position_embedding = nn.Embedding.from_pretrained(
+            positions, freeze=not self.embeddings.position_embedding.weight.requires_grad
+        )
         self.config.image_size = image_size
 
     def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .distributed import gather_with_grad
+from .freezing import freeze
 
 
 class FeatureQueue(nn.Module):
@@ -60,7 +61,7 @@ class MomentumEncoders(nn.Module):
     def __init__(self, modules: Mapping[str, nn.Module], decay: float, queue: FeatureQueue):
         super().__init__()
         self.encoders = nn.ModuleDict({name: copy.deepcopy(module) for name, module in modules.items()})
-        self.encoders.requires_grad_(False).eval()
+        freeze(self.encoders)
         self.decay = decay
         self.queue = queue
         self.waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []

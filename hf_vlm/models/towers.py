@@ -9,6 +9,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
+from .freezing import freeze
 from .modeling_tower import VlmTowerModel, resolve_layer
 
 
@@ -38,7 +39,7 @@ def freeze_unused(tower: PreTrainedModel, uses_pooled_output: bool) -> None:
         unused += ("post_norm.",)
     for name, parameter in tower.named_parameters():
         if name.startswith(unused) or name.endswith("mask_token"):
-            parameter.requires_grad_(False)
+            freeze(parameter)
 
 
 def load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTrainedModel:

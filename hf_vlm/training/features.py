@@ -15,6 +15,7 @@ from ..data.builtin.scene_rows import SceneRows
 from ..data.features.cache import CachedFeatures, cache_features
 from ..data.features.key import feature_key
 from ..data.sources.rows import Rows
+from ..models.freezing import is_frozen
 from ..models.modeling_clip import VlmClipModel
 from ..models.towers import tower_states
 
@@ -120,7 +121,7 @@ def cache_vision_features(
 
 
 def _require_locked(model: VlmClipModel, name: str) -> None:
-    if name not in model.locked_towers:
+    if not is_frozen(model.vision_model if name == "vision" else model.text_model):
         raise ValueError(f"The {name} tower is trained, so its features cannot be cached: lock_tower({name!r}) first.")
 
 

@@ -1,0 +1,51 @@
+"""Frozen parts of a model: no gradients, and eval mode even while the model trains.
+
+- `freeze` turns a module's gradients off. A model's `train()` then leaves the part in eval mode, without dropout.
+- `train()` and `eval()` never change `requires_grad`.
+- `from_pretrained` of transformers turns the gradients of all weights on; `PartlyFrozenModel` freezes again afterwards.
+"""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def freeze(*targets: nn.Module | nn.Parameter) -> None:
+    """Turns off the gradients of modules or parameters; modules change to eval mode."""
+    for target in targets:
+        target.requires_grad_(False)
+        if isinstance(target, nn.Module):
+            target.eval()
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter of the module is trainable."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def keep_frozen_in_eval(*parts: nn.Module | None) -> None:
+    """Sets the frozen ones among a model's parts to eval mode: the last step of the model's `train()`.
+
+    Args:
+        parts: Modules; None stands for a part that the model does not have.
+    """
+    for part in parts:
+        if part is not None and is_frozen(part):
+            part.eval()
+
+
+class PartlyFrozenModel(PreTrainedModel):
+    """A model that freezes some of its parts: subclasses override `freeze_parts` and call it last in `__init__`."""
+
+    def freeze_parts(self) -> None:
+        """Freezes what is not to be trained; nothing by default."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """transformers' `from_pretrained`; parts that are frozen after construction are frozen after loading, too."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        model.freeze_parts()
+        return loaded
+
+
+__all__ = ["PartlyFrozenModel", "freeze", "is_frozen", "keep_frozen_in_eval"]
