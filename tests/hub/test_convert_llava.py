@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_llava import GRIDS, SIZES, batch, native_inputs, pair
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, LlavaProcessor
 
 import tiny
@@ -18,6 +17,7 @@ from hf_vlm.hub.convert import (
 )
 from hf_vlm.models import with_image_token
 from hf_vlm.models.processing_llava import VICUNA_TEMPLATE, flat_content
+from tiny_llava import GRIDS, SIZES, batch, native_inputs, pair
 
 
 def logits(model, inputs) -> torch.Tensor:

@@ -4,7 +4,6 @@ What was pushed gives the same bits as the folder it came from; what fails leave
 """
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -24,72 +23,10 @@ from hf_vlm.data import ContrastiveCollator
 from hf_vlm.hub.cards.card import write_card
 from hf_vlm.hub.push import PushError, push_folder
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
-from loopback_hub import ATTRIBUTES, Account, File, LoopbackHub
+from hub_processes import ACCOUNTS, CARD, READER, STRANGER, WRITER, WRONG, Worker, environment
+from loopback_hub import ATTRIBUTES, File, LoopbackHub
 
-TESTS = Path(__file__).parents[1]
-WRITER, READER, STRANGER, WRONG = "hf_writer_token", "hf_reader_token", "hf_stranger_token", "hf_wrong_token"
-ACCOUNTS = {
-    WRITER: Account("writer", ("org",)),
-    READER: Account("reader", ("org",), can_write=False),
-    STRANGER: Account("stranger"),
-}
 CHECKPOINT = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-CARD = "---\nlicense: apache-2.0\n---\n# A tiny model\n"
-
-
-def environment(hub_url: str, home: Path, token: str | None) -> dict[str, str]:
-    """A process's own Hugging Face home, and this Hub instead of the real one."""
-    inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    wanted = {
-        "HF_ENDPOINT": hub_url,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "300",
-        "NO_COLOR": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-    }
-    return inherited | wanted | ({"HF_TOKEN": token} if token else {})
-
-
-class Worker:
-    """A process that answers calls; see scripts/hub_worker.py."""
-
-    def __init__(self, hub: LoopbackHub, folder: Path, token: str | None):
-        folder.mkdir()
-        self.said = folder / "stderr"
-        self.answers: list[str] = []
-        with self.said.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, str(TESTS / "scripts" / "hub_worker.py")],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                cwd=folder,
-                env=environment(hub.url, folder / "home", token),
-            )
-
-    def __call__(self, name: str, *args: object, **options: object) -> dict:
-        call = {"name": name, "args": [str(arg) for arg in args], "options": options}
-        self.process.stdin.write(json.dumps(call) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, self.said.read_text()[-2000:]
-        self.answers.append(line)
-        return json.loads(line)
-
-    def result(self, name: str, *args: object, **options: object) -> object:
-        """The result of a call that must not fail."""
-        answer = self(name, *args, **options)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 @pytest.fixture(scope="module")

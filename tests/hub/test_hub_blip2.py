@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from test_hub import ACCOUNTS, CARD, WRITER, Worker
 from transformers import PreTrainedModel
 
 import tiny_blip2
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmBlip2ForPreTraining, VlmInstructBlipForConditionalGeneration
+from hub_processes import ACCOUNTS, CARD, WRITER, Worker
 from loopback_hub import LoopbackHub
 
 STAGES = {

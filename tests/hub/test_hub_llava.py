@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_hub import ACCOUNTS, CARD, TESTS, WRITER, environment
 
 import tiny
 import tiny_blip2
 import tiny_llava
 from hf_vlm import VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.models import with_image_token
+from hub_processes import ACCOUNTS, CARD, TESTS, WRITER, environment
 from loopback_hub import LoopbackHub
 from scripts import llava_hub
 

@@ -2,8 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import tiny
+from cases.case import rows_projected
 from hf_vlm import (
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,
@@ -22,7 +21,6 @@ from hf_vlm import (
     VlmBlipForQuestionAnswering,
 )
 from hf_vlm.models.losses import sample_negatives
-from hf_vlm.models.modeling_fusion import VlmFusionCrossAttention
 from hf_vlm.models.momentum import FeatureQueue
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -34,21 +32,6 @@ HEADS = [
 ]
 IDS = torch.tensor([3, 1, 3, 2, 1])
 ANSWERS = ["red", "two tree", "a", "right of the house", "blue"]
-
-
-@contextmanager
-def rows_projected(model: nn.Module) -> Iterator[dict[nn.Module, list[int]]]:
-    """How many images each cross-attention projects keys and values of, call by call."""
-    calls: dict[nn.Module, list[int]] = {}
-    handles = []
-    for module in model.modules():
-        if isinstance(module, VlmFusionCrossAttention):
-            rows = calls.setdefault(module, [])
-            hook = lambda _, inputs, rows=rows: rows.append(len(inputs[0]))  # noqa: E731
-            handles.append(module.key_value.register_forward_pre_hook(hook))
-    yield calls
-    for handle in handles:
-        handle.remove()
 
 
 def labels_of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_blip import rows_projected
-from test_distributed import relative_errors, torchrun
 from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaModel
 
 import tiny
 import tiny_blip2
+from cases.case import rows_projected
 from hf_vlm import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining
 from hf_vlm.models.losses import sample_negatives
+from processes import relative_errors, torchrun
 from scripts import blip2_steps
 
 CAPTIONS = [*tiny.CAPTIONS, "a cat and a dog", "the right of the house", "two red tree ."]

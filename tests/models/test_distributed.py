@@ -3,33 +3,16 @@
 A torchrun of two gloo ranks does all cases at once, and this process, without process group, does them alone.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from processes import relative_errors, torchrun
 from scripts import distributed_steps
 
-TESTS = Path(__file__).parents[1]
 Results = dict[tuple[str, ...], dict]
-
-
-def torchrun(program: str, folder: Path, ranks: int = 2) -> None:
-    """Runs a program of tests/scripts on gloo ranks over loopback."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    result = subprocess.run(
-        [*command, "-m", f"scripts.{program}", str(folder)],
-        cwd=TESTS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +27,6 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("two")
     torchrun("distributed_steps", folder)
     return torch.load(folder / "results-2.pt", weights_only=False)
-
-
-def relative_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """By name, the norm of the difference over the norm of what is expected."""
-    assert actual.keys() == expected.keys()
-    return {name: ((actual[name] - value).norm() / value.norm()).item() for name, value in expected.items()}
 
 
 @pytest.mark.parametrize("case", distributed_steps.CASES, ids=", ".join)

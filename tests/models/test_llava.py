@@ -6,13 +6,13 @@ import operator
 
 import pytest
 import torch
-from test_models_common import calls_of
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
 import tiny
 import tiny_blip2
 import tiny_llava
+from cases.case import calls_of
 from tiny_llava import GRIDS, IMAGE, SIZES, batch, native_inputs, one_by_one, padded, pair, pictures
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

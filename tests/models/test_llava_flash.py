@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_models_common import calls_of
 from torch.nn import functional as F
 from transformers import AttentionInterface, modeling_flash_attention_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
+from cases.case import calls_of
 from hf_vlm import VlmLlavaForConditionalGeneration
 from hf_vlm.training import sft
 from hf_vlm.training.sft import check_packing

@@ -16,7 +16,6 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_resume import curve, equal
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -46,6 +45,7 @@ from hf_vlm import (
 )
 from hf_vlm.data import PromptCollator
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, VlmTrainingArguments, add_lora, last_checkpoint
+from processes import curve, equal
 from recipes import blip2_stage1, blip2_stage2, instructblip_finetune
 
 SIZE, TEXT_LENGTH = 48, 128

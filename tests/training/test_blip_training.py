@@ -13,8 +13,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_distributed import relative_errors, torchrun
-from test_resume import equal
 from torch import nn
 from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -29,6 +27,7 @@ from hf_vlm.data import ContrastiveCollator, PairDataset, PairStream
 from hf_vlm.models.modeling_blip import VlmBlipHead
 from hf_vlm.training import BlipTrainer
 from hf_vlm.training.parts import MOMENTUM_NAME
+from processes import equal, relative_errors, torchrun
 from scripts import blip_resume, blip_steps, blip_training
 from scripts.blip_training import ONE_GRADIENT, SPLITS
 

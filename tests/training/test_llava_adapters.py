@@ -13,13 +13,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_resume import curve, equal
 from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
 import tiny_llava
 from hf_vlm import VlmLlavaForConditionalGeneration, VlmLlavaModel
 from hf_vlm.training import STAGES, apply_stage, last_checkpoint
 from hf_vlm.training.stages import PARTS
+from processes import curve, equal
 from scripts import llava_resume, llava_training
 
 TESTS = Path(__file__).parents[1]

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import torchrun
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainerCallback
@@ -13,6 +12,7 @@ from trl import SFTTrainer
 
 from hf_vlm.data import ConversationCollator
 from hf_vlm.training import STAGES
+from processes import torchrun
 from scripts import llava_trainer_steps, llava_training
 from scripts.llava_training import ONE_GRADIENT, SPLITS
 

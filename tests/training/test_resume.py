@@ -9,13 +9,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hf_vlm.training import last_checkpoint
+from processes import curve, equal
 
 TESTS = Path(__file__).parents[1]
 DEATHS = [
@@ -26,7 +26,6 @@ DEATHS = [
     "in the fourth pass of a stream",
     "with Muon",
 ]
-CURVE = ("step", "epoch", "loss", "grad_norm", "learning_rate", "temperature", "eval_loss")
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +36,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return folder
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether two nested structures are equal to the last bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    return bool((one == other).all()) if hasattr(one, "all") else one == other
-
-
-def curve(checkpoint: Path) -> list[dict[str, float]]:
-    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return [{name: line[name] for name in CURVE if name in line} for line in history]
 
 
 @pytest.mark.parametrize("name", DEATHS)

@@ -1,4 +1,4 @@
-"""What `test_models_common.py` asks of every model, of LLaVA; its towers, text alone, saving, ranks."""
+"""LLaVA: its towers, frozen parts, cached features, text alone, saving, ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,79 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from test_distributed import relative_errors, torchrun
-from test_models_common import (
-    CLOSE,
-    Case,
-    Inputs,
-    assert_all_close,
-    calls_of,
-    gradients,
-    test_every_trained_parameter_has_a_gradient,
-    test_new_model_has_no_unset_weights,
-    test_sdpa_in_bfloat16_on_a_cpu,
-    test_sdpa_is_eager,
-    test_shapes,
-    test_tuple_is_dict,
-)
-from test_models_common_blip2 import assert_tensors_equal, trained
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
 import tiny
 import tiny_blip2
 import tiny_llava
-from hf_vlm import VlmBlip2ForConditionalGeneration, VlmLlavaConfig, VlmLlavaForConditionalGeneration, VlmLlavaModel
+from cases.case import CLOSE, Case, assert_all_close, assert_tensors_equal, calls_of, gradients, trained
+from cases.llava import CASES, Llava, own_loss
+from hf_vlm import VlmBlip2ForConditionalGeneration, VlmLlavaConfig, VlmLlavaModel
 from hf_vlm.models.towers import layer_states
+from processes import relative_errors, torchrun
 from scripts import llava_steps
 from tiny_llava import GRIDS, LAYERS, TOWERS
-
-__all__ = [
-    "test_every_trained_parameter_has_a_gradient",
-    "test_new_model_has_no_unset_weights",
-    "test_sdpa_in_bfloat16_on_a_cpu",
-    "test_sdpa_is_eager",
-    "test_shapes",
-    "test_tuple_is_dict",
-]
-Llava = VlmLlavaForConditionalGeneration
-
-
-def own_loss(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
-    inputs = {name: value for name, value in inputs.items() if name != "use_cache"}
-    return model(**tiny_llava.with_labels(inputs)).loss
-
-
-def case_of(anyres: bool = False, tower: str | None = None, **options) -> Case:
-    if tower == "siglip":
-        options["vision_feature_select_strategy"] = "full"
-    if tower is not None:
-        options["vision_config"] = tiny_llava.tower(tower).config
-    length = 161 if anyres else 37
-    shapes = {"logits": (3, length, len(tiny.VOCABULARY) + 1), "last_hidden_state": (3, length, 20)}
-    return Case(
-        lambda: Llava(tiny_llava.llava_config(anyres, **options)),
-        # Without a mask, which would hide all from what pads on the left, whose states are then arbitrary.
-        lambda: {
-            **{name: value for name, value in tiny_llava.llava_inputs(anyres).items() if name != "attention_mask"},
-            "use_cache": False,
-        },
-        own_loss,
-        shapes,
-    )
-
-
-CASES = {
-    "llama": case_of(),
-    "llama, tied": case_of(llm="llama, tied"),
-    "qwen2": case_of(llm="qwen2"),
-    "linear": case_of(projector_type="linear"),
-    "no biases": case_of(projector_bias=False),
-    "anyres": case_of(True),
-    "anyres, linear": case_of(True, projector_type="linear"),
-    **{f"on {tower}": case_of(tower=tower) for tower in TOWERS},
-    "anyres on clip": case_of(True, tower="clip"),
-}
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
