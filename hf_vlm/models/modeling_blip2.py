@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
 from .freezing import freeze, keep_frozen_in_eval
+from .language_head import check_placeholders, place_images
 from .language_model import (
     AdapterNames,
     adapter_base,
@@ -198,16 +199,10 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         Raises:
             ValueError: if a row's placeholders are not those of whole images, or not of as many as there are.
         """
-        is_image = input_ids == self.config.image_token_id
-        num_queries, found = queries.shape[1], is_image.sum(dim=1)
-        if int(found.sum()) != len(queries) * num_queries or bool((found % num_queries).any()):
-            raise ValueError(
-                f"The texts have {found.tolist()} image placeholders, but {len(queries)} images need {num_queries} "
-                "each: put the image token once for each image into the text and let the processor expand it."
-            )
-        embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        prompt = self.language_projection(queries).to(embeds.dtype)
-        return embeds.masked_scatter(is_image[..., None], prompt)
+        image_token_id = self.config.image_token_id
+        check_placeholders(input_ids == image_token_id, queries)
+        images = self.language_projection(queries)
+        return place_images(self.language_model.get_input_embeddings(), input_ids, images, image_token_id)
 
     @can_return_tuple
     def forward(

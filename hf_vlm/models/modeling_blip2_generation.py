@@ -20,8 +20,9 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
-from .language_model import commit_of, contiguous_inputs, hidden_states, load_language_model, logits_of
-from .losses import language_modeling_loss, token_cross_entropy
+from .language_head import generate_from_embeds, language_loss, mean_loss, prompt_mask
+from .language_model import commit_of, hidden_states, load_language_model
+from .losses import token_cross_entropy
 from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
 from .towers import published_config
 
@@ -169,13 +170,10 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
                 **kwargs,
             ).logits
             supervised = labels != -100
-            states, count = None, supervised.sum()
             total = token_cross_entropy(logits[supervised], labels[supervised]).sum()
-        else:
-            states = hidden_states(llm, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
-            total, count = language_modeling_loss(states, labels, lambda state: logits_of(llm, state))
-        divisor = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch)
-        loss = total / divisor.clamp(min=1)  # 0 where nothing is learned
+            return VlmBlip2GenerationOutput(loss=mean_loss(total, supervised.sum(), num_items_in_batch))
+        states = hidden_states(llm, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        loss = language_loss(llm, states, labels, num_items_in_batch)
         return VlmBlip2GenerationOutput(loss=loss, last_hidden_state=states)
 
     def _embed(
@@ -216,15 +214,10 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
             num_queries = self.config.qformer_config.num_query_tokens
             input_ids = torch.full((num_images, num_queries), self.config.image_token_id, device=self.device)
         llm = self.model.language_model
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        elif not llm.config.is_encoder_decoder and not attention_mask[:, -1].all():
-            raise ValueError('Prompts are padded on the right, where the answer goes: use padding_side="left".')
+        attention_mask = prompt_mask(input_ids, attention_mask, llm.config.is_encoder_decoder)
         inputs = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
         embeds = self._embed(input_ids, *inputs)
-        llm.generation_config = self.generation_config
-        with contiguous_inputs(llm.get_output_embeddings()):
-            return llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        return generate_from_embeds(llm, self.generation_config, embeds, attention_mask, **kwargs)
 
 
 __all__ = ["VlmBlip2ForConditionalGeneration", "VlmBlip2GenerationOutput"]

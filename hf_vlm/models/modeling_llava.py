@@ -34,15 +34,8 @@ from transformers.utils.generic import can_return_tuple, is_flash_attention_requ
 from .anyres import anyres_layout, join_views
 from .configuration_llava import VlmLlavaConfig
 from .freezing import freeze, is_frozen, keep_frozen_in_eval
-from .language_model import (
-    AdapterNames,
-    build_language_model,
-    contiguous_inputs,
-    keep_names,
-    load_language_model,
-    logits_of,
-)
-from .losses import language_modeling_loss
+from .language_head import check_placeholders, generate_from_embeds, language_loss, place_images, prompt_mask
+from .language_model import AdapterNames, build_language_model, keep_names, load_language_model, logits_of
 from .towers import (
     build_vision_tower,
     has_class_token,
@@ -259,27 +252,10 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
             images = self.get_image_features(pixel_values, image_sizes, vision_features).pooler_output
         else:
             images = None
-        is_image = input_ids == self.config.image_token_id
-        self._check_placeholders(is_image, images or [])
+        check_placeholders(input_ids == self.config.image_token_id, images or [])
         # Before the embeddings, as where there are images: ranks gather the shards of modules in one order.
         tokens = self._no_images(input_ids.device) if images is None else images
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        if not tokens:
-            return embeds
-        return embeds.masked_scatter(is_image[..., None], torch.cat(tokens).to(embeds.dtype))
-
-    def _check_placeholders(self, is_image: torch.Tensor, images: list[torch.Tensor]) -> None:
-        """Checks that every run of placeholders, up to a word or the end of its row, is that of whole images."""
-        needed = [len(tokens) for tokens in images]
-        run_ends = is_image & ~nn.functional.pad(is_image[:, 1:], (0, 1))
-        ends = is_image.flatten().cumsum(0)[run_ends.flatten()].tolist()
-        image_ends = torch.tensor([0, *needed]).cumsum(0).tolist()
-        if image_ends[-1] != (ends or [0])[-1] or not set(image_ends).issuperset(ends):
-            found = is_image.sum(dim=1).tolist()
-            raise ValueError(
-                f"The rows have {found} image placeholders, but the images need {needed}, in this order: put the image "
-                "token once for each image into the text, let the processor expand it, and do not cut texts afterwards."
-            )
+        return place_images(self.get_input_embeddings(), input_ids, tokens, self.config.image_token_id)
 
     @can_return_tuple
     def forward(
@@ -447,9 +423,7 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
         if labels is None:
             logits = logits_of(llm, slice_logits_to_keep(states, logits_to_keep))
             return VlmLlavaOutput(logits=logits, past_key_values=output.past_key_values, last_hidden_state=states)
-        total, count = language_modeling_loss(states, labels, lambda state: logits_of(llm, state))
-        divisor = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch)
-        return VlmLlavaOutput(loss=total / divisor.clamp(min=1), last_hidden_state=states)  # 0 where nothing is learned
+        return VlmLlavaOutput(loss=language_loss(llm, states, labels, num_items_in_batch), last_hidden_state=states)
 
     @torch.no_grad()
     def generate(
@@ -475,15 +449,10 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
         Raises:
             ValueError: for prompts that are padded on the right, or placeholders that do not fit the images.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        elif not attention_mask[:, -1].all():
-            raise ValueError('Prompts are padded on the right, where the answer goes: use padding_side="left".')
-        llm = self.model.language_model
+        mask = prompt_mask(input_ids, attention_mask)
         embeds = self.model.embed(input_ids, pixel_values, image_sizes, vision_features, mm_encoder_outputs)
-        llm.generation_config = self.generation_config
-        with contiguous_inputs(llm.get_output_embeddings()):
-            return llm.generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        llm, options = self.model.language_model, {"input_ids": input_ids, **kwargs}
+        return generate_from_embeds(llm, self.generation_config, embeds, mask, **options)
 
 
 __all__ = ["VlmLlavaForConditionalGeneration", "VlmLlavaModel", "VlmLlavaOutput", "VlmLlavaPreTrainedModel"]

@@ -124,11 +124,11 @@ def test_an_image_that_is_cut_at_the_end_of_its_row_is_refused() -> None:
     _, own = pair(False)
     inputs = batch(False, own)
     cut = {"input_ids": inputs["input_ids"][:, :-5], "attention_mask": inputs["attention_mask"][:, :-5]}
-    refused("do not cut texts afterwards", own, **cut, pixel_values=inputs["pixel_values"])
+    refused("do not truncate the text", own, **cut, pixel_values=inputs["pixel_values"])
     even = inputs["input_ids"].clone()
     even[2, -2] = 5  # one placeholder less here,
     even[1, -1] = IMAGE  # one more there
-    refused("do not cut texts afterwards", own, **{**inputs, "input_ids": even})
+    refused("do not truncate the text", own, **{**inputs, "input_ids": even})
 
 
 def test_an_image_that_is_cut_within_a_packed_row_is_refused() -> None:
