@@ -3,7 +3,7 @@
 Importing the package registers its classes with transformers' Auto classes.
 """
 
-from . import families as auto
+from . import families
 from .models import (
     VlmBlip2Config,
     VlmBlip2ForConditionalGeneration,
@@ -41,7 +41,7 @@ from .models import (
 
 __version__ = "0.1.0"
 
-auto.register()
+families.register()
 
 __all__ = [
     "VlmBlip2Config",

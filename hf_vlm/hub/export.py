@@ -9,25 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
-# What a checkpoint answers to besides AutoConfig and AutoModel, by the class that saved it.
-OWN_AUTO_CLASS = {
-    "VlmClipModel": "AutoModelForZeroShotImageClassification",
-    "VlmBlipForPreTraining": "AutoModelForPreTraining",
-    "VlmBlipForImageTextRetrieval": "AutoModelForPreTraining",
-    "VlmBlipForConditionalGeneration": "AutoModelForImageTextToText",
-    "VlmBlipForQuestionAnswering": "AutoModelForImageTextToText",
-    "VlmBlip2ForPreTraining": "AutoModelForPreTraining",
-    "VlmBlip2ForImageTextRetrieval": "AutoModelForPreTraining",
-    "VlmBlip2ForConditionalGeneration": "AutoModelForImageTextToText",
-    "VlmInstructBlipForConditionalGeneration": "AutoModelForImageTextToText",
-    "VlmLlavaForConditionalGeneration": "AutoModelForImageTextToText",
-}
+from ..families import heads
 
 
 def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
     """Saves model and processor together with the modules that define them.
 
-    `AutoModel` loads the body of a head, and the class of [`OWN_AUTO_CLASS`] the head itself.
+    `AutoModel` then loads the base model, and the head's own Auto class (`hf_vlm.families`) the head.
 
     Args:
         model: A model of this package.
@@ -38,8 +26,9 @@ def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: st
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     auto_map = {"AutoConfig": reference(model.config), "AutoModel": reference(model.base_model)}
-    if type(model).__name__ in OWN_AUTO_CLASS:
-        auto_map[OWN_AUTO_CLASS[type(model).__name__]] = reference(model)
+    head = heads().get(type(model).__name__)
+    if head and head.auto_class:
+        auto_map[head.auto_class] = reference(model)
     _edit_json(folder / "config.json", auto_map=auto_map)
     image_processor = {"AutoImageProcessor": reference(processor.image_processor)}
     with_code = {"AutoProcessor": reference(processor), **image_processor}
@@ -63,4 +52,4 @@ def _edit_json(path: Path, **entries: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-__all__ = ["OWN_AUTO_CLASS", "save_with_code"]
+__all__ = ["save_with_code"]

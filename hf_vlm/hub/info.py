@@ -1,6 +1,5 @@
 """`hf-vlm info`: what a checkpoint is, what it was trained on and its numbers, read without loading its weights."""
 
-import inspect
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 from huggingface_hub.utils import SafetensorsFileMetadata
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .. import models
-from ..families import MODELS
+from ..families import FAMILIES, load_class
 from .cards.card import RESULTS_NAME, eval_results, input_sizes, read_results
 from .cards.texts import ARCHITECTURES
 from .record import RECORD_NAME, count_parameters, read_json, read_record
@@ -99,24 +97,20 @@ def own_config(folder: Path, source: str) -> PreTrainedConfig:
     content = read_json(folder / "config.json")
     if not content:
         raise ValueError(f"{source} holds no config.json: it is not a checkpoint.")
-    own = {config_class.model_type for config_class in MODELS}
-    if content.get("model_type") not in own:
-        raise ValueError(
-            f"{source} is a {content.get('model_type')} checkpoint, not one of this package ({', '.join(sorted(own))})."
-        )
+    if content.get("model_type") not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{source} is a {content.get('model_type')} checkpoint, not one of this package ({known}).")
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def head_class(config: PreTrainedConfig, source: str) -> type[PreTrainedModel]:
     """The class that wrote a checkpoint; the base model's if its config does not say."""
-    # Not from the table of Auto classes alone: some heads answer to none.
-    public: list[Any] = [item for item in vars(models).values() if inspect.isclass(item)]
-    heads = [item for item in public if issubclass(item, PreTrainedModel)]
-    classes = {head.__name__: head for head in heads if head.config_class is type(config)}
-    written_by = (config.architectures or [MODELS[type(config)][AutoModel].__name__])[0]
-    if written_by not in classes:
-        raise ValueError(f"{source}: config.json names the class {written_by}, which is none of {', '.join(classes)}.")
-    return classes[written_by]
+    family = FAMILIES[config.model_type]
+    written_by = (config.architectures or [family.model])[0]
+    if written_by not in family.classes:
+        known = ", ".join(family.classes)
+        raise ValueError(f"{source}: config.json names the class {written_by}, which is none of {known}.")
+    return load_class(written_by)
 
 
 def stored_weights(folder: Path, repo_id: str | None, revision: str | None) -> Info | None:

@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoProcessor, TrainingArguments
 
-from .. import models
+from ..families import FAMILIES, load_class
 from .cards.card import card_under_name
 from .export import save_with_code
 
@@ -183,9 +183,9 @@ def copy_with_code(folder: Path, config: dict, copy: Path) -> Path:
         ValueError: if the checkpoint is of an architecture that transformers itself brings.
     """
     architecture = (config.get("architectures") or ["model of unknown class"])[0]
-    if architecture not in models.__all__:
+    if not any(architecture in family.classes for family in FAMILIES.values()):
         raise ValueError(f"{folder} holds a {architecture}, which is not of hf_vlm: push it without code.")
-    model = vars(models)[architecture].from_pretrained(folder)
+    model = load_class(architecture).from_pretrained(folder)
     save_with_code(model, AutoProcessor.from_pretrained(folder), copy)
     for name in ABOUT:
         if (folder / name).is_file():

@@ -3,14 +3,8 @@
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from ..families import FAMILIES
 from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
-
-# What is trained in full beside LoRA: what stands between the tower and the LLM.
-TRAINED_IN_FULL = {
-    "vlm_blip2": ["qformer", "vision_norm", "language_projection"],
-    "vlm_instructblip": ["qformer", "vision_norm", "language_projection"],
-    "vlm_llava": ["projector"],
-}
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -33,7 +27,7 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -
         lora_dropout=dropout,
         target_modules="all-linear",
         exclude_modules=r".*(vision_model|qformer|language_projection|projector|lm_head).*",
-        modules_to_save=TRAINED_IN_FULL[model.config.model_type],
+        modules_to_save=list(FAMILIES[model.config.model_type].trained_in_full),
     )
     adapted = get_peft_model(model, config)
     if isinstance(model, VlmBlip2PreTrainedModel):
@@ -42,4 +36,4 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -
     return adapted
 
 
-__all__ = ["TRAINED_IN_FULL", "add_lora"]
+__all__ = ["add_lora"]

@@ -36,7 +36,7 @@ from hf_vlm import (
     VlmTowerModel,
 )
 from hf_vlm.data import ContrastiveCollator, PairDataset
-from hf_vlm.families import PROCESSORS
+from hf_vlm.families import architectures
 from hf_vlm.hub.cards.card import RESULTS_NAME, escape, write_card
 from hf_vlm.hub.cards.texts import ARCHITECTURES, EVALUATIONS
 from hf_vlm.hub.record import RECORD_NAME, count_parameters, published, read_record, training_time, write_record
@@ -146,7 +146,7 @@ def test_every_card_has_a_test():
     assert set(ARCHITECTURES) == {name.split()[0] for name in BUILDERS}
     heads = {name for architecture in ARCHITECTURES.values() for name in architecture.heads}
     assert heads == {head.__name__ for head in HEADS - BASE_MODELS}
-    assert {config.model_type for config in PROCESSORS} >= set(ARCHITECTURES)
+    assert {family.model_type for family in architectures()} >= set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

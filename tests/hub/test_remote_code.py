@@ -26,7 +26,8 @@ from hf_vlm import (
     VlmBlipForQuestionAnswering,
     VlmClipModel,
 )
-from hf_vlm.hub.export import OWN_AUTO_CLASS, save_with_code
+from hf_vlm.families import heads
+from hf_vlm.hub.export import save_with_code
 
 # Without site (-S) an editable install does not put hf_vlm on the path.
 LOAD = """
@@ -125,7 +126,9 @@ def test_blip_loads_without_the_package(tmp_path: Path):
     models = {head.__name__: tiny.blip_model(head, **options) for head, options in BLIP_HEADS.items()}
     for name, model in models.items():
         save_with_code(model, processor, tmp_path / name)
-    run_without_the_package(LOAD_BLIP, tmp_path, *(word for name in models for word in (name, OWN_AUTO_CLASS[name])))
+    run_without_the_package(
+        LOAD_BLIP, tmp_path, *(word for name in models for word in (name, heads()[name].auto_class))
+    )
     inputs = processor(images=[tiny.image()] * 2, text=["a red cat", "tree"])
     for name, model in models.items():
         found = load_file(tmp_path / name / "there.safetensors")

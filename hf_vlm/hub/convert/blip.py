@@ -9,31 +9,23 @@ from collections.abc import Mapping
 import torch
 from transformers import (
     BlipConfig,
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    BlipForQuestionAnswering,
     BlipProcessor,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from ...families import native_heads
 from ...models.configuration_blip import VlmBlipConfig
 from ...models.configuration_tower import BLIP_VISION
 from ...models.image_processing_vlm import VlmImageProcessor
-from ...models.modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipHead
-from ...models.modeling_blip_generation import VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering
+from ...models.modeling_blip import VlmBlipHead
 from ...models.processing_blip import VlmBlipProcessor
 from .clip import check_allowed, chosen
 from .images import SHARED_FIELDS
 from .state_dict import Names, StateDict, flipped, fuse, prefixed, rename, split, with_weights
 
-HEADS = {
-    BlipForConditionalGeneration: VlmBlipForConditionalGeneration,
-    BlipForQuestionAnswering: VlmBlipForQuestionAnswering,
-    BlipForImageTextRetrieval: VlmBlipForImageTextRetrieval,
-}
-NATIVE_MODELS, OWN_MODELS = tuple(HEADS), tuple(HEADS.values())
+HEADS = native_heads("vlm_blip")
 
 # Ours on the left, where `q`, `k`, `v` are the parts of `qkv`, and `memory_k`, `memory_v` those of `key_value`.
 QKV, KEY_VALUE = ("q", "k", "v"), ("memory_k", "memory_v")
@@ -234,8 +226,6 @@ def processor_to_transformers(processor: VlmBlipProcessor) -> BlipProcessor:
 
 
 __all__ = [
-    "NATIVE_MODELS",
-    "OWN_MODELS",
     "REDUNDANT",
     "SHARED_NAMES",
     "from_transformers",

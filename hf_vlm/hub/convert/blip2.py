@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ...families import native_heads
 from ...models.configuration_blip2 import EVA_VISION, VlmBlip2Config
 from ...models.modeling_blip2 import VlmBlip2PreTrainedModel
 from ...models.modeling_blip2_generation import VlmBlip2ForConditionalGeneration
@@ -35,12 +36,7 @@ from .blip2_processors import processor_from_transformers, processor_to_transfor
 from .clip import check_allowed, chosen
 from .state_dict import Names, StateDict, flipped, fuse, prefixed, rename, split, with_weights
 
-HEADS = {
-    Blip2ForConditionalGeneration: VlmBlip2ForConditionalGeneration,
-    InstructBlipForConditionalGeneration: VlmInstructBlipForConditionalGeneration,
-    Blip2ForImageTextRetrieval: VlmBlip2ForImageTextRetrieval,
-}
-NATIVE_MODELS, OWN_MODELS = tuple(HEADS), tuple(HEADS.values())
+HEADS = native_heads("vlm_blip2", "vlm_instructblip")
 
 # Ours on the left. These are the original code's names too.
 QFORMER_LAYER_NAMES: Names = (
@@ -268,8 +264,6 @@ def add_rows(native: PreTrainedModel, token_id: int) -> None:
 
 
 __all__ = [
-    "NATIVE_MODELS",
-    "OWN_MODELS",
     "QFORMER_LAYER_NAMES",
     "from_transformers",
     "fuse_qformer",

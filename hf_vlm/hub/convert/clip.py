@@ -12,8 +12,6 @@ from ...models.processing_clip import VlmClipProcessor
 from .images import from_clip_image_processor, to_clip_image_processor
 from .state_dict import Names, flipped, fuse, prefixed, rename, split, with_weights
 
-NATIVE_MODELS, OWN_MODELS = (CLIPModel,), (VlmClipModel,)
-
 QKV = ("q_proj", "k_proj", "v_proj")
 # Ours on the left. `qkv_proj` is what the three projections of transformers are called once fused.
 LAYER_NAMES: Names = (
@@ -142,8 +140,6 @@ def processor_to_transformers(processor: VlmClipProcessor) -> CLIPProcessor:
 
 
 __all__ = [
-    "NATIVE_MODELS",
-    "OWN_MODELS",
     "from_transformers",
     "processor_from_transformers",
     "processor_to_transformers",

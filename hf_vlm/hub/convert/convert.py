@@ -7,61 +7,44 @@
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from . import blip as convert_blip
-from . import blip2 as convert_blip2
-from . import blip2_original as convert_blip2_original
-from . import blip_original as convert_blip_original
-from . import clip as convert_clip
-from . import llava as convert_llava
-from . import llava_original as convert_llava_original
-from . import open_clip as convert_open_clip
+from ...families import FAMILIES, Family, load_class
+from . import blip2_original, blip_original, llava_original, open_clip
 from .state_dict import load_complete, read_state_dict
 
-NATIVE = {
-    "clip": convert_clip,
-    "blip": convert_blip,
-    "blip-2": convert_blip2,
-    "instructblip": convert_blip2,
-    "llava": convert_llava,
-    "llava_next": convert_llava,
-}
-OWN = {
-    "vlm_clip": convert_clip,
-    "vlm_blip": convert_blip,
-    "vlm_blip2": convert_blip2,
-    "vlm_instructblip": convert_blip2,
-    "vlm_llava": convert_llava,
-}
-NATIVE_PROCESSORS = {
-    "CLIPProcessor": convert_clip,
-    "BlipProcessor": convert_blip,
-    "Blip2Processor": convert_blip2,
-    "InstructBlipProcessor": convert_blip2,
-    "LlavaProcessor": convert_llava,
-    "LlavaNextProcessor": convert_llava,
-}
-OWN_PROCESSORS = {
-    "VlmClipProcessor": convert_clip,
-    "VlmBlipProcessor": convert_blip,
-    "VlmBlip2Processor": convert_blip2,
-    "VlmInstructBlipProcessor": convert_blip2,
-    "VlmLlavaProcessor": convert_llava,
-}
+
+def _own_family(model_type: str, source: object) -> Family:
+    """The family of one of our model types, if it can be converted."""
+    own = {name: family for name, family in FAMILIES.items() if family.converter}
+    if model_type not in own:
+        raise _unknown(model_type, source, own)
+    return own[model_type]
 
 
-def _family(table: dict[str, ModuleType], name: str, source: object) -> ModuleType:
-    if name not in table:
-        where = source if isinstance(source, str | Path) else "This object"
-        raise ValueError(f"{where} is of architecture {name}, which cannot be converted here; {', '.join(table)} can.")
-    return table[name]
+def _native_family(model_type: str, source: object) -> Family:
+    """The family that a model type of transformers converts to."""
+    native = {name: family for family in FAMILIES.values() for name in family.native_types}
+    if model_type not in native:
+        raise _unknown(model_type, source, native)
+    return native[model_type]
+
+
+def _unknown(name: str, source: object, known: Iterable[str]) -> ValueError:
+    where = source if isinstance(source, str | Path) else "This object"
+    return ValueError(f"{where} is of architecture {name}, which cannot be converted here; {', '.join(known)} can.")
+
+
+def _converter(family: Family) -> ModuleType:
+    return import_module(str(family.converter))
 
 
 def _model_type(model_or_path: str | Path | PreTrainedModel) -> str:
@@ -70,8 +53,8 @@ def _model_type(model_or_path: str | Path | PreTrainedModel) -> str:
     return AutoConfig.from_pretrained(model_or_path).model_type
 
 
-def _load(classes: tuple[type[PreTrainedModel], ...], path: str | Path) -> PreTrainedModel:
-    """The model of a folder or Hub id, as the class that its config names, or the only one there is."""
+def _load(classes: Sequence[type[PreTrainedModel]], path: str | Path) -> PreTrainedModel:
+    """The model of a folder or Hub id, as the class that its config names, or the first one."""
     names = AutoConfig.from_pretrained(path).architectures or [classes[0].__name__]
     by_name = {model_class.__name__: model_class for model_class in classes}
     if names[0] not in by_name:
@@ -99,10 +82,11 @@ def from_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrained
     Raises:
         ValueError: if it is of another architecture, or its weights are not exactly those of its class.
     """
-    family = _family(NATIVE, _model_type(model_or_path), model_or_path)
+    family = _native_family(_model_type(model_or_path), model_or_path)
     if isinstance(model_or_path, str | Path):
-        model_or_path = _load(family.NATIVE_MODELS, model_or_path)
-    return family.from_transformers(model_or_path)
+        natives = [getattr(transformers, name) for head in family.heads for name in head.natives]
+        model_or_path = _load(natives, model_or_path)
+    return _converter(family).from_transformers(model_or_path)
 
 
 def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedModel:
@@ -120,10 +104,10 @@ def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedMo
         ValueError: if it is of another architecture, or an option (named) has no equivalent there: another text
             encoder, mean pooling, the sigmoid loss, another layout of the image tower.
     """
-    family = _family(OWN, _model_type(model_or_path), model_or_path)
+    family = _own_family(_model_type(model_or_path), model_or_path)
     if isinstance(model_or_path, str | Path):
-        model_or_path = _load(family.OWN_MODELS, model_or_path)
-    return family.to_transformers(model_or_path)
+        model_or_path = _load([load_class(head.name) for head in family.heads if head.natives], model_or_path)
+    return _converter(family).to_transformers(model_or_path)
 
 
 def processor_from_transformers(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
@@ -139,8 +123,11 @@ def processor_from_transformers(path_or_processor: str | Path | ProcessorMixin) 
         ValueError: if it is another processor, or sizes its images in a way that ours does not.
     """
     processor = _processor(path_or_processor)
-    family = _family(NATIVE_PROCESSORS, type(processor).__name__, path_or_processor)
-    return family.processor_from_transformers(processor)
+    name = type(processor).__name__
+    known = {native: family for family in FAMILIES.values() for native in family.native_processors}
+    if name not in known:
+        raise _unknown(name, path_or_processor, known)
+    return _converter(known[name]).processor_from_transformers(processor)
 
 
 def processor_to_transformers(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
@@ -156,8 +143,11 @@ def processor_to_transformers(path_or_processor: str | Path | ProcessorMixin) ->
         ValueError: if it is another processor, or pads its images.
     """
     processor = _processor(path_or_processor)
-    family = _family(OWN_PROCESSORS, type(processor).__name__, path_or_processor)
-    return family.processor_to_transformers(processor)
+    name = type(processor).__name__
+    known = {family.processor: family for family in FAMILIES.values() if family.converter and family.processor}
+    if name not in known:
+        raise _unknown(name, path_or_processor, known)
+    return _converter(known[name]).processor_to_transformers(processor)
 
 
 def from_original(
@@ -195,20 +185,20 @@ def from_original(
     """
     if isinstance(state_dict_or_path, str | Path):
         is_folder = Path(state_dict_or_path).is_dir()
-        read = convert_llava_original.read_folder if is_folder else read_state_dict
+        read = llava_original.read_folder if is_folder else read_state_dict
         state_dict_or_path = read(Path(state_dict_or_path))
     # Data parallelism leaves a prefix on every name.
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict_or_path.items()}
-    if convert_llava_original.is_llava(state_dict):
-        return convert_llava_original.from_original(state_dict, config, base)
+    if llava_original.is_llava(state_dict):
+        return llava_original.from_original(state_dict, config, base)
     if base is not None:
         raise ValueError("These are not the weights of a LLaVA in its own code's layout, for which a base serves.")
-    if convert_open_clip.is_open_clip(state_dict):
-        return convert_open_clip.from_original(state_dict, config, hidden_act)
-    if convert_blip2_original.is_blip2(state_dict):
-        return convert_blip2_original.from_original(state_dict, config)
-    if convert_blip_original.is_blip(state_dict):
-        return convert_blip_original.from_original(state_dict, config, image_size)
+    if open_clip.is_open_clip(state_dict):
+        return open_clip.from_original(state_dict, config, hidden_act)
+    if blip2_original.is_blip2(state_dict):
+        return blip2_original.from_original(state_dict, config)
+    if blip_original.is_blip(state_dict):
+        return blip_original.from_original(state_dict, config, image_size)
     names = ", ".join(list(state_dict)[:3])
     raise ValueError(
         f"Not a known layout: its tensors are {names}, ...; those of open_clip's vision transformers, BLIP, BLIP-2 and "

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ...families import native_heads
 from ...models.configuration_llava import VlmLlavaConfig
 from ...models.modeling_llava import VlmLlavaForConditionalGeneration
 from .blip2 import check_same_llm
@@ -24,8 +25,7 @@ from .clip import ALLOWED_VISION, QKV, SAME_NAMES, VISION_FIELDS, VISION_NAMES, 
 from .llava_processors import processor_from_transformers, processor_to_transformers
 from .state_dict import Names, StateDict, flipped, fuse, prefixed, rename, split, with_weights
 
-NATIVE_MODELS = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
-OWN_MODELS = (VlmLlavaForConditionalGeneration,)
+NATIVE_MODELS = tuple(native_heads("vlm_llava"))
 OWN_TOWER, CLIP_TOWER = "vlm_tower", "clip_vision_model"
 AFTER_THE_HEAD = dict.fromkeys(("logits_scaling", "logit_scale", "final_logit_softcapping"), (None,))
 
@@ -120,8 +120,6 @@ def to_transformers(model: VlmLlavaForConditionalGeneration) -> PreTrainedModel:
 
 
 __all__ = [
-    "NATIVE_MODELS",
-    "OWN_MODELS",
     "from_transformers",
     "processor_from_transformers",
     "processor_to_transformers",
