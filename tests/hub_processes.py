@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loopback_hub import Account, LoopbackHub
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 
 
 WRITER, READER, STRANGER, WRONG = "hf_writer_token", "hf_reader_token", "hf_stranger_token", "hf_wrong_token"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 
 
 def torchrun(program: str, folder: Path, ranks: int = 2) -> None:
