@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoProcessor,
     BertConfig,
     BertModel,
     PreTrainedModel,
@@ -18,17 +19,21 @@ from transformers import (
     SiglipVisionModel,
 )
 
+import hf_vlm
 import tiny
+import tiny_blip2
 from hf_vlm import (
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,
     VlmBlipForPreTraining,
     VlmBlipForQuestionAnswering,
     VlmClipModel,
+    families,
 )
 from hf_vlm.families import heads
 from hf_vlm.hub.export import save_with_code
 
+CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 # Without site (-S) an editable install does not put hf_vlm on the path.
 LOAD = """
 import importlib.util, sys
@@ -89,6 +94,28 @@ BLIP_HEADS: dict[type[PreTrainedModel], dict] = {
 }
 
 
+LOAD_ALL = """
+import importlib.util, json, sys
+sys.path.append(sys.argv[1])
+assert importlib.util.find_spec("hf_vlm") is None
+import torch, transformers
+from safetensors.torch import load_file, save_file
+
+for name in sys.argv[3:]:
+    folder = f"{sys.argv[2]}/{name}"
+    auto_map = json.load(open(f"{folder}/config.json"))["auto_map"]
+    auto_class = [key for key in auto_map if key not in ("AutoConfig", "AutoModel")] or ["AutoModel"]
+    loader = getattr(transformers, auto_class[0])
+    model, info = loader.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()), (name, info)
+    transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        outputs = model(**load_file(f"{folder}/inputs.safetensors"))
+    found = {key: value.contiguous().clone() for key, value in outputs.items() if isinstance(value, torch.Tensor)}
+    save_file(found, f"{folder}/there.safetensors")
+"""
+
+
 def run_without_the_package(program: str, folder: Path, *arguments: str) -> None:
     """Runs a program on checkpoints in the folder, with a picture beside them, where hf_vlm is not to be found."""
     tiny.image().save(folder / "picture.png")
@@ -141,6 +168,38 @@ def test_blip_loads_without_the_package(tmp_path: Path):
         assert found.keys() == expected.keys()
         for key, tensor in found.items():
             torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-5)
+
+
+def test_every_head_loads_without_the_package(tmp_path: Path):
+    """With the outputs that the recorded checkpoint of each head has."""
+    stage1, stage2 = tiny_blip2.stage1_processor(), tiny_blip2.stage2_processor()
+    recorded = {}
+    for path in sorted(CHECKPOINTS.iterdir()):
+        config = json.loads((path / "config.json").read_text())
+        name = config["architectures"][0]
+        if config["model_type"] not in families.FAMILIES or not (path / "io.safetensors").is_file():
+            continue
+        model = getattr(hf_vlm, name).from_pretrained(path)
+        if (path / "processor_config.json").is_file():
+            processor = AutoProcessor.from_pretrained(path)
+        elif config["model_type"] == "vlm_instructblip":
+            processor = tiny_blip2.instruct_processor()
+        else:
+            processor = stage1 if config.get("text_config") is None else stage2
+        save_with_code(model, processor, tmp_path / path.name)
+        tensors = load_file(path / "io.safetensors")
+        inputs = {key.removeprefix("input."): value for key, value in tensors.items() if key.startswith("input.")}
+        save_file(inputs, tmp_path / path.name / "inputs.safetensors")
+        recorded[path.name] = {k.removeprefix("output."): v for k, v in tensors.items() if k.startswith("output.")}
+    assert len(recorded) >= 15
+    run_without_the_package(LOAD_ALL, tmp_path, *recorded)
+    for name, expected in recorded.items():
+        found = load_file(tmp_path / name / "there.safetensors")
+        assert expected
+        for key, tensor in expected.items():
+            torch.testing.assert_close(
+                found[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def test_saving_leaves_the_objects_as_they_were(tmp_path: Path):
