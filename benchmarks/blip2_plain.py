@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from hf_vlm import VlmBlip2ForPreTraining
 from hf_vlm.models.losses import positive_pairs
 from hf_vlm.models.modeling_blip2_pretraining import VlmBlip2Output
+from hf_vlm.models.pretraining import draw_hard_negatives, mean_of, total_loss, unpadded_labels, with_count
 
 
 class PlainBlip2(VlmBlip2ForPreTraining):
@@ -40,18 +41,28 @@ class PlainBlip2(VlmBlip2ForPreTraining):
         """The three losses of pairs."""
         states = self.model.encode_images(pixel_values, vision_features)
         queries = self.model.qformer(self.project_memory(states))
-        parts: dict[str, torch.Tensor] = {}
-        output = VlmBlip2Output(query_output=queries.last_hidden_state, parts=parts)
-        output.image_embeds = self.similarity.embed_queries(queries.last_hidden_state)
-        output.text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
+        image_embeds = self.similarity.embed_queries(queries.last_hidden_state)
+        text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
         positives = positive_pairs(None, len(states), states.device)
-        self._contrast(output, positives)
-        self._match_pairs(output, states, states, input_ids, attention_mask, positives, sample_seed)
+        per_image, per_text, loss_itc = self._contrast(image_embeds, text_embeds, positives)
+        parts = {"itc": with_count(loss_itc, len(states))}
+        negatives = draw_hard_negatives(per_image, per_text, positives, sample_seed)
+        itm_logits, parts["itm"] = self._match_pairs(states, states, negatives, input_ids, attention_mask)
         if self.recomputes_queries:
             queries = self.model.qformer(self.project_memory(states))
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels = unpadded_labels(input_ids, attention_mask)
         parts["lm"] = self.write(queries.query_states, input_ids, attention_mask, labels)
-        output.loss_itm, output.loss_lm = (total / count for total, count in (parts["itm"], parts["lm"]))
-        losses = {"itc": output.loss_itc, "itm": output.loss_itm, "lm": output.loss_lm}
-        output.loss = torch.stack([self.config.loss_weights[name] * each for name, each in losses.items()]).sum()
-        return output
+        losses = {"itc": loss_itc, "itm": mean_of(parts["itm"]), "lm": mean_of(parts["lm"])}
+        return VlmBlip2Output(
+            loss=total_loss(losses, self.config.loss_weights),
+            loss_itc=losses["itc"],
+            loss_itm=losses["itm"],
+            loss_lm=losses["lm"],
+            parts=parts,
+            itm_logits=itm_logits,
+            logits_per_image=per_image,
+            logits_per_text=per_text,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            query_output=queries.last_hidden_state,
+        )

@@ -12,12 +12,12 @@ negatives and the vocabulary logits, at supervised positions only, are the model
 """
 
 import torch
-from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_vlm import VlmBlipForPreTraining
 from hf_vlm.models.bert import with_first_token
-from hf_vlm.models.modeling_blip_text import Memory
+from hf_vlm.models.modeling_fusion import ImageKeyValues
+from hf_vlm.models.pretraining import matching_part
 
 
 class PlainBlip(VlmBlipForPreTraining):
@@ -46,8 +46,10 @@ class PlainBlip(VlmBlipForPreTraining):
         states = encoder(input_ids, attention_mask, encoder.project_memory(states)).last_hidden_state
         return self.itm_head(states[:, 0])
 
-    def _match_pairs(self, output, states, input_ids, attention_mask, pair_ids, seed) -> Memory:
-        """Fills logits and the part; returns what language modelling looks at, projected anew."""
+    def _match_pairs(
+        self, output, states, input_ids, attention_mask, pair_ids, seed
+    ) -> tuple[torch.Tensor, ImageKeyValues]:
+        """Fills logits; returns the loss's sum and count, and keys and values for language modelling, computed anew."""
         negative_images, negative_texts, exists = self._hard_negatives(output, pair_ids, seed)
         of_pairs = self._match_pass(states, input_ids, attention_mask)
         of_negatives = self._match_pass(
@@ -56,7 +58,4 @@ class PlainBlip(VlmBlipForPreTraining):
             torch.cat([attention_mask, attention_mask[negative_texts]]),
         )
         output.itm_logits = torch.cat([of_pairs, of_negatives])
-        labels = (torch.arange(len(exists), device=states.device) < len(states)).long()
-        losses = F.cross_entropy(output.itm_logits.float(), labels, reduction="none")
-        output.parts["itm"] = torch.stack([(losses * exists).sum(), exists.sum().float()])
-        return self.model.text_decoder.project_memory(states)
+        return matching_part(output.itm_logits, exists), self.model.text_decoder.project_memory(states)

@@ -11,7 +11,7 @@ from .configuration_blip import VlmBlipTextConfig
 class VlmBlipLMHead(nn.Module):
     """Vocabulary logits of decoder states: BERT's transform, then a matrix, the word embedding where tied."""
 
-    def __init__(self, config: VlmBlipTextConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.act = ACT2FN[config.hidden_act]
@@ -22,7 +22,7 @@ class VlmBlipLMHead(nn.Module):
         return self.decoder(self.norm(self.act(self.dense(hidden_states))))
 
 
-def with_first_token(input_ids: torch.Tensor, token_id: int) -> torch.Tensor:
+def with_first_token(input_ids: torch.Tensor | None, token_id: int) -> torch.Tensor:
     """Token ids with another first token: `[ENC]` or `[DEC]` in place of `[CLS]`."""
     if input_ids is None:
         raise ValueError("Pass the texts as input_ids.")

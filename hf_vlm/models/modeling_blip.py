@@ -28,13 +28,28 @@ from transformers.utils.generic import can_return_tuple
 from .bert import VlmBlipLMHead, bert_text_config, copy_bert, with_first_token
 from .configuration_blip import VlmBlipConfig
 from .configuration_tower import VlmTowerConfig
-from .distributed import fetch_rows, gather_texts, gather_with_grad, rank
+from .distributed import fetch_rows, gather_with_grad
 from .freezing import freeze
-from .losses import language_modeling_loss, positive_pairs, sample_negatives, soft_contrastive_loss
-from .modeling_blip_text import Memory, VlmBlipOutput, VlmBlipPreTrainedModel, VlmBlipTextModel
+from .losses import positive_pairs
+from .modeling_blip_text import VlmBlipOutput, VlmBlipPreTrainedModel, VlmBlipTextModel
+from .modeling_fusion import ImageKeyValues
 from .modeling_tower import VlmTowerModel
 from .momentum import FeatureQueue, MomentumEncoders
-from .towers import build_vision_tower, freeze_unused, load_tower, published_config, resize_tower
+from .pretraining import (
+    HardNegatives,
+    VlmSimilarity,
+    check_pairs,
+    contrastive_pair_loss,
+    draw_hard_negatives,
+    language_modeling_part,
+    matching_part,
+    matching_texts,
+    mean_of,
+    total_loss,
+    unpadded_labels,
+    with_count,
+)
+from .towers import build_vision_tower, config_without_path, freeze_unused, load_tower, resize_tower
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +70,26 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         self.post_init()
         self.freeze_parts()
 
+    def require_text_encoder(self) -> VlmBlipTextModel:
+        """The text encoder.
+
+        Raises:
+            ValueError: if the config leaves it out.
+        """
+        if self.text_encoder is None:
+            raise ValueError("This checkpoint has no text encoder: use one with use_text_encoder=True.")
+        return self.text_encoder
+
+    def require_text_decoder(self) -> VlmBlipTextModel:
+        """The text decoder.
+
+        Raises:
+            ValueError: if the config leaves it out.
+        """
+        if self.text_decoder is None:
+            raise ValueError("This checkpoint has no text decoder: use one with use_text_decoder=True.")
+        return self.text_decoder
+
     @property
     def shares_parts(self) -> bool:
         """Whether encoder and decoder are one but for their self-attention, so that a memory serves both."""
@@ -66,7 +101,7 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         freeze_unused(self.vision_model, uses_pooled_output=False)
 
     def get_input_embeddings(self) -> nn.Module:
-        return (self.text_encoder or self.text_decoder).get_input_embeddings()
+        return (self.text_encoder or self.require_text_decoder()).get_input_embeddings()
 
     def encode_images(
         self,
@@ -116,58 +151,45 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         if self.text_encoder is not None:
             text_model, token_id = self.text_encoder, self.config.text_config.enc_token_id
         else:
-            text_model, token_id = self.text_decoder, self.config.text_config.bos_token_id
+            text_model, token_id = self.require_text_decoder(), self.config.text_config.bos_token_id
         return text_model(
             with_first_token(input_ids, token_id), attention_mask, text_model.project_memory(states), **kwargs
         )
 
 
-class VlmBlipSimilarity(nn.Module):
-    """The projections into the shared space, and the temperature."""
+class VlmBlipSimilarity(VlmSimilarity):
+    """The projections of one image token and one text token into the shared space, and the temperature."""
 
     def __init__(self, config: VlmBlipConfig):
-        super().__init__()
-        self.config = config
-        self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
-        self.text_proj = nn.Linear(config.text_config.hidden_size, config.projection_dim)
-        # Of one dimension, since FSDP2 does not shard scalars.
-        self.temperature = nn.Parameter(torch.empty(1))
+        super().__init__(config, config.vision_config.hidden_size, config.text_config.hidden_size)
 
     def embed_images(self, states: torch.Tensor) -> torch.Tensor:
         """L2-normalised `(I, E)` of patch states `(I, P, width)`."""
         pooled = states[:, 0] if self.config.vision_pooling == "class" else states.mean(dim=1)
         return F.normalize(self.vision_proj(pooled.to(self.vision_proj.weight.dtype)).float(), dim=-1)
 
-    def embed_texts(self, states: torch.Tensor) -> torch.Tensor:
-        """L2-normalised `(B, E)` of text states `(B, L, H)`: those of the first token."""
-        return F.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
-
     def forward(self, embeds: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Similarities `(rows, candidates)` over the temperature, in float32 even under autocast."""
         with torch.autocast(embeds.device.type, enabled=False):
             return embeds @ candidates.T / self.temperature.float()
 
-    @torch.no_grad()
-    def clamp(self) -> None:
-        """Keeps the temperature within the config's bounds; the trainer calls it after each step."""
-        self.temperature.clamp_(self.config.min_temperature, self.config.max_temperature)
-
 
 class VlmBlipHead(VlmBlipPreTrainedModel):
-    """What the heads share: the body, and the way from one head to another.
+    """What BLIP's heads share: the body, and the way from one head to another.
 
-    `needs` are the parts of the body that a head cannot do without; `layout` is how it sets its config when it is made
-    of a pretrained model.
+    `required_parts` are the parts of the body that the head needs. `layout` holds the config fields that
+    `from_parts` and `from_pretraining` set for the head.
     """
 
-    needs: tuple[str, ...] = ()
+    required_parts: tuple[str, ...] = ()
     layout: dict = {}
 
     def __init__(self, config: VlmBlipConfig):
         super().__init__(config)
-        missing = [part for part in self.needs if not getattr(config, f"use_{part}")]
+        missing = [part for part in self.required_parts if not getattr(config, f"use_{part}")]
         if missing:
-            raise ValueError(f"{type(self).__name__} needs a {missing[0]}, which this checkpoint has not.")
+            part = missing[0].replace("_", " ")
+            raise ValueError(f"{type(self).__name__} needs a {part}, but this checkpoint has none.")
         memory = self.layout.get("decoder_memory", config.decoder_memory)
         if config.decoder_memory != memory:
             raise ValueError(f'{type(self).__name__} needs decoder_memory="{memory}": see from_pretraining.')
@@ -218,7 +240,10 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         if vision_model.config.model_type == VlmTowerConfig.model_type:
             vision_model.config.final_norm = "sequence"  # CLIP normalises the pooled token alone; here all are read
         resize_tower(vision_model, image_size)
-        parts = {"vision_config": published_config(vision_model), "text_config": bert_text_config(bert.config, dropout)}
+        parts = {
+            "vision_config": config_without_path(vision_model),
+            "text_config": bert_text_config(bert.config, dropout),
+        }
         head = cls(VlmBlipConfig(**{**cls.layout, **parts, **config_kwargs}))
         head.model.vision_model = vision_model
         head.freeze_parts()
@@ -257,13 +282,6 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         resize_tower(head.model.vision_model, image_size)
         return head.to(dtype=model.dtype, device=model.device)
 
-    def language_modeling(
-        self, states: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Sum and count, `(2,)`, of the language-modelling loss of decoder states."""
-        total, count = language_modeling_loss(states, labels, self.lm_head, self.config.label_smoothing, row_weights)
-        return torch.stack([total, count.to(total.dtype)])
-
 
 class VlmBlipForPreTraining(VlmBlipHead):
     """BLIP with its three objectives, each with a weight in the config (section 3.2).
@@ -276,7 +294,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         ```
     """
 
-    needs: tuple[str, ...] = ("text_encoder", "text_decoder")
+    required_parts: tuple[str, ...] = ("text_encoder", "text_decoder")
     layout = {"use_text_encoder": True, "use_text_decoder": True, "decoder_memory": "image"}
 
     def __init__(self, config: VlmBlipConfig):
@@ -298,20 +316,20 @@ class VlmBlipForPreTraining(VlmBlipHead):
             unused.append(self.similarity)
         if not config.itm_weight:
             unused.append(self.itm_head)
-        if config.use_text_decoder and not config.lm_weight:
+        if self.lm_head is not None and not config.lm_weight:
             head = self.lm_head
-            unused += [head.dense, head.norm, head.decoder.bias, self.model.text_decoder]
+            unused += [head.dense, head.norm, head.decoder.bias, self.model.require_text_decoder()]
             if not config.tie_word_embeddings:  # else the weight is the word embedding, which the other losses train
                 unused.append(head.decoder.weight)
         if not (config.itm_weight or (config.lm_weight and self.model.shares_parts)):
-            unused += [layer.cross_attention for layer in self.model.text_encoder.layers]
+            unused += self.model.require_text_encoder().cross_attentions()
         freeze(*unused)
 
     def averaged_modules(self) -> dict[str, nn.Module]:
         """What the momentum encoders are averages of."""
         return {
             "vision_model": self.model.vision_model,
-            "text_encoder": self.model.text_encoder,
+            "text_encoder": self.model.require_text_encoder(),
             "similarity": self.similarity,
         }
 
@@ -348,24 +366,26 @@ class VlmBlipForPreTraining(VlmBlipHead):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> BaseModelOutputWithPooling:
         """`pooler_output`: L2-normalised text embeddings `(B, E)` of texts as the tokenizer gives them."""
-        states = self.model.text_encoder(input_ids, attention_mask, first_only=True).last_hidden_state
+        encoder = self.model.require_text_encoder()
+        states = encoder(input_ids, attention_mask, first_only=True).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
 
-    def project_memory(self, states: torch.Tensor) -> Memory:
+    def project_memory(self, states: torch.Tensor) -> ImageKeyValues:
         """Keys and values of images for `match`, of patch states `(I, P, width)`."""
-        return self.model.text_encoder.project_memory(states)
+        return self.model.require_text_encoder().project_memory(states)
 
     def match(
         self,
-        memory: Memory,
+        memory: ImageKeyValues,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         memory_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits `(B, 2)`, no match and match, of texts with the images of `project_memory`."""
         input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
-        states = self.model.text_encoder(input_ids, attention_mask, memory, memory_index, first_only=True)
-        return self.itm_head(states.last_hidden_state[:, 0])
+        encoder = self.model.require_text_encoder()
+        states = encoder(input_ids, attention_mask, memory, memory_index, first_only=True).last_hidden_state
+        return self.itm_head(states[:, 0])
 
     @torch.no_grad()
     def _momentum_features(self, pixel_values, vision_features, input_ids, attention_mask, interpolate_pos_encoding):
@@ -380,8 +400,8 @@ class VlmBlipForPreTraining(VlmBlipHead):
         similarity = encoders["similarity"]
         return similarity.embed_images(vision_features), similarity.embed_texts(texts)
 
-    def _contrast(self, output: VlmBlipOutput, momentum_features, pair_ids, soft_target_weight: float) -> None:
-        """Section 3.2, ITC: fills logits, targets and the loss."""
+    def _contrast(self, output: VlmBlipOutput, momentum_features, pair_ids, soft_target_weight: float) -> torch.Tensor:
+        """Section 3.2, ITC: fills logits and targets, and returns the loss."""
         images_m, texts_m = momentum_features
         queued_images, queued_texts, queued_ids = self.momentum.queue.filled()
         all_images = torch.cat([gather_with_grad(images_m), queued_images])
@@ -396,79 +416,71 @@ class VlmBlipForPreTraining(VlmBlipHead):
         with torch.no_grad():
             soft_images = self.similarity(images_m, all_texts).softmax(dim=-1)
             soft_texts = self.similarity(texts_m, all_images).softmax(dim=-1)
-        output.targets_per_image = soft_target_weight * soft_images + (1 - soft_target_weight) * hard
-        output.targets_per_text = soft_target_weight * soft_texts + (1 - soft_target_weight) * hard
-        output.logits_per_image = self.similarity(output.image_embeds, all_texts)
-        output.logits_per_text = self.similarity(output.text_embeds, all_images)
-        of_images = soft_contrastive_loss(output.logits_per_image, output.targets_per_image)
-        output.loss_itc = (of_images + soft_contrastive_loss(output.logits_per_text, output.targets_per_text)) / 2
+        targets_per_image = soft_target_weight * soft_images + (1 - soft_target_weight) * hard
+        targets_per_text = soft_target_weight * soft_texts + (1 - soft_target_weight) * hard
+        logits_per_image = self.similarity(output.image_embeds, all_texts)
+        logits_per_text = self.similarity(output.text_embeds, all_images)
+        output.logits_per_image, output.logits_per_text = logits_per_image, logits_per_text
+        output.targets_per_image, output.targets_per_text = targets_per_image, targets_per_text
         if self.training and torch.is_grad_enabled():
             self.momentum.keep(images_m, texts_m, pair_ids)
+        return contrastive_pair_loss(logits_per_image, logits_per_text, targets_per_image, targets_per_text)
 
-    def _hard_negatives(self, output: VlmBlipOutput, pair_ids, seed: int | None):
-        """A negative image for each text and a negative text for each image, and whether there is one."""
-        batch = len(output.image_embeds)
-        positives = positive_pairs(pair_ids, batch, output.image_embeds.device)
-        if output.logits_per_image is None:
-            per_image = self.similarity(output.image_embeds, gather_with_grad(output.text_embeds.detach()))
-            per_text = self.similarity(output.text_embeds, gather_with_grad(output.image_embeds.detach()))
-        else:
-            per_image, per_text = output.logits_per_image, output.logits_per_text
-        images, has_image = sample_negatives(per_text[:, : positives.shape[1]], positives, seed)
-        texts, has_text = sample_negatives(
-            per_image[:, : positives.shape[1]], positives, None if seed is None else seed + 1
-        )
-        return images, texts, torch.cat([torch.ones_like(has_image), has_image, has_text])
+    def _hard_negatives(self, output: VlmBlipOutput, pair_ids: torch.Tensor | None, seed: int | None) -> HardNegatives:
+        """Negatives by the similarities of ITC where it is computed; the queue's candidates are left out."""
+        images, texts = output.image_embeds, output.text_embeds
+        positives = positive_pairs(pair_ids, images.shape[0], images.device)
+        per_image, per_text = output.logits_per_image, output.logits_per_text
+        if per_image is None or per_text is None:
+            per_image = self.similarity(images, gather_with_grad(texts.detach()))
+            per_text = self.similarity(texts, gather_with_grad(images.detach()))
+        candidates = positives.shape[1]
+        return draw_hard_negatives(per_image[:, :candidates], per_text[:, :candidates], positives, seed)
 
-    def _match_pairs(self, output, states, input_ids, attention_mask, pair_ids, seed) -> Memory:
-        """Section 3.2, ITM: fills logits and the part; returns the memory of the images, those of this rank first."""
+    def _match_pairs(
+        self,
+        output: VlmBlipOutput,
+        states: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pair_ids: torch.Tensor | None,
+        seed: int | None,
+    ) -> tuple[torch.Tensor, ImageKeyValues]:
+        """Section 3.2, ITM: fills logits; returns the loss's sum and count, and the keys and values of own images."""
         batch = len(states)
         own = torch.arange(batch, device=states.device)
-        negative_images, negative_texts, exists = self._hard_negatives(output, pair_ids, seed)
-        states, image_places = fetch_rows(states, negative_images)
-        memory = self.model.text_encoder.project_memory(states)
-        all_ids, all_masks = gather_texts(input_ids, attention_mask, self.config.text_config.pad_token_id)
-        input_ids, attention_mask = all_ids[rank() * batch :][:batch], all_masks[rank() * batch :][:batch]
-        output.itm_logits = self.match(
-            memory,
-            torch.cat([input_ids, input_ids, all_ids[negative_texts]]),
-            torch.cat([attention_mask, attention_mask, all_masks[negative_texts]]),
-            torch.cat([own, image_places, own]),
-        )
-        labels = (torch.arange(3 * batch, device=states.device) < batch).long()
-        losses = F.cross_entropy(output.itm_logits.float(), labels, reduction="none")
-        output.parts["itm"] = torch.stack([(losses * exists).sum(), exists.sum().float()])
-        return tuple((key[:batch], value[:batch]) for key, value in memory)
+        negatives = self._hard_negatives(output, pair_ids, seed)
+        states, image_places = fetch_rows(states, negatives.images)
+        memory = self.model.require_text_encoder().project_memory(states)
+        texts = matching_texts(input_ids, attention_mask, negatives.texts, self.config.text_config.pad_token_id)
+        output.itm_logits = itm_logits = self.match(memory, *texts, torch.cat([own, image_places, own]))
+        return matching_part(itm_logits, negatives.exists), tuple((key[:batch], value[:batch]) for key, value in memory)
 
     def _losses(self, output, states, momentum_features, inputs, pair_ids, soft_target_weight, seed) -> None:
         """Fills the three losses, each where its weight asks for it, and their sum."""
-        config, batch = self.config, len(states)
+        config = self.config
         input_ids, attention_mask, labels = inputs
-        output.parts, memory = {}, None
+        parts, memory = {}, None
         if config.itc_weight:
             weight = config.soft_target_weight if soft_target_weight is None else soft_target_weight
-            self._contrast(output, momentum_features, pair_ids, weight)
-            output.parts["itc"] = torch.stack([output.loss_itc * batch, output.loss_itc.new_tensor(batch)])
+            output.loss_itc = loss_itc = self._contrast(output, momentum_features, pair_ids, weight)
+            parts["itc"] = with_count(loss_itc, len(states))
         if config.itm_weight:
-            memory = self._match_pairs(output, states, input_ids, attention_mask, pair_ids, seed)
-            total, count = output.parts["itm"]
-            output.loss_itm = total / count.clamp(min=1)
+            parts["itm"], memory = self._match_pairs(output, states, input_ids, attention_mask, pair_ids, seed)
+            output.loss_itm = mean_of(parts["itm"])
         if config.lm_weight and self.lm_head is not None:
+            decoder = self.model.require_text_decoder()
             if memory is None or not self.model.shares_parts:
-                memory = self.model.text_decoder.project_memory(states)
+                memory = decoder.project_memory(states)
             if labels is None:
-                labels = input_ids.masked_fill(attention_mask == 0, -100)
+                labels = unpadded_labels(input_ids, attention_mask)
             decoder_ids = with_first_token(input_ids, config.text_config.bos_token_id)
-            text_states = self.model.text_decoder(decoder_ids, attention_mask, memory).last_hidden_state
-            output.parts["lm"] = self.language_modeling(text_states, labels)
-            total, count = output.parts["lm"]
-            output.loss_lm = total / count.clamp(min=1)
-        weighted = (
-            (config.itc_weight, output.loss_itc),
-            (config.itm_weight, output.loss_itm),
-            (config.lm_weight, output.loss_lm),
-        )
-        output.loss = sum(weight * loss for weight, loss in weighted if loss is not None)
+            text_states = decoder(decoder_ids, attention_mask, memory).last_hidden_state
+            parts["lm"] = language_modeling_part(text_states, labels, self.lm_head, config.label_smoothing)
+            output.loss_lm = mean_of(parts["lm"])
+        output.parts = parts
+        losses = {"itc": output.loss_itc, "itm": output.loss_itm, "lm": output.loss_lm}
+        output.loss = total_loss(losses, config.loss_weights)
 
     @can_return_tuple
     def forward(
@@ -514,13 +526,10 @@ class VlmBlipForPreTraining(VlmBlipHead):
         output = VlmBlipOutput(image_embeds=images.pooler_output)
         output.text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
         if not return_loss:
-            memory = self.model.text_encoder.project_memory(images.last_hidden_state)
+            memory = self.project_memory(images.last_hidden_state)
             output.itm_logits = self.match(memory, input_ids, attention_mask)
             return output
-        if len(input_ids) != len(images.last_hidden_state):
-            raise ValueError(
-                f"The loss needs pairs, not {len(images.last_hidden_state)} images and {len(input_ids)} texts."
-            )
+        check_pairs(len(images.last_hidden_state), len(input_ids))
         momentum_features = None
         if self.config.itc_weight:
             momentum_features = self._momentum_features(
@@ -539,7 +548,7 @@ class VlmBlipForImageTextRetrieval(VlmBlipForPreTraining):
     Trained by the same two objectives; with `pair_ids`, several captions of one image are positives (section 5.1).
     """
 
-    needs = ("text_encoder",)
+    required_parts = ("text_encoder",)
     layout = {"use_text_encoder": True, "use_text_decoder": False, "tie_word_embeddings": False}
 
     def __init__(self, config: VlmBlipConfig):

@@ -24,7 +24,7 @@ from .language_head import generate_from_embeds, language_loss, mean_loss, promp
 from .language_model import commit_of, hidden_states, load_language_model
 from .losses import token_cross_entropy
 from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
-from .towers import published_config
+from .towers import config_without_path
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +91,11 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         """
         body = VlmBlip2Model.from_pretrained(blip2) if isinstance(blip2, str) else blip2.base_model
         llm = load_language_model(language_model, language_model_kwargs)
-        fields = {"text_config": published_config(llm), "image_token_id": image_token_id, "language_model_source": None}
+        fields = {
+            "text_config": config_without_path(llm),
+            "image_token_id": image_token_id,
+            "language_model_source": None,
+        }
         name = language_model if isinstance(language_model, str) else llm.config._name_or_path
         if name and (commit := commit_of(name, language_model_kwargs or {})):  # compared when the LLM is left out
             fields["language_model_source"] = {"id": name, "revision": commit}

@@ -23,12 +23,26 @@ from transformers.utils.generic import can_return_tuple
 
 from .bert import VlmBlipLMHead, bert_qformer_config, copy_bert_to_qformer, with_first_token
 from .configuration_blip2 import VlmBlip2Config
-from .distributed import fetch_rows, gather_texts, gather_with_grad, rank
+from .distributed import fetch_rows, gather_with_grad
 from .freezing import freeze
-from .losses import language_modeling_loss, positive_pairs, sample_negatives, soft_contrastive_loss
+from .losses import positive_pairs
 from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
-from .modeling_qformer import QFormerMemory, QueryStates
-from .towers import frozen_tower, load_tower, published_config
+from .modeling_qformer import QFormerKeyValues, QueryStates
+from .pretraining import (
+    HardNegatives,
+    VlmSimilarity,
+    check_pairs,
+    contrastive_pair_loss,
+    draw_hard_negatives,
+    language_modeling_part,
+    matching_part,
+    matching_texts,
+    mean_of,
+    total_loss,
+    unpadded_labels,
+    with_count,
+)
+from .towers import config_without_path, frozen_tower, load_tower
 
 
 @dataclass
@@ -64,36 +78,22 @@ class VlmBlip2Output(ModelOutput):
     query_output: torch.Tensor | None = None
 
 
-class VlmBlip2Similarity(nn.Module):
-    """The projections into the shared space, and the temperature."""
+class VlmBlip2Similarity(VlmSimilarity):
+    """The projections of every query and of one text token into the shared space, and the temperature."""
 
     def __init__(self, config: VlmBlip2Config):
-        super().__init__()
-        self.config = config
-        hidden = config.qformer_config.hidden_size
-        self.vision_proj = nn.Linear(hidden, config.projection_dim)
-        self.text_proj = nn.Linear(hidden, config.projection_dim)
-        # Of one dimension, since FSDP2 does not shard scalars.
-        self.temperature = nn.Parameter(torch.empty(1))
+        hidden_size = config.qformer_config.hidden_size
+        super().__init__(config, vision_size=hidden_size, text_size=hidden_size)
 
     def embed_queries(self, queries: torch.Tensor) -> torch.Tensor:
         """L2-normalised `(I, Q, E)` of queries `(I, Q, H)`."""
         return F.normalize(self.vision_proj(queries).float(), dim=-1)
-
-    def embed_texts(self, states: torch.Tensor) -> torch.Tensor:
-        """L2-normalised `(B, E)` of text states `(B, L, H)`: those of the first token."""
-        return F.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
 
     def forward(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """Similarities `(I, B)` over the temperature: of an image's queries the nearest counts (section 3.2)."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             similarities = image_embeds.flatten(0, 1) @ text_embeds.T  # (I * Q, B)
             return similarities.unflatten(0, image_embeds.shape[:2]).amax(dim=1) / self.temperature.float()
-
-    @torch.no_grad()
-    def clamp(self) -> None:
-        """Keeps the temperature within the config's bounds; the trainer calls it after each step."""
-        self.temperature.clamp_(self.config.min_temperature, self.config.max_temperature)
 
 
 class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
@@ -111,7 +111,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         super().__init__(config)
         qformer = config.qformer_config
         if not qformer.use_text:
-            raise ValueError(f"{type(self).__name__} needs the Q-Former's text branch, which this checkpoint has not.")
+            raise ValueError(f"{type(self).__name__} needs the Q-Former's text branch, but this checkpoint has none.")
         if config.text_config is not None:  # that of a later stage has an LLM, which is of no use here
             config = copy.deepcopy(config)
             config.update({"text_config": None, "excludes_language_model": False})
@@ -175,7 +175,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         bert = load_tower(text, "text", text_kwargs or {})
         fields = {"num_query_tokens": num_query_tokens, "cross_attention_frequency": cross_attention_frequency}
         qformer = bert_qformer_config(bert.config, tower.config.hidden_size, dropout, **fields)
-        parts = {"vision_config": published_config(tower), "qformer_config": qformer}
+        parts = {"vision_config": config_without_path(tower), "qformer_config": qformer}
         head = cls(VlmBlip2Config(**{**parts, **config_kwargs}))
         head.model.vision_model = tower
         copy_bert_to_qformer(head.model.qformer, bert)
@@ -202,13 +202,13 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         states = self.model.qformer(None, input_ids, attention_mask, keep=1).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
 
-    def project_memory(self, states: torch.Tensor) -> QFormerMemory:
+    def project_memory(self, states: torch.Tensor) -> QFormerKeyValues:
         """Keys and values of images for `match`, of normalised patch states `(I, P, width)`."""
         return self.model.qformer.project_memory(states)
 
     def match(
         self,
-        memory: QFormerMemory,
+        memory: QFormerKeyValues,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         memory_index: torch.Tensor | None = None,
@@ -218,48 +218,42 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         queries = self.model.qformer(memory, input_ids, attention_mask, memory_index, keep=keep).last_hidden_state
         return self.itm_head(queries).mean(dim=1)
 
-    def _contrast(self, output: VlmBlip2Output, positives: torch.Tensor) -> None:
-        """Section 3.2, ITC: fills logits and the loss."""
-        output.logits_per_image = self.similarity(output.image_embeds, gather_with_grad(output.text_embeds).detach())
-        output.logits_per_text = self.similarity(gather_with_grad(output.image_embeds).detach(), output.text_embeds).T
+    def _contrast(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, positives: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Section 3.2, ITC: the logits `(B, G)` of both directions, and the loss."""
+        per_image = self.similarity(image_embeds, gather_with_grad(text_embeds).detach())
+        per_text = self.similarity(gather_with_grad(image_embeds).detach(), text_embeds).T
         smoothing = self.config.label_smoothing
         targets = (1 - smoothing) * positives / positives.sum(dim=-1, keepdim=True) + smoothing / positives.shape[1]
-        of_images = soft_contrastive_loss(output.logits_per_image, targets)
-        output.loss_itc = (of_images + soft_contrastive_loss(output.logits_per_text, targets)) / 2
+        return per_image, per_text, contrastive_pair_loss(per_image, per_text, targets, targets)
 
-    def _match_pairs(self, output, states, memory, input_ids, attention_mask, positives, seed) -> None:
-        """Section 3.2, ITM: fills logits and the part."""
+    def _match_pairs(
+        self,
+        states: torch.Tensor,
+        memory: QFormerKeyValues,
+        negatives: HardNegatives,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Section 3.2, ITM: the logits `(3 B, 2)`, and the loss's sum and count."""
         batch, qformer = len(states), self.model.qformer
         own = torch.arange(batch, device=states.device)
-        negative_images, has_image = sample_negatives(output.logits_per_text, positives, seed)
-        negative_texts, has_text = sample_negatives(
-            output.logits_per_image, positives, None if seed is None else seed + 1
-        )
-        pool, image_places = fetch_rows(states, negative_images)
+        pool, image_places = fetch_rows(states, negatives.images)
         if len(pool) > batch:
             fetched = qformer.project_memory(pool[batch:])
             pairs = zip(memory, fetched, strict=True)
             memory = tuple(a and (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in pairs)
-        all_ids, all_masks = gather_texts(input_ids, attention_mask, qformer.config.pad_token_id)
-        input_ids, attention_mask = all_ids[rank() * batch :][:batch], all_masks[rank() * batch :][:batch]
-        output.itm_logits = self.match(
-            memory,
-            torch.cat([input_ids, input_ids, all_ids[negative_texts]]),
-            torch.cat([attention_mask, attention_mask, all_masks[negative_texts]]),
-            torch.cat([own, image_places, own]),
-        )
-        labels = (torch.arange(3 * batch, device=states.device) < batch).long()
-        exists = torch.cat([torch.ones_like(has_image), has_image, has_text])
-        losses = F.cross_entropy(output.itm_logits.float(), labels, reduction="none")
-        output.parts["itm"] = torch.stack([(losses * exists).sum(), exists.sum().float()])
+        texts = matching_texts(input_ids, attention_mask, negatives.texts, qformer.config.pad_token_id)
+        logits = self.match(memory, *texts, torch.cat([own, image_places, own]))
+        return logits, matching_part(logits, negatives.exists)
 
     def write(self, query_states: QueryStates, input_ids, attention_mask, labels) -> torch.Tensor:
         """Section 3.2, ITG: sum and count `(2,)` of the loss of texts written after the queries."""
         qformer = self.model.qformer
         input_ids = with_first_token(input_ids, qformer.config.bos_token_id)
         states = qformer(None, input_ids, attention_mask, prefix=query_states).last_hidden_state
-        total, count = language_modeling_loss(states, labels, self.lm_head, self.config.label_smoothing)
-        return torch.stack([total, count.to(total.dtype)])
+        return language_modeling_part(states, labels, self.lm_head, self.config.label_smoothing)
 
     @can_return_tuple
     def forward(
@@ -298,27 +292,30 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         memory = self.model.qformer.project_memory(states)
         queries = self.model.qformer(memory)
-        output = VlmBlip2Output(query_output=queries.last_hidden_state)
-        output.image_embeds = self.similarity.embed_queries(queries.last_hidden_state)
-        output.text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
+        image_embeds = self.similarity.embed_queries(queries.last_hidden_state)
+        text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
+        output = VlmBlip2Output(
+            image_embeds=image_embeds, text_embeds=text_embeds, query_output=queries.last_hidden_state
+        )
         if not return_loss:
             output.itm_logits = self.match(memory, input_ids, attention_mask)
             return output
-        if len(input_ids) != len(states):
-            raise ValueError(f"The loss needs pairs, not {len(states)} images and {len(input_ids)} texts.")
+        check_pairs(len(states), len(input_ids))
         positives = positive_pairs(pair_ids, len(states), states.device)
-        self._contrast(output, positives)
-        output.parts = {"itc": torch.stack([output.loss_itc * len(states), output.loss_itc.new_tensor(len(states))])}
+        per_image, per_text, output.loss_itc = self._contrast(image_embeds, text_embeds, positives)
+        output.logits_per_image, output.logits_per_text = per_image, per_text
+        parts = {"itc": with_count(output.loss_itc, len(states))}
         if self.config.itm_weight:
-            self._match_pairs(output, states, memory, input_ids, attention_mask, positives, sample_seed)
-            output.loss_itm = output.parts["itm"][0] / output.parts["itm"][1].clamp(min=1)
+            negatives = draw_hard_negatives(per_image, per_text, positives, sample_seed)
+            output.itm_logits, parts["itm"] = self._match_pairs(states, memory, negatives, input_ids, attention_mask)
+            output.loss_itm = mean_of(parts["itm"])
         if self.config.lm_weight and self.writes:
-            labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
-            output.parts["lm"] = self.write(queries.query_states, input_ids, attention_mask, labels)
-            output.loss_lm = output.parts["lm"][0] / output.parts["lm"][1].clamp(min=1)
+            labels = unpadded_labels(input_ids, attention_mask) if labels is None else labels
+            parts["lm"] = self.write(queries.query_states, input_ids, attention_mask, labels)
+            output.loss_lm = mean_of(parts["lm"])
+        output.parts = parts
         losses = {"itc": output.loss_itc, "itm": output.loss_itm, "lm": output.loss_lm}
-        weights = self.config.loss_weights
-        output.loss = sum(weights[name] * loss for name, loss in losses.items() if loss is not None)
+        output.loss = total_loss(losses, self.config.loss_weights)
         return output
 
 

@@ -19,7 +19,9 @@ from transformers.utils.generic import can_return_tuple
 from .bert import VlmBlipLMHead, with_first_token
 from .configuration_blip import VlmBlipConfig
 from .modeling_blip import VlmBlipHead
-from .modeling_blip_text import Memory, VlmBlipOutput, prompts, text_generation_config
+from .modeling_blip_text import VlmBlipOutput, prompts, text_generation_config
+from .modeling_fusion import ImageKeyValues
+from .pretraining import language_modeling_part
 
 
 class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
@@ -28,7 +30,7 @@ class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
     main_input_name = "input_ids"
     accepts_loss_kwargs = True
 
-    needs = ("text_decoder",)
+    required_parts = ("text_decoder",)
     layout = {"use_text_encoder": False, "use_text_decoder": True, "decoder_memory": "image"}
 
     def __init__(self, config: VlmBlipConfig):
@@ -48,7 +50,7 @@ class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
-        memory: Memory | None = None,
+        memory: ImageKeyValues | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -79,15 +81,15 @@ class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
         """
         if memory is None:
             states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
-            memory = self.model.text_decoder.project_memory(states)
+            memory = self.model.require_text_decoder().project_memory(states)
             input_ids = with_first_token(input_ids, self.config.text_config.bos_token_id)
-        states = self.model.text_decoder(
+        states = self.model.require_text_decoder()(
             input_ids, attention_mask, memory, None, None, position_ids, past_key_values, **kwargs
         ).last_hidden_state
         if labels is None:
             logits = self.lm_head(states[:, -logits_to_keep:])
             return VlmBlipOutput(logits=logits, last_hidden_state=states, past_key_values=past_key_values)
-        part = self.language_modeling(states, labels)
+        part = language_modeling_part(states, labels, self.lm_head, self.config.label_smoothing)
         divisor = torch.as_tensor(part[1] if num_items_in_batch is None else num_items_in_batch)
         return VlmBlipOutput(loss=part[0] / divisor.clamp(min=1), parts={"lm": part}, last_hidden_state=states)
 
@@ -116,7 +118,7 @@ class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
             `torch.LongTensor` of shape `(B, length)`: `[DEC]`, the prompt and what follows, prompts padded on the left.
         """
         states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
-        memory = self.model.text_decoder.project_memory(states)
+        memory = self.model.require_text_decoder().project_memory(states)
         input_ids, attention_mask = prompts(self.config.text_config, input_ids, attention_mask, states)
         return super().generate(input_ids=input_ids, attention_mask=attention_mask, memory=memory, **kwargs)
 
@@ -125,7 +127,7 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
     """Answers questions: the encoder reads image and question, the decoder what it made of them (section 5.3)."""
 
     main_input_name = "input_ids"
-    needs = ("text_encoder", "text_decoder")
+    required_parts = ("text_encoder", "text_decoder")
     layout = {
         "use_text_encoder": True,
         "use_text_decoder": True,
@@ -149,14 +151,14 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
         attention_mask: torch.Tensor | None,
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> tuple[Memory, torch.Tensor | None]:
+    ) -> tuple[ImageKeyValues, torch.Tensor | None]:
         """What the decoder looks at: keys and values of the questions' states, and False at their padding."""
         states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
-        encoder = self.model.text_encoder
+        encoder = self.model.require_text_encoder()
         input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
         questions = encoder(input_ids, attention_mask, encoder.project_memory(states)).last_hidden_state
         mask = None if attention_mask is None else attention_mask.bool()
-        return self.model.text_decoder.project_memory(questions), mask
+        return self.model.require_text_decoder().project_memory(questions), mask
 
     def decoder_inputs(self, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids that begin with `[DEC]`, and False at padding, of answers with -100 or padding after them."""
@@ -175,7 +177,7 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
         answer_weights: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
-        question_memory: tuple[Memory, torch.Tensor | None] | None = None,
+        question_memory: tuple[ImageKeyValues, torch.Tensor | None] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         interpolate_pos_encoding: bool = False,
@@ -218,13 +220,14 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
                 raise ValueError("Pass the answers as labels, or as decoder_input_ids, or call generate().")
             answer_ids, answer_mask = self.decoder_inputs(answer_ids)
         memory, memory_mask = question_memory
-        states = self.model.text_decoder(
+        states = self.model.require_text_decoder()(
             answer_ids, answer_mask, memory, answer_index, memory_mask, position_ids, past_key_values, **kwargs
         ).last_hidden_state
         if labels is None:
             logits = self.lm_head(states[:, -logits_to_keep:])
             return VlmBlipOutput(logits=logits, last_hidden_state=states, past_key_values=past_key_values)
-        total, _ = self.language_modeling(states, labels, answer_weights)
+        smoothing = self.config.label_smoothing
+        total, _ = language_modeling_part(states, labels, self.lm_head, smoothing, answer_weights)
         part = torch.stack([total, total.new_tensor(len(input_ids))])
         return VlmBlipOutput(loss=part[0] / part[1], parts={"lm": part}, last_hidden_state=states)
 
@@ -279,10 +282,12 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
         count = min(num_candidates, len(answer_ids))
         answer_ids = with_first_token(answer_ids, self.config.text_config.bos_token_id)
         start = answer_ids[:1, :1].expand(batch, 1)
-        first = self.lm_head(self.model.text_decoder(start, None, memory, None, memory_mask).last_hidden_state[:, 0])
+        first = self.lm_head(
+            self.model.require_text_decoder()(start, None, memory, None, memory_mask).last_hidden_state[:, 0]
+        )
         candidates = first.log_softmax(dim=-1)[:, answer_ids[:, 1]].topk(count).indices  # (B, count)
         ids, mask = answer_ids[candidates.flatten()], answer_mask[candidates.flatten()]
-        states = self.model.text_decoder(ids, mask, memory, None, memory_mask).last_hidden_state
+        states = self.model.require_text_decoder()(ids, mask, memory, None, memory_mask).last_hidden_state
         log_probs = self.lm_head(states[:, :-1]).float().log_softmax(dim=-1)
         likelihood = log_probs.gather(2, ids[:, 1:, None])[..., 0].masked_fill(mask[:, 1:] == 0, 0.0).sum(dim=1)
         return candidates.gather(1, likelihood.view(batch, count).argmax(dim=1, keepdim=True))[:, 0]

@@ -7,11 +7,13 @@
 Shapes: B rows, L tokens, H text width, I images, P patches (with the class token), S positions of a memory.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -23,10 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .bert import VlmBlipLMHead
 from .configuration_blip import VlmBlipConfig, VlmBlipTextConfig
 from .freezing import PartlyFrozenModel
-from .modeling_fusion import LayerMemory, VlmFusionCrossAttention, VlmFusionLayer, VlmFusionSelfAttention
-
-# Keys and values of every layer.
-Memory = tuple[LayerMemory, ...]
+from .modeling_fusion import ImageKeyValues, VlmFusionCrossAttention, VlmFusionLayer, VlmFusionSelfAttention
 
 
 @dataclass
@@ -130,7 +129,7 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
 
     def __init__(
         self,
-        config: VlmBlipTextConfig,
+        config: PreTrainedConfig,
         memory_size: int = 768,
         is_causal: bool = False,
         shared: "VlmBlipTextModel | None" = None,
@@ -140,8 +139,10 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
         self._shared = (shared,)  # see VlmFusionLayer
         if shared is None:
             self.embeddings = VlmBlipTextEmbeddings(config)
-        others = [None] * config.num_hidden_layers if shared is None else shared.layers
-        self.layers = nn.ModuleList(VlmFusionLayer(config, i, memory_size, other) for i, other in enumerate(others))
+        others: Iterable = [None] * config.num_hidden_layers if shared is None else shared.layers
+        self.layers: nn.ModuleList = nn.ModuleList(
+            VlmFusionLayer(config, i, memory_size, other) for i, other in enumerate(others)
+        )
         self.post_init()
 
     @property
@@ -155,16 +156,20 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.owner.embeddings.word_embedding = value
 
-    def project_memory(self, states: torch.Tensor) -> Memory:
+    def cross_attentions(self) -> list[VlmFusionCrossAttention]:
+        """The cross-attention of every layer; a shared one where layers are shared."""
+        return [cast(VlmFusionLayer, layer).require_cross_attention() for layer in self.layers]
+
+    def project_memory(self, states: torch.Tensor) -> ImageKeyValues:
         """Keys and values of every layer for states of shape `(I, S, memory_size)`: once per image."""
-        return tuple(layer.owner.cross_attention.project(states) for layer in self.layers)
+        return tuple(cross_attention.project(states) for cross_attention in self.cross_attentions())
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        memory: Memory | None = None,
+        memory: ImageKeyValues | None = None,
         memory_index: torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -217,7 +222,7 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states)
 
 
-def text_generation_config(config: VlmBlipTextConfig) -> GenerationConfig:
+def text_generation_config(config: PreTrainedConfig) -> GenerationConfig:
     """Texts begin with `[DEC]` and end with `[SEP]`."""
     return GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id
@@ -225,7 +230,7 @@ def text_generation_config(config: VlmBlipTextConfig) -> GenerationConfig:
 
 
 def prompts(
-    config: VlmBlipTextConfig,
+    config: PreTrainedConfig,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     states: torch.Tensor,
@@ -246,7 +251,6 @@ def prompts(
 
 
 __all__ = [
-    "Memory",
     "VlmBlipOutput",
     "VlmBlipPreTrainedModel",
     "VlmBlipTextModel",

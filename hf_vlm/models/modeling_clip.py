@@ -26,7 +26,7 @@ from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .freezing import PartlyFrozenModel, freeze, keep_frozen_in_eval
 from .losses import contrastive_loss, sigmoid_loss
 from .modeling_tower import VlmTextTowerModel
-from .towers import build_vision_tower, default_pooling, freeze_unused, load_tower, published_config
+from .towers import build_vision_tower, config_without_path, default_pooling, freeze_unused, load_tower
 
 TOWER_NAMES = ("vision", "text")
 
@@ -178,7 +178,9 @@ class VlmClipModel(PartlyFrozenModel):
         config_kwargs.setdefault("vision_pooling", default_pooling(vision_model.config))
         config_kwargs.setdefault("text_pooling", default_pooling(text_model.config))
         config = VlmClipConfig(
-            vision_config=published_config(vision_model), text_config=published_config(text_model), **config_kwargs
+            vision_config=config_without_path(vision_model),
+            text_config=config_without_path(text_model),
+            **config_kwargs,
         )
         model = cls(config)
         model.vision_model, model.text_model = vision_model, text_model

@@ -25,8 +25,9 @@ from transformers.utils import TransformersKwargs
 
 from .modeling_tower import attention_function
 
-# Keys and values of one layer, each of shape (I, A, S, D).
-LayerMemory = tuple[torch.Tensor, torch.Tensor]
+# Keys and values of one layer, each of shape (I, A, S, D), and of every layer.
+LayerKeyValues = tuple[torch.Tensor, torch.Tensor]
+ImageKeyValues = tuple[LayerKeyValues, ...]
 
 
 class VlmFusionSelfAttention(nn.Module):
@@ -69,7 +70,7 @@ class VlmFusionSelfAttention(nn.Module):
         prefix_key: torch.Tensor | None = None,
         prefix_value: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerMemory]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerKeyValues]:
         """Attends from all tokens, or from the first `keep`; also returns keys and values of these tokens."""
         batch, _, hidden = hidden_states.shape
         query, key, value = self._project(hidden_states, keep)
@@ -79,7 +80,7 @@ class VlmFusionSelfAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
         own = (key, value)
-        if prefix_key is not None:
+        if prefix_key is not None and prefix_value is not None:
             key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
         attend = attention_function(self.config._attn_implementation, query)
         attended, weights = attend(
@@ -110,7 +111,7 @@ class VlmFusionCrossAttention(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def project(self, states: torch.Tensor) -> LayerMemory:
+    def project(self, states: torch.Tensor) -> LayerKeyValues:
         """Keys and values, each `(I, A, S, D)`, of states of shape `(I, S, memory_size)`."""
         key_value = self.key_value(states.to(self.key_value.weight.dtype))
         key_value = key_value.view(*states.shape[:2], 2, self.config.num_attention_heads, self.head_dim)
@@ -195,6 +196,16 @@ class VlmFusionLayer(GradientCheckpointingLayer):
         """The layer that has the cross-attention and the feed-forward layer of this one."""
         return self if self._shared[0] is None else self._shared[0]
 
+    def require_cross_attention(self) -> VlmFusionCrossAttention:
+        """The cross-attention of the owner.
+
+        Raises:
+            ValueError: if the owner was built without `memory_size`.
+        """
+        if self.owner.cross_attention is None:
+            raise ValueError("This layer has no cross-attention: build it with memory_size, or pass no memory.")
+        return self.owner.cross_attention
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -226,10 +237,17 @@ class VlmFusionLayer(GradientCheckpointingLayer):
             hidden_states, attention_mask, is_causal, 1 if first_only else None, past_key_values, **kwargs
         )
         if memory_key is not None:
-            hidden_states, _ = self.owner.cross_attention(
+            hidden_states, _ = self.require_cross_attention()(
                 hidden_states, memory_key, memory_value, memory_index, memory_mask, **kwargs
             )
         return self.owner.mlp(hidden_states)
 
 
-__all__ = ["LayerMemory", "VlmFusionCrossAttention", "VlmFusionLayer", "VlmFusionMLP", "VlmFusionSelfAttention"]
+__all__ = [
+    "ImageKeyValues",
+    "LayerKeyValues",
+    "VlmFusionCrossAttention",
+    "VlmFusionLayer",
+    "VlmFusionMLP",
+    "VlmFusionSelfAttention",
+]

@@ -38,10 +38,10 @@ from .language_head import check_placeholders, generate_from_embeds, language_lo
 from .language_model import AdapterNames, build_language_model, keep_names, load_language_model, logits_of
 from .towers import (
     build_vision_tower,
+    config_without_path,
     has_class_token,
     layer_states,
     load_tower,
-    published_config,
     read_parameters,
     resize_tower,
 )
@@ -347,7 +347,7 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
         image_token_id = vocabulary if image_token_id is None else image_token_id
         if image_token_id >= vocabulary:
             llm.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=64)
-        fields = {"vision_config": published_config(tower), "text_config": published_config(llm)}
+        fields = {"vision_config": config_without_path(tower), "text_config": config_without_path(llm)}
         model = cls(VlmLlavaConfig(**fields, image_token_id=image_token_id, **config), llm)
         model.model.vision_model.load_state_dict(tower.state_dict())
         model.model.freeze_tower()

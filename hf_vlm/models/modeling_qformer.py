@@ -23,12 +23,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qformer import VlmQFormerConfig
 from .freezing import freeze
-from .modeling_fusion import LayerMemory, VlmFusionCrossAttention, VlmFusionMLP, VlmFusionSelfAttention
+from .modeling_fusion import LayerKeyValues, VlmFusionCrossAttention, VlmFusionMLP, VlmFusionSelfAttention
 
 # Keys and values of every layer; None where the queries do not look at the image.
-QFormerMemory = tuple[LayerMemory | None, ...]
+QFormerKeyValues = tuple[LayerKeyValues | None, ...]
 # The queries' own keys and values of every layer, `(B, A, Q, D)` each.
-QueryStates = tuple[LayerMemory, ...]
+QueryStates = tuple[LayerKeyValues, ...]
 
 
 @dataclass
@@ -161,7 +161,7 @@ class VlmQFormerModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings.word_embedding = value
 
-    def project_memory(self, states: torch.Tensor) -> QFormerMemory:
+    def project_memory(self, states: torch.Tensor) -> QFormerKeyValues:
         """Keys and values of every layer for image states of shape `(I, S, memory_size)`: once per image."""
         crosses = (layer.cross_attention for layer in self.layers)
         return tuple(None if cross is None else cross.project(states) for cross in crosses)
@@ -169,7 +169,7 @@ class VlmQFormerModel(PreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        memory: QFormerMemory | None = None,
+        memory: QFormerKeyValues | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         memory_index: torch.Tensor | None = None,
@@ -251,4 +251,4 @@ class VlmQFormerModel(PreTrainedModel):
         freeze(*unused)
 
 
-__all__ = ["QFormerMemory", "QueryStates", "VlmQFormerModel", "VlmQFormerOutput"]
+__all__ = ["QFormerKeyValues", "QueryStates", "VlmQFormerModel", "VlmQFormerOutput"]

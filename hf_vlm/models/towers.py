@@ -74,7 +74,7 @@ def resize_tower(tower: PreTrainedModel, image_size: int | None) -> None:
     tower.resize_images(image_size)
 
 
-def published_config(tower: PreTrainedModel) -> dict:
+def config_without_path(tower: PreTrainedModel) -> dict:
     """A tower's config without the folder that it was loaded from, which is nobody else's business."""
     config = tower.config.to_dict()
     config.pop("_name_or_path", None)
@@ -186,13 +186,13 @@ def read_parameters(tower: PreTrainedModel, layer: int) -> list[nn.Parameter]:
 
 __all__ = [
     "build_vision_tower",
+    "config_without_path",
     "count_extra_tokens",
     "freeze_unused",
     "frozen_tower",
     "has_class_token",
     "layer_states",
     "load_tower",
-    "published_config",
     "read_parameters",
     "resize_tower",
     "tower_states",

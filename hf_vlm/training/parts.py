@@ -18,6 +18,7 @@ from ..models.distributed import gather_with_grad
 from ..models.modeling_blip import VlmBlipForPreTraining
 from ..models.modeling_blip2_pretraining import VlmBlip2ForPreTraining
 from ..models.modeling_blip_generation import VlmBlipForQuestionAnswering
+from ..models.pretraining import total_loss
 from .arguments import VlmTrainingArguments
 from .trainer import VlmTrainer
 
@@ -103,7 +104,7 @@ class PartsTrainer(VlmTrainer):
     def _weighted(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """Their sum with the weights of the config; a head that writes has one part."""
         weights = self.head.config.loss_weights if self.contrasts else dict.fromkeys(parts, 1.0)
-        return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return total_loss(parts, weights)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the parts, each divided by its global count and the number of micro-batches."""

@@ -409,9 +409,9 @@ def test_image_sizes_that_cannot_be() -> None:
 
 def test_heads_without_their_part() -> None:
     message = refusal(ValueError, CAPTIONS, tiny.blip_config(use_text_decoder=False))
-    assert message == "VlmBlipForConditionalGeneration needs a text_decoder, which this checkpoint has not."
+    assert message == "VlmBlipForConditionalGeneration needs a text decoder, but this checkpoint has none."
     message = refusal(ValueError, PRETRAINING, tiny.blip_config(use_text_encoder=False))
-    assert message == "VlmBlipForPreTraining needs a text_encoder, which this checkpoint has not."
+    assert message == "VlmBlipForPreTraining needs a text encoder, but this checkpoint has none."
     for head, memory in ((CAPTIONS, "question"), (PRETRAINING, "question"), (ANSWERS, "image")):
         assert "needs decoder_memory=" in refusal(ValueError, head, tiny.blip_config(decoder_memory=memory))
 

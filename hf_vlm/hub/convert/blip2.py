@@ -28,7 +28,7 @@ from ...models.modeling_blip2 import VlmBlip2PreTrainedModel
 from ...models.modeling_blip2_generation import VlmBlip2ForConditionalGeneration
 from ...models.modeling_blip2_pretraining import VlmBlip2ForImageTextRetrieval
 from ...models.modeling_instructblip import VlmInstructBlipForConditionalGeneration
-from ...models.towers import published_config
+from ...models.towers import config_without_path
 from .blip import KEY_VALUE, LAYER_NAMES, QKV
 from .blip import VISION_FIELDS as BLIP_VISION_FIELDS
 from .blip import VISION_NAMES as BLIP_VISION_NAMES
@@ -145,7 +145,10 @@ def read_config(native: PreTrainedModel) -> VlmBlip2Config:
     elif config.image_token_index is None:
         raise ValueError(f"This {owner} has no placeholder for images: set image_token_index in its config.")
     else:
-        options = {"text_config": published_config(native.language_model), "image_token_id": config.image_token_index}
+        options = {
+            "text_config": config_without_path(native.language_model),
+            "image_token_id": config.image_token_index,
+        }
     return head.config_class(
         vision_config={**EVA_VISION, **chosen(config.vision_config, VISION_FIELDS)},
         qformer_config=qformer,
