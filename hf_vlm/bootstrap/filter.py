@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..data.sources.open import DataSource
 from ..data.sources.rows import OnError
-from ..data.sources.sources import DataSource
 from ..data.sources.stored import StoredRow, stored_blocks
 from ..evaluation import caption_images, embed_images, embed_texts, match_logits
 from ..evaluation.tasks import Evaluator, load_checkpoint

@@ -6,7 +6,7 @@ from .batches.conversation_collator import PLAIN_TEMPLATE, ConversationCollator
 from .batches.conversations import CaptionConversations, QuestionConversations
 from .batches.pairs import Pair, PairDataset, PairStream, load_pairs
 from .batches.prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
-from .batches.questions import Question, QuestionDataset, QuestionRows, load_questions, question_source
+from .batches.questions import Question, QuestionDataset, load_questions
 from .builtin.corruption import corrupt_captions
 from .builtin.easy_vqa import easy_vqa_images, easy_vqa_questions
 from .builtin.emoji import EMOJI_SPLITS, LICENCES, load_emoji
@@ -19,8 +19,10 @@ from .builtin.scenes import SceneStream, load_scenes
 from .features.cache import CachedFeatures, FeatureCacheError, cache_features, feature_key
 from .sources.conversations import Conversation, ConversationRows, load_conversations, open_conversations
 from .sources.images import ImageError, load_image
+from .sources.load import load_source
 from .sources.mixing import mix, split_stream
-from .sources.sources import DataSource, load_source
+from .sources.open import DataSource
+from .sources.questions import QuestionRows, question_source
 from .wheels import WHEELS, resolve_part
 
 __all__ = [

@@ -10,13 +10,14 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.batches.collators import pair_id
-from ..data.batches.questions import QuestionRows, question_source
 from ..data.builtin.easy_vqa import easy_vqa_images, easy_vqa_questions
 from ..data.builtin.emoji import load_emoji
 from ..data.builtin.emoji_pairs import TEST_SPLITS
 from ..data.builtin.scenes import SceneStream, load_scenes
 from ..data.sources.images import load_image
-from ..data.sources.sources import DataSource, load_source
+from ..data.sources.load import load_source
+from ..data.sources.open import DataSource
+from ..data.sources.questions import QuestionRows, question_source
 from . import hard_negative_report, retrieval_report
 from .prompts import prompting_of
 from .settings import DEFAULTS, Settings
@@ -258,7 +259,7 @@ def own_questions(data: str, split: str, train_split: str | None, columns: dict[
 
 
 def _questions(source: dict[str, Any]) -> QuestionRows:
-    return QuestionRows(load_source(question_source(source)), f"{source['path']}, split {source['split']}")
+    return load_source(question_source(source))
 
 
 def _first(rows: Any, limit: int) -> list[dict[str, Any]]:

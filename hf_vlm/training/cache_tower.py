@@ -9,8 +9,9 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from ..data.builtin.scene_rows import SceneRows
 from ..data.builtin.scenes import SceneStream
 from ..data.features.cache import CachedFeatures
+from ..data.sources.load import load_source
+from ..data.sources.open import DataSource
 from ..data.sources.rows import Rows
-from ..data.sources.sources import DataSource, load_source
 from ..models.towers import frozen_tower, load_tower
 from .features import cached_tower_features
 

@@ -99,13 +99,14 @@ def test_a_source_says_what_it_is(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([LLAVA_ROW]))
     rows = open_conversations({"path": str(tmp_path / "a.json"), "image_folder": "photos"})
     assert rows[0]["images"] == ["photos/coco/1.jpg"]
-    with pytest.raises(ValueError, match=r"a\.json has 'split'; it can have image_folder, path\."):
-        open_conversations({"path": str(tmp_path / "a.json"), "split": "train"})
+    fields = "columns, data_files, image_folder, name, path, revision, split"
+    with pytest.raises(ValueError, match=rf"a\.json has 'streaming'; it can have {fields}\."):
+        open_conversations({"path": str(tmp_path / "a.json"), "streaming": True})
     talks = datasets.Dataset.from_list([{"messages": talk("who?", name)} for name in ("one", "two")])
     talks.to_parquet(str(tmp_path / "set" / "test-0.parquet"))
     rows = open_conversations({"path": str(tmp_path / "set"), "split": "test"})
     assert [row["messages"][1]["content"] for row in rows] == ["one", "two"]
-    with pytest.raises(ValueError, match="set has 'weight'; it can have image_folder, name, path, revision, split"):
+    with pytest.raises(ValueError, match=f"set has 'weight'; it can have {fields}"):
         open_conversations({"path": str(tmp_path / "set"), "weight": 2})
 
 
@@ -151,7 +152,7 @@ def test_files_of_json_and_jsonl(tmp_path):
     assert len(load_conversations(tmp_path / "a.json", tmp_path)) == 1
     assert len(load_conversations(tmp_path / "a.jsonl", tmp_path)) == 2
     (tmp_path / "b.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         load_conversations(tmp_path / "b.json")
 
 

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 
 from hf_vlm.data.sources import rows as rows_module
 from hf_vlm.data.sources.images import ImageError
+from hf_vlm.data.sources.load import load_source
 from hf_vlm.data.sources.mixing import Mixture, mix, split_stream
+from hf_vlm.data.sources.open import DataSource
 from hf_vlm.data.sources.rows import CaptionError, SkipReport, SourceError
-from hf_vlm.data.sources.sources import DataSource, load_source
 
 COUNT = 6
 

@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..sources.mixing import Weights, mix, split_stream
+from ..sources.open import DataSource
 from ..sources.rows import OnError, Rows
-from ..sources.sources import DataSource
 
 
 class Pair(TypedDict):

@@ -4,15 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..sources.mixing import Weights, mix
-from ..sources.rows import CaptionError, OnError, Rows
-from ..sources.sources import DataSource
+from ..sources.mixing import Mixture, Weights, mix
+from ..sources.questions import question_source
+from ..sources.rows import OnError, Rows
 
 
 class Question(TypedDict):
@@ -87,68 +86,19 @@ class QuestionDataset(Dataset):
         return make_question(self.rows[index], index, self.seed, int(self.epoch))
 
 
-class QuestionRows:
-    """What [`load_source`] read with questions as captions and answers as ids: `image`, `question` and `answer`.
-
-    Args:
-        rows: The rows.
-        label: What to call them in an error.
-    """
-
-    def __init__(self, rows: Rows, label: str = "the questions"):
-        self.rows = rows
-        self.label = label
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        question, answer = row["caption"], row["id"]
-        people = [answer] if isinstance(answer, str) else answer
-        # An empty id is replaced by the caption, here by the question.
-        right = isinstance(question, str) and isinstance(people, list) and people and answer != question
-        if not right or not all(isinstance(text, str) and text.strip() for text in people):
-            raise CaptionError(
-                f"{self.label}, row {index}: {question!r} has no answer in words; give it a text or a list of texts."
-            )
-        return {"image": row["image"], "question": question, "answer": people}
-
-
-def question_source(source: dict[str, Any]) -> DataSource:
-    """A source of questions as one of captions and ids, which is how it is read.
-
-    Args:
-        source: Fields of [`DataSource`]; `columns` may name image, question and answer.
-
-    Raises:
-        ValueError: if it names another column, or is streamed.
-    """
-    columns = source.get("columns") or {}
-    if unknown := set(columns) - {"image", "question", "answer"}:
-        raise ValueError(f"{source['path']}: columns: {sorted(unknown)} is unknown; name image, question and answer.")
-    if source.get("streaming"):
-        raise ValueError(f"{source['path']}: questions are not streamed: leave out streaming.")
-    names = {"image": "image", "question": "question", "answer": "answer"} | columns
-    read = {"image": names["image"], "caption": names["question"], "id": names["answer"]}
-    return DataSource(**{**source, "columns": read})
-
-
 def load_questions(
     sources: Sequence[dict[str, Any]], weights: Weights | None = None, seed: int = 0, on_error: OnError = "raise"
 ) -> QuestionDataset:
     """Opens the sources that a YAML file lists; arguments as of `load_pairs`, columns as of [`question_source`]."""
     rows = mix([question_source(source) for source in sources], weights, seed, on_error)
-    assert not isinstance(rows, datasets.IterableDataset)
-    return QuestionDataset(QuestionRows(rows, ", ".join(source["path"] for source in sources)), seed)
+    assert isinstance(rows, Mixture)  # questions are not streamed
+    return QuestionDataset(rows, seed)
 
 
 __all__ = [
     "Question",
     "QuestionDataset",
-    "QuestionRows",
     "load_questions",
     "make_question",
-    "question_source",
     "weigh_answers",
 ]

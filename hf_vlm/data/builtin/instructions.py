@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..batches.questions import QuestionRows
+from ..sources.questions import QuestionRows
 from .instruction_templates import TASKS, Wordings, wordings_of
 from .scene_rows import SceneRows
 from .scene_text import NUMBERS, OPPOSITES, conflict, holds, phrase, plural, reaches
@@ -104,11 +104,13 @@ def question_instructions(
         ValueError: if a question or an answer is missing or empty.
     """
     table = _Table(source, "vqa", wordings)
-    names = {"question": "question", "answer": "answer"}
-    if isinstance(rows, QuestionRows):
-        rows, names = rows.rows, {"question": "caption", "answer": "id"}
-    for number, row in enumerate(_texts(rows, [*names.values(), "index"])):
-        question, said = row.get(names["question"]), row.get(names["answer"])
+    texts = (
+        map(rows.texts, range(len(rows)))
+        if isinstance(rows, QuestionRows)
+        else _texts(rows, ["question", "answer", "index"])
+    )
+    for number, row in enumerate(texts):
+        question, said = row.get("question"), row.get("answer")
         people = [said] if isinstance(said, str) else list(said or [])
         answer = Counter(people).most_common(1)[0][0] if people else None
         for what, text in (("question", question), ("answer", answer)):

@@ -6,16 +6,13 @@
 - `<image>` is put before the text of its turn, with a line break after it, as LLaVA does.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
-import datasets
-
 from .images import load_image
-from .rows import HOPELESS, OnError, Rows, SkipReport, SourceError, hopeless, place_of
-from .sources import report_for
+from .open import DataSource, WrittenRows, open_rows, undecoded
+from .rows import OnError, Origin, Rows, SkipReport, SourceError, image_of, next_good, place_of, report_for
 
 IMAGE_MARK = "<image>"
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
@@ -37,13 +34,16 @@ class Conversation(TypedDict):
     images: list[Any]
 
 
-def read_conversation(row: Mapping[str, Any], where: str, image_folder: str | Path | None = None) -> Conversation:
+def read_conversation(
+    row: Mapping[str, Any], where: str, image_folder: str | Path | None = None, origin: Origin | None = None
+) -> Conversation:
     """A row of any of the formats.
 
     Args:
         row: With `messages` or `conversations`, and perhaps `image` or `images`.
         where: Names the row in errors.
         image_folder: Where paths of images begin; a path may not lead out of it.
+        origin: Where the rows come from, if `datasets` listed the images of a folder itself.
 
     Raises:
         ValueError: if there are no turns, they do not alternate from the user to the assistant, a turn is empty, or
@@ -63,7 +63,7 @@ def read_conversation(row: Mapping[str, Any], where: str, image_folder: str | Pa
     if marks != len(images):
         raise ValueError(f"{where} has {marks} {IMAGE_MARK} in its turns, but {len(images)} images: make them equal.")
     _check_turns(messages, where)
-    return {"messages": messages, "images": [_located(image, where, image_folder) for image in images]}
+    return {"messages": messages, "images": [_located(image, where, image_folder, origin) for image in images]}
 
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:
@@ -98,7 +98,9 @@ def _check_turns(messages: list[Message], where: str) -> None:
         raise ValueError(f"{where} has {IMAGE_MARK} in a turn of the assistant, which cannot show images: remove it.")
 
 
-def _located(image: Any, where: str, folder: str | Path | None) -> Any:
+def _located(image: Any, where: str, folder: str | Path | None, origin: Origin | None) -> Any:
+    if origin is not None and origin.built:
+        return image_of(image, origin, where)
     if isinstance(image, Mapping):
         if isinstance(image.get("bytes"), bytes):
             return image
@@ -121,6 +123,7 @@ class ConversationRows:
         on_error: "raise", or "skip": for a row that is no conversation, or whose images cannot be read, the next good
             one stands in, and it is counted. Images are then opened when a row is asked for, and not by the collator.
         report: Counts them, together with those of other sources.
+        origin: Where the rows come from, if `datasets` listed the images of a folder itself.
 
     Raises:
         ValueError: on indexing: with "raise" for a row that is no conversation, with "skip" if row after row is bad.
@@ -134,10 +137,12 @@ class ConversationRows:
         name: str = "conversations",
         on_error: OnError = "raise",
         report: SkipReport | None = None,
+        origin: Origin | None = None,
     ):
         self.rows = rows
         self.image_folder = image_folder
         self.name = name
+        self.origin = origin
         self.report = report_for(on_error, report)
 
     def __len__(self) -> int:
@@ -145,81 +150,74 @@ class ConversationRows:
 
     def __getitem__(self, index: int) -> Conversation:
         index = range(len(self.rows))[index]  # or an IndexError, which ends a loop over the rows
-        if self.report is None:
-            return self._read(index)
-        for step in range(min(len(self.rows), HOPELESS)):
-            number = (index + step) % len(self.rows)
-            try:
-                row = self._read(number)
-                images = [load_image(image, place_of(self.name, number, image)) for image in row["images"]]
-                return {**row, "images": images}
-            except SourceError:
-                raise
-            except ValueError as error:
-                self.report.add(error)
-        raise hopeless(self.name)
+        return next_good(self._read, index, len(self.rows), self.name, self.report)
 
     def _read(self, index: int) -> Conversation:
-        return read_conversation(self.rows[index], f"Row {index} of {self.name}", self.image_folder)
+        row = read_conversation(self.rows[index], f"Row {index} of {self.name}", self.image_folder, self.origin)
+        if self.report is None:
+            return row
+        images = [load_image(image, place_of(self.name, index, image)) for image in row["images"]]
+        return {**row, "images": images}
 
 
 def load_conversations(path: str | Path, image_folder: str | Path | None = None, **options) -> ConversationRows:
-    """Reads a file of LLaVA-Instruct's or ShareGPT's kind.
+    """Conversations of a JSON file in the format of LLaVA-Instruct or ShareGPT.
 
     Args:
-        path: A `.json` file of a list of rows, or a `.jsonl` file of one a line.
-        image_folder: Where paths of images begin.
+        path: A `.json` file with a list of rows, or a `.jsonl` file with one row a line.
+        image_folder: The folder that image paths start from.
         **options: `on_error` and `report` of [`ConversationRows`].
 
     Raises:
-        ValueError: if the file is neither.
+        ValueError: if the file is not valid JSON, or holds no rows.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        lines = text.split("\n")  # not splitlines: a text may hold U+2028
-        rows = [json.loads(line) for line in lines if line.strip()] if str(path).endswith("l") else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}; it must be a list of rows.")
-    return ConversationRows(rows, image_folder, str(path), **options)
+    opened = open_rows(DataSource(str(path)), as_written=True)
+    return ConversationRows(opened.rows, image_folder, str(path), **options)
 
 
 def open_conversations(source: Mapping[str, Any], **options) -> ConversationRows:
-    """A source of conversations as recipes name it.
+    """Conversations of a source as recipes name it.
 
     Args:
-        source: `path` of a JSON file of LLaVA's or ShareGPT's format, with `image_folder`; or of a data set with
-            `messages` and images, on the Hub or in a folder, with `name`, `split` ("train" by default) and `revision`.
+        source: `path`, and optionally `name`, `split` ("train" by default), `data_files` and `revision`, as of
+            [`DataSource`]; `image_folder`, the folder that image paths start from; and `columns`, which may name the
+            columns of messages and images: `{"messages": "json", "image": "jpg"}` in a webdataset tar.
         **options: `on_error` and `report` of [`ConversationRows`].
 
     Raises:
-        ValueError: if it says anything else.
+        ValueError: if the source names another field, or cannot be opened.
     """
-    path = source["path"]
-    is_file = path.endswith((".json", ".jsonl"))
-    known = {"path", "image_folder"} | (set() if is_file else {"name", "split", "revision"})
+    path, columns = source["path"], dict(source.get("columns") or {})
+    known = {"path", "image_folder", "columns", "name", "split", "data_files", "revision"}
     if unknown := sorted(set(source) - known):
         raise ValueError(f"The source {path} has {unknown[0]!r}; it can have {', '.join(sorted(known))}.")
-    if is_file:
-        return load_conversations(path, source.get("image_folder"), **options)
-    rows = datasets.load_dataset(
-        path, source.get("name"), split=source.get("split", "train"), revision=source.get("revision")
-    )
-    if rows.info.builder_name != "imagefolder":  # which names files that it found itself
-        rows = _undecoded(rows)
-    return ConversationRows(rows, source.get("image_folder"), path, **options)
+    if unknown := sorted(set(columns) - {"messages", "image"}):
+        raise ValueError(f"{path}: columns: {unknown} is unknown; name messages and image.")
+    fields = {name: value for name, value in source.items() if name not in ("image_folder", "columns")}
+    opened = open_rows(DataSource(**fields), as_written=True)
+    if absent := sorted(set(columns.values()) - set(opened.names)):
+        raise ValueError(f"{path}: no column {absent[0]!r}; it has {', '.join(opened.names)}.")
+    rows = opened.rows if isinstance(opened.rows, WrittenRows) else undecoded(opened.rows)
+    rows = _RenamedRows(rows, columns) if columns else rows
+    return ConversationRows(rows, source.get("image_folder"), path, origin=opened.origin, **options)
 
 
-def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows with their images as they are stored: `datasets` would open any path that a row names."""
-    stored = datasets.Image(decode=False)
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, stored)
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.List(stored))
-    return rows
+class _RenamedRows:
+    """Rows with the columns of messages and images under their usual names."""
+
+    def __init__(self, rows: Rows, columns: Mapping[str, str]):
+        self.rows, self.columns = rows, columns
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        found = {role: row.get(name) for role, name in self.columns.items()}
+        messages = found.get("messages", row.get("messages") or row.get("conversations"))
+        if isinstance(messages, Mapping):  # a file of a whole row, as in a tar
+            found["messages"] = messages.get("messages") or messages.get("conversations")
+        return {**row, **found}
 
 
 __all__ = [

@@ -13,8 +13,9 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset
 
-from .rows import OnError, SkipReport, SourceError
-from .sources import DataSource, load_source, open_stream, read_stream, report_for
+from .load import load_source, open_stream, read_stream
+from .open import DataSource
+from .rows import OnError, SkipReport, SourceError, report_for
 
 logger = logging.getLogger(__name__)
 

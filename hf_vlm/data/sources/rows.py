@@ -10,9 +10,10 @@ import logging
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import datasets
 import fsspec
@@ -22,6 +23,7 @@ from .images import ImageError, load_image
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
+Example = TypeVar("Example")
 
 # So many bad rows in succession are no accident but a missing folder.
 HOPELESS = 1000
@@ -136,7 +138,7 @@ def read_example(row: dict[str, Any], origin: Origin, place: str) -> dict[str, A
         CaptionError: if there is no caption.
         SourceError: if the row names a file that it must not name.
     """
-    image = load_image(_image_of(row["image"], origin, place), where=place)
+    image = load_image(image_of(row["image"], origin, place), where=place)
     captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions or [None]):
         raise CaptionError(f"{place}: the caption is {row['caption']!r}; give it a text or a list of texts.")
@@ -146,7 +148,7 @@ def read_example(row: dict[str, Any], origin: Origin, place: str) -> dict[str, A
     return example
 
 
-def _image_of(image: Any, origin: Origin, place: str) -> Any:
+def image_of(image: Any, origin: Origin, place: str) -> Any:
     if isinstance(image, dict) and image.get("bytes") is not None:
         return image["bytes"]
     path = stored_path(image)
@@ -170,6 +172,38 @@ def _fetch(url: str, place: str) -> bytes:
             return file.read()
     except OSError as error:
         raise ImageError(f"{place}: cannot be fetched ({' '.join(str(error).split())}); is it still there?") from error
+
+
+def report_for(on_error: OnError, report: SkipReport | None) -> SkipReport | None:
+    """The report that counts bad rows, or None if they raise."""
+    if on_error not in ("raise", "skip"):
+        raise SourceError(f"on_error={on_error!r} is unknown; write 'raise' or 'skip'.")
+    return (report or SkipReport()) if on_error == "skip" else None
+
+
+def next_good(read: Callable[[int], Example], index: int, count: int, label: str, report: SkipReport | None) -> Example:
+    """The example of a row; or, if bad rows are skipped, of the next good row (cyclically).
+
+    Args:
+        read: Makes the example of a row number; a ValueError that is no SourceError means a bad row.
+        index: The row's number.
+        count: The number of rows.
+        label: What to call the source in an error.
+        report: Counts the rows skipped; None: a bad row raises.
+    """
+    if report is None:
+        try:
+            return read(index)
+        except (ImageError, CaptionError) as error:
+            raise type(error)(f"{error} Or load the source with on_error='skip'.") from error
+    for step in range(min(count, HOPELESS)):
+        try:
+            return read((index + step) % count)
+        except SourceError:
+            raise
+        except ValueError as error:
+            report.add(error)
+    raise hopeless(label)
 
 
 class RowReader:
@@ -199,14 +233,12 @@ class RowReader:
 
     def read(self, row: dict[str, Any], position: int) -> dict[str, Any]:
         """The example at a position of the source, or, where bad rows are left out, the next good one (cyclically)."""
-        for step in range(min(len(self.rows), HOPELESS)):
-            index = (position + step) % len(self.rows)
-            row = self.rows[index] if step else row
-            try:
-                return read_example(row, self.origin, place_of(self.origin.label, index, row["image"]))
-            except (ImageError, CaptionError) as error:
-                _leave_out(error, self.report)
-        raise hopeless(self.origin.label)
+
+        def example(index: int) -> dict[str, Any]:
+            stored = row if index == position else self.rows[index]
+            return read_example(stored, self.origin, place_of(self.origin.label, index, stored["image"]))
+
+        return next_good(example, position, len(self.rows), self.origin.label, self.report)
 
 
 class StreamReader:
@@ -273,7 +305,10 @@ __all__ = [
     "SourceError",
     "StreamReader",
     "hopeless",
+    "image_of",
+    "next_good",
     "place_of",
     "read_example",
+    "report_for",
     "stored_path",
 ]

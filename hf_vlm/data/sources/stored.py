@@ -12,8 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from .images import ImageError
-from .rows import CaptionError, OnError, Origin, SkipReport, _image_of, read_example
-from .sources import DataSource, open_stream, report_for
+from .load import open_stream
+from .open import DataSource
+from .rows import CaptionError, OnError, Origin, SkipReport, image_of, read_example, report_for
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def stored_blocks(
 def _read(stored: dict, origin: Origin, row: int) -> StoredRow:
     place = stored["_place"]
     example = read_example({"image": stored["image"], "caption": stored["caption"]}, origin, place)
-    file = _image_of(stored["image"], origin, place)
+    file = image_of(stored["image"], origin, place)
     if isinstance(file, str | Path):
         file = Path(file).read_bytes()
     elif isinstance(file, Image.Image):

@@ -1,0 +1,156 @@
+"""Questions about images with their answers, from columns `question` and `answer`, as they are written.
+
+- An answer is a text, an integer (as its digits), a list of them (one per person asked), or VQAv2's list of dicts with
+  an `answer` each. Anything else is refused with its row and column: no answer, empty texts, other numbers, booleans.
+- Named JSON and CSV files, and an image folder's metadata, are read without types: "007" and "2024-01-01" stay texts.
+- Nothing is stripped or lowercased. Metrics and models normalise answers where their papers do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import datasets
+
+from .images import load_image
+from .open import DataSource, undecoded
+from .rows import CaptionError, Origin, Rows, SkipReport, SourceError, image_of, next_good, place_of
+
+
+@dataclass(frozen=True)
+class QuestionSource(DataSource):
+    """A source of questions: as [`DataSource`], with the columns image, question and answer. It is not streamed."""
+
+    ROLES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "image": DataSource.ROLES["image"],
+        "question": ("question", "questions", "query"),
+        "answer": ("answer", "answers", "multiple_choice_answer", "label"),
+    }
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streaming:
+            raise SourceError(f"{self.path}: questions are not streamed: leave out streaming.")
+
+
+def question_source(source: Mapping[str, Any]) -> QuestionSource:
+    """A source of questions as a YAML file describes it; [`load_source`] opens it.
+
+    Args:
+        source: Fields of [`DataSource`]; `columns` may name image, question and answer.
+
+    Raises:
+        ValueError: if `columns` names another column, or the source is streamed.
+    """
+    return QuestionSource(**source)
+
+
+def read_answers(value: Any) -> list[str]:
+    """The answers in a cell, one per person asked.
+
+    Args:
+        value: A text, an integer, a dict with `answer`, or a list of these.
+
+    Raises:
+        ValueError: if there is no answer, or one is empty or of another type; says what is wrong.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("answer")
+    said = value if isinstance(value, list | tuple) else [value]
+    if not said:
+        raise ValueError("holds no answer")
+    return [_read_answer(answer) for answer in said]
+
+
+def _read_answer(answer: Any) -> str:
+    if isinstance(answer, Mapping):
+        answer = answer.get("answer")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return str(answer)
+    if answer is None:
+        raise ValueError("holds no answer")
+    if not isinstance(answer, str):
+        raise ValueError(f"holds the {type(answer).__name__} {answer!r}, which may be written in several ways")
+    if not answer.strip():
+        raise ValueError("holds an empty answer")
+    return answer
+
+
+class QuestionRows:
+    """Rows of `image`, `question` and `answer` (a list of texts, one per person asked), by row number.
+
+    Args:
+        rows: Dicts with an image, a question and an answer, as stored.
+        label: What to call the rows in an error.
+        origin: Which files the rows may name. None: images are passed on as they are, for rows in memory.
+        columns: Role -> column, of image, question and answer. Default: the columns of those names.
+        report: Counts the bad rows, which the next good row replaces. None: a bad row raises.
+
+    Raises:
+        CaptionError: on indexing, if a row has no question or no answer; with row and column.
+        ImageError: on indexing, if an image cannot be read.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        label: str = "the questions",
+        origin: Origin | None = None,
+        columns: Mapping[str, str] | None = None,
+        report: SkipReport | None = None,
+    ):
+        self.columns = {role: role for role in QuestionSource.ROLES} | dict(columns or {})
+        self.rows: Any = rows
+        self._texts: Any = rows
+        if isinstance(rows, datasets.Dataset):
+            kept = [name for name in (self.columns["question"], self.columns["answer"]) if name in rows.column_names]
+            self._texts = rows.with_format(None).select_columns(kept)
+            self.rows = rows if origin is None else undecoded(rows)
+        self.label = label
+        self.origin = origin
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self.rows))[index]
+        return next_good(self._read, index, len(self.rows), self.label, self.report)
+
+    def texts(self, index: int) -> dict[str, Any]:
+        """The `question` and `answer` of a row; its image is not decoded, and a bad row raises."""
+        if isinstance(self.rows, QuestionRows):
+            return self.rows.texts(index)
+        return self._read_texts(self._texts[index], f"{self.label}, row {index}")
+
+    def _read(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        image = row.get(self.columns["image"]) if isinstance(row, Mapping) else None
+        place = place_of(self.label, index, image)
+        texts = self._read_texts(row, place)
+        if self.origin is not None:
+            image = load_image(image_of(image, self.origin, place), where=place)
+        return {"image": image, **texts}
+
+    def _read_texts(self, row: Any, place: str) -> dict[str, Any]:
+        if not isinstance(row, Mapping):
+            raise CaptionError(
+                f"{place}: is {row!r}; write an object with the columns {', '.join(self.columns.values())}."
+            )
+        question = row.get(self.columns["question"])
+        if not isinstance(question, str) or not question.strip():
+            raise CaptionError(
+                f"{place}: column {self.columns['question']!r} is {question!r}; give it a text or remove the row."
+            )
+        try:
+            answers = read_answers(row.get(self.columns["answer"]))
+        except ValueError as error:
+            raise CaptionError(
+                f"{place}: column {self.columns['answer']!r} {error}; give it a text or a list of texts, or remove "
+                "the row."
+            ) from None
+        return {"question": question, "answer": answers}
+
+
+__all__ = ["QuestionRows", "QuestionSource", "question_source", "read_answers"]
