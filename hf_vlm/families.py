@@ -231,20 +231,6 @@ def auto_classes(family: Family) -> dict[str, str]:
     return known
 
 
-def register() -> None:
-    """Makes `AutoConfig`, `AutoModel*`, `AutoProcessor` and `AutoImageProcessor` know every class of the table."""
-    transformers = import_module("transformers")
-    image_processor = load_class(IMAGE_PROCESSOR)
-    for family in FAMILIES.values():
-        config_class = load_class(family.config)
-        transformers.AutoConfig.register(family.model_type, config_class)
-        for auto_class, name in auto_classes(family).items():
-            getattr(transformers, auto_class).register(config_class, load_class(name))
-        transformers.AutoImageProcessor.register(config_class, image_processor_classes={"pil": image_processor})
-        if family.processor:
-            transformers.AutoProcessor.register(config_class, load_class(family.processor))
-
-
 __all__ = [
     "FAMILIES",
     "IMAGE_PROCESSOR",
@@ -256,5 +242,4 @@ __all__ = [
     "load_class",
     "load_reference",
     "native_heads",
-    "register",
 ]

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import logging as transformers_logging
 
 from .index import index_app
 
@@ -22,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(index_app, name="index")
+
+KNOWN_ERRORS = (ValueError, OSError, ModuleNotFoundError, RuntimeError)
 
 
 class Format(StrEnum):
@@ -202,11 +202,15 @@ def info(
 def main() -> None:
     """Runs the command line; a known error is one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    transformers_logging.set_verbosity_warning()
     try:
         app()
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, StrictDataclassError) as error:
-        # What a config's checks raise says in its last line what is wrong, all else in its first.
+    except Exception as error:
+        # Imported here, because `hf-vlm --help` must not wait for it.
+        from huggingface_hub.errors import StrictDataclassError
+
+        if not isinstance(error, (*KNOWN_ERRORS, StrictDataclassError)):
+            raise
+        # The check of a config says in its last line what is wrong, any other error in its first.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         line = lines[-1] if isinstance(error, StrictDataclassError) else lines[0]
         typer.secho(f"Error: {line.strip()}", fg="red", err=True)

@@ -1,29 +1,36 @@
 """Data: the built-in pictures and scenes, sources of the user's own, pairs, augmentation, collators."""
 
-from .batches.augment import Augmentation
-from .batches.collators import CaptionCollator, ContrastiveCollator, QuestionCollator
-from .batches.conversation_collator import PLAIN_TEMPLATE, ConversationCollator
-from .batches.conversations import CaptionConversations, QuestionConversations
-from .batches.pairs import Pair, PairDataset, PairStream, load_pairs
-from .batches.prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
-from .batches.questions import Question, QuestionDataset, load_questions
-from .builtin.corruption import corrupt_captions
-from .builtin.easy_vqa import easy_vqa_images, easy_vqa_questions
-from .builtin.emoji import EMOJI_SPLITS, LICENCES, load_emoji
-from .builtin.emoji_pairs import TEST_SPLITS, emoji_captions, emoji_pairs
-from .builtin.instructions import caption_instructions, mix_by_sqrt, question_instructions, scene_instructions
-from .builtin.pope import pope_questions
-from .builtin.scene_conversations import SceneConversations
-from .builtin.scene_rows import SceneRows
-from .builtin.scenes import SceneStream, load_scenes
-from .features.cache import CachedFeatures, FeatureCacheError, cache_features, feature_key
-from .sources.conversations import Conversation, ConversationRows, load_conversations, open_conversations
-from .sources.images import ImageError, load_image
-from .sources.load import load_source
-from .sources.mixing import mix, split_stream
-from .sources.open import DataSource
-from .sources.questions import QuestionRows, question_source
-from .wheels import WHEELS, resolve_part
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .batches.augment import Augmentation
+    from .batches.collators import CaptionCollator, ContrastiveCollator, QuestionCollator
+    from .batches.conversation_collator import PLAIN_TEMPLATE, ConversationCollator
+    from .batches.conversations import CaptionConversations, QuestionConversations
+    from .batches.pairs import Pair, PairDataset, PairStream, load_pairs
+    from .batches.prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
+    from .batches.questions import Question, QuestionDataset, load_questions
+    from .builtin.corruption import corrupt_captions
+    from .builtin.easy_vqa import easy_vqa_images, easy_vqa_questions
+    from .builtin.emoji import EMOJI_SPLITS, LICENCES, load_emoji
+    from .builtin.emoji_pairs import TEST_SPLITS, emoji_captions, emoji_pairs
+    from .builtin.instructions import caption_instructions, mix_by_sqrt, question_instructions, scene_instructions
+    from .builtin.pope import pope_questions
+    from .builtin.scene_conversations import SceneConversations
+    from .builtin.scene_rows import SceneRows
+    from .builtin.scenes import SceneStream, load_scenes
+    from .features.cache import CachedFeatures, FeatureCacheError, cache_features, feature_key
+    from .sources.conversations import Conversation, ConversationRows, load_conversations, open_conversations
+    from .sources.images import ImageError, load_image
+    from .sources.load import load_source
+    from .sources.mixing import mix, split_stream
+    from .sources.open import DataSource
+    from .sources.questions import QuestionRows, question_source
+    from .wheels import WHEELS, resolve_part
+else:
+    __getattr__, __dir__ = lazy_names(__name__, __file__)
 
 __all__ = [
     "EMOJI_SPLITS",

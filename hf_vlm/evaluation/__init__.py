@@ -13,19 +13,26 @@
 - `suites`: the above on whole data sets, model and data in, report out.
 """
 
-from ..metrics.captioning import caption_metrics
-from ..metrics.filtering import best_threshold, filter_metrics
-from ..metrics.hard_negatives import hard_negative_metrics
-from ..metrics.pope import pope_metrics, says_yes
-from ..metrics.rerank import MATCH_TOLERANCE, rerank_metrics
-from ..metrics.retrieval import chance, retrieval_metrics, similarity_metrics
-from ..metrics.text import ptb_tokenize
-from ..metrics.vqa import majority_answer, majority_answers, normalize_answer, vqa_metrics
-from ..metrics.zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
-from .embed import embed_images, embed_texts
-from .matching import match_logits
-from .reports import GREY, caption_report, hard_negative_report, pope_report, retrieval_report, vqa_report
-from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ..metrics.captioning import caption_metrics
+    from ..metrics.filtering import best_threshold, filter_metrics
+    from ..metrics.hard_negatives import hard_negative_metrics
+    from ..metrics.pope import pope_metrics, says_yes
+    from ..metrics.rerank import MATCH_TOLERANCE, rerank_metrics
+    from ..metrics.retrieval import chance, retrieval_metrics, similarity_metrics
+    from ..metrics.text import ptb_tokenize
+    from ..metrics.vqa import majority_answer, majority_answers, normalize_answer, vqa_metrics
+    from ..metrics.zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
+    from .embed import embed_images, embed_texts
+    from .matching import match_logits
+    from .reports import GREY, caption_report, hard_negative_report, pope_report, retrieval_report, vqa_report
+    from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
+else:
+    __getattr__, __dir__ = lazy_names(__name__, __file__)
 
 __all__ = [
     "GREY",

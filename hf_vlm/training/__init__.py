@@ -1,16 +1,23 @@
 """Trainers, stages and callbacks."""
 
-from .arguments import ContrastiveTrainingArguments, VlmTrainingArguments
-from .contrastive import ContrastiveTrainer
-from .features import cache_text_features, cache_vision_features, cached_tower_features
-from .lora import add_lora
-from .open_parts import open_language_model
-from .parts import Blip2Trainer, BlipTrainer, BlipTrainingArguments
-from .precision import choose_bf16
-from .resume import last_checkpoint
-from .sft import VlmSFTConfig, VlmSFTTrainer
-from .stages import STAGES, Stage, apply_stage, stage_named
-from .trainer import VlmTrainer
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .arguments import ContrastiveTrainingArguments, VlmTrainingArguments
+    from .contrastive import ContrastiveTrainer
+    from .features import cache_text_features, cache_vision_features, cached_tower_features
+    from .lora import add_lora
+    from .open_parts import open_language_model
+    from .parts import Blip2Trainer, BlipTrainer, BlipTrainingArguments
+    from .precision import choose_bf16
+    from .resume import last_checkpoint
+    from .sft import VlmSFTConfig, VlmSFTTrainer
+    from .stages import STAGES, Stage, apply_stage, stage_named
+    from .trainer import VlmTrainer
+else:
+    __getattr__, __dir__ = lazy_names(__name__, __file__)
 
 __all__ = [
     "STAGES",
