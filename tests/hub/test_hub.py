@@ -401,7 +401,7 @@ def test_without_a_network_it_is_one_line(folder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-c", "from hf_vlm.cli import main; main()", "push", str(folder), "org/clip"]
+    command = [sys.executable, "-c", "from hf_vlm.cli.main import main; main()", "push", str(folder), "org/clip"]
     env = environment(address, tmp_path / "home", WRITER)
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 1
