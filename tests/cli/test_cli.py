@@ -15,7 +15,7 @@ from hf_vlm.evaluation.test_sets import evaluate_checkpoint, format_reports
 
 def hf_vlm(*args: str) -> subprocess.CompletedProcess:
     """Runs the command in a process of its own."""
-    code = "from hf_vlm.cli import main; main()"
+    code = "from hf_vlm.cli.main import main; main()"
     env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=env, check=False)
 

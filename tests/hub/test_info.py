@@ -203,7 +203,7 @@ def test_of_a_hub_repository_no_weights_are_fetched(folder, tmp_path):
     repo = Repo(private=False)
     sha = repo.add("main", "Upload", None, files)
     home = tmp_path / "home"
-    code = "from hf_vlm.cli import main; main()"
+    code = "from hf_vlm.cli.main import main; main()"
     with LoopbackHub({}) as hub:
         hub.repos["org/clip-tiny"] = repo
         hub.storage |= {file.sha256: file.data for file in files.values() if file.is_large}

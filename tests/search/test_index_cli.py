@@ -15,7 +15,7 @@ from hf_vlm.cli.main import app
 
 pytest.importorskip("lancedb")
 ROOT = Path(__file__).resolve().parents[2]
-RUN = "from hf_vlm.cli import main; main()"
+RUN = "from hf_vlm.cli.main import main; main()"
 
 
 def run(*args: str) -> Result:
