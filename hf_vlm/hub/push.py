@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoProcessor, TrainingArguments
 
 from ..families import FAMILIES, load_class
-from .cards.card import card_under_name
+from .cards.card import CARD_NAME, card_under_name
 from .export import save_with_code
 
 INDEX = "model.safetensors.index.json"
@@ -40,8 +40,7 @@ PROCESSOR = (
     "chat_template.jinja",
 )
 SECOND_TOKENIZER = "qformer_tokenizer"  # the folder of InstructBLIP's
-CARD = "README.md"
-ABOUT = (CARD, "LICENSE", "training_record.json", "results.json")
+ABOUT = (CARD_NAME, "LICENSE", "training_record.json", "results.json")
 PUSHED = ("config.json", "generation_config.json", *WEIGHTS, *PROCESSOR, *ABOUT)
 
 REASONS = {
@@ -97,13 +96,13 @@ def push_folder(
     api = HfApi(token=token)
     with TemporaryDirectory() as scratch:
         source = copy_with_code(folder, config, Path(scratch)) if with_code else folder
-        paths = [path for path in files_to_push(source) if path.name != CARD]
-        additions = [CommitOperationAdd(path.relative_to(source).as_posix(), path) for path in paths]
+        paths = {path.relative_to(source).as_posix(): path for path in files_to_push(source)}
         with one_line_errors(repo_id) as undone, ExitStack() as undo:
             if "/" not in repo_id:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
-            if (folder / CARD).is_file():
-                additions.append(CommitOperationAdd(CARD, card_under_name(folder, source, repo_id).encode()))
+            named = card_under_name(folder, source, repo_id) if CARD_NAME in paths else {}
+            contents = {**paths, **{name: text.encode() for name, text in named.items()}}
+            additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
             parent = prepare(api, repo_id, private, revision, create_pr, undo, undone)
             # Not upload_folder: where hf_xet is installed it commits in batches.
             commit = api.create_commit(

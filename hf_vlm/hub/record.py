@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Trainer
 
 RECORD_NAME = "training_record.json"
+CARD_HASH = "card_sha256"  # key of the hash of the model card as it was written
 PACKAGES = ("hf_vlm", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
 SECRET_KEY = re.compile(r"(^|_)(token|password|secret|credentials?|api_key|storage_options)$", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
@@ -146,8 +147,13 @@ def published(value: Any) -> Any:
 def write_record(folder: str | Path, record: Record) -> Path:
     """Writes a record beside the weights and returns its path."""
     path = Path(folder) / RECORD_NAME
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(record_text(record), encoding="utf-8")
     return path
+
+
+def record_text(record: Record) -> str:
+    """A record as JSON."""
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_record(folder: str | Path) -> Record:
@@ -183,12 +189,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 __all__ = [
+    "CARD_HASH",
     "RECORD_NAME",
     "count_parameters",
     "has_trained",
     "published",
     "read_json",
     "read_record",
+    "record_text",
     "run_record",
     "training_time",
     "versions",

@@ -105,6 +105,9 @@ class VlmSFTTrainer(VlmTrainer, SFTTrainer):
         """The loss alone: logits of a whole evaluation set are of no use."""
         return Trainer.prediction_step(self, model, inputs, True, ignore_keys)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes nothing. TRL's would replace the card in the output folder at every save."""
+
 
 def as_dataset(rows: Rows) -> datasets.Dataset:
     """Rows that are made when they are asked for as a data set, which TRL wants: nothing is copied or stored."""

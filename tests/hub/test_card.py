@@ -37,10 +37,19 @@ from hf_vlm import (
 )
 from hf_vlm.data import ContrastiveCollator, PairDataset
 from hf_vlm.families import architectures
-from hf_vlm.hub.cards.card import RESULTS_NAME, escape, write_card
+from hf_vlm.hub.cards.card import CARD_NAME, RESULTS_NAME, escape, is_unedited, render_card, write_card
 from hf_vlm.hub.cards.texts import ARCHITECTURES, EVALUATIONS
-from hf_vlm.hub.record import RECORD_NAME, count_parameters, published, read_record, training_time, write_record
-from hf_vlm.runs.finish import finish_run, own_data, own_licence, pretrained_parts
+from hf_vlm.hub.record import (
+    CARD_HASH,
+    RECORD_NAME,
+    count_parameters,
+    published,
+    read_record,
+    training_time,
+    write_record,
+)
+from hf_vlm.runs.finish import finish_run
+from hf_vlm.runs.provenance import own_data, own_licence, pretrained_parts
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, add_lora, last_checkpoint
 from recipes.clip_pretrain import DataArguments, ModelArguments
 
@@ -199,7 +208,7 @@ def test_every_number_was_measured(folder):
     """What the card has beyond the card of the bare checkpoint is in the record or in the results."""
     text = write_card(folder).read_text()
     body = ModelCard(text).text
-    for name in (RECORD_NAME, RESULTS_NAME):
+    for name in (RECORD_NAME, RESULTS_NAME, CARD_NAME):
         (folder / name).unlink()
     bare = write_card(folder).read_text()
     headings = {
@@ -490,7 +499,10 @@ def test_a_run_writes_record_and_card_and_survives_resuming(tmp_path):
     assert set(whole["versions"]) >= {"python", "torch", "transformers", "datasets", "hf_vlm"}
     (output / RESULTS_NAME).write_text(json.dumps(RESULTS))
     run(output, 4, learning_rate=0.5)
-    assert read_record(output) == whole  # nothing was trained: nothing is said anew
+    again = read_record(output)
+    assert again.pop(CARD_HASH) != whole.pop(CARD_HASH)
+    assert again == whole  # nothing was trained: the record is the same
+    assert is_unedited(output)
     text = (output / "README.md").read_text()
     assert "0.554" in text  # but the results are the last evaluation's
     written = text + (output / RECORD_NAME).read_text()
@@ -499,6 +511,36 @@ def test_a_run_writes_record_and_card_and_survives_resuming(tmp_path):
     assert str(tmp_path) not in written
     assert os.path.expanduser("~") + "/" not in written
     assert '"path": "*.tar"' in written
+
+
+def test_an_edited_card_is_kept(tmp_path, caplog):
+    """By a run that goes on in its folder; the record is written all the same."""
+    output = tmp_path / "run"
+    run(output, 2)
+    assert is_unedited(output)
+    edited = (output / CARD_NAME).read_text() + "More.\n"
+    (output / CARD_NAME).write_text(edited)
+    run(output, 4)
+    assert (output / CARD_NAME).read_text() == edited
+    assert "has been edited and is kept" in caplog.text
+    assert read_record(output)["training"]["steps"] == 4
+    assert not is_unedited(output)
+    (output / CARD_NAME).unlink()
+    run(output, 4)
+    assert "More." not in (output / CARD_NAME).read_text()
+    assert is_unedited(output)
+
+
+def test_a_card_without_a_hash_is_replaced_only_if_it_is_what_would_be_written(folder):
+    """Records of earlier versions have none."""
+    path = write_card(folder)
+    write_record(folder, RECORD)
+    assert is_unedited(folder)
+    (folder / RESULTS_NAME).write_text("{}")
+    before = path.read_text()
+    assert not is_unedited(folder)
+    assert write_card(folder).read_text() == before != render_card(folder)
+    assert read_record(folder).get(CARD_HASH) is None
 
 
 def test_training_anew_in_the_same_folder_is_recorded(tmp_path):

@@ -20,8 +20,9 @@ from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVision
 import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.data import ContrastiveCollator
-from hf_vlm.hub.cards.card import write_card
+from hf_vlm.hub.cards.card import is_unedited, write_card
 from hf_vlm.hub.push import PushError, push_folder
+from hf_vlm.hub.record import write_record
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
 from hub_processes import ACCOUNTS, CARD, READER, STRANGER, WRITER, WRONG, Worker, environment
 from loopback_hub import ATTRIBUTES, File, LoopbackHub
@@ -112,7 +113,7 @@ def test_one_commit_holds_what_belongs_to_the_model(hub, writer, folder):
 
 
 def test_a_card_that_nobody_edited_names_the_repository(hub, writer, folder):
-    for name in ("training_record.json", "results.json"):
+    for name in ("training_record.json", "results.json", "README.md"):
         (folder / name).unlink()
     write_card(folder)
     writer.result("push_folder", folder, "org/named")
@@ -123,6 +124,22 @@ def test_a_card_that_nobody_edited_names_the_repository(hub, writer, folder):
     (folder / "README.md").write_text(edited)
     writer.result("push_folder", folder, "org/edited")
     assert hub.files("org/edited")["README.md"].decode() == edited
+
+
+def test_a_recorded_card_is_recognised_after_push_and_download(hub, writer, folder, tmp_path):
+    """The record's hash is that of the card beside it: here, and on the Hub, where the card names the repository."""
+    write_record(folder, {"recipe": "clip_pretrain"})
+    (folder / "results.json").unlink()
+    (folder / "README.md").unlink()
+    write_card(folder)
+    assert is_unedited(folder)
+    writer.result("push_folder", folder, "org/recorded")
+    pushed = hub.files("org/recorded")
+    assert b'"org/recorded"' in pushed["README.md"]
+    for name in ("README.md", "training_record.json"):
+        assert pushed[name] != (folder / name).read_bytes()
+        (tmp_path / name).write_bytes(pushed[name])
+    assert is_unedited(tmp_path)
 
 
 def test_model_and_processor_push_themselves(hub, writer, reader, folder):

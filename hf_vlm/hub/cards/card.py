@@ -5,7 +5,9 @@
 - Names and other text from outside are shown as text, never as Markdown or HTML.
 """
 
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,38 +15,73 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..record import Record, read_json, read_record
+from ..record import CARD_HASH, RECORD_NAME, Record, read_json, read_record, record_text, write_record
 from .texts import ARCHITECTURES, CHECKPOINT, EVALUATIONS, TEST_SETS
 from .types import OTHER_RUNS, Architecture, Evaluation, Head
 
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"
 RESULTS_NAME = "results.json"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 Results = dict[str, dict[str, dict[str, Any]]]  # by evaluation, then by test set
 
 
-def write_card(folder: str | Path, name: str | None = None) -> Path:
-    """Writes `README.md` into the folder of a checkpoint.
+def write_card(folder: str | Path, name: str | None = None, record: Record | None = None) -> Path:
+    """Writes the card of a checkpoint, and its hash into the record. A card that somebody has edited is kept.
 
     Args:
         folder: A folder with model and processor.
-        name: The name that it will be loaded by, such as the Hub id `org/name`; by default the folder's own name.
+        name: The name that users load the model by, such as the Hub id `org/name`; by default the folder's own name.
+        record: The record of the run that has just ended, which is written too; by default the folder's record.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: if the folder holds no checkpoint that cards are written for, or one of its files is broken.
+        ValueError: if the folder holds no checkpoint of a known family, or one of its files is broken.
     """
-    path = Path(folder) / "README.md"
-    path.write_text(render_card(folder, name), encoding="utf-8")
+    folder = Path(folder)
+    path = folder / CARD_NAME
+    keep = path.is_file() and not is_unedited(folder)
+    has_record = record is not None or (folder / RECORD_NAME).is_file()
+    record = read_record(folder) if record is None else record
+    if keep:
+        logger.warning(f"{path} has been edited and is kept. Delete it to get a new model card.")
+    else:
+        text = render_card(folder, name, record)
+        record = {**record, CARD_HASH: card_hash(text)}
+    if has_record:
+        write_record(folder, record)
+    if not keep:
+        path.write_text(text, encoding="utf-8")
     return path
 
 
-def render_card(folder: str | Path, name: str | None = None) -> str:
+def is_unedited(folder: Path) -> bool:
+    """Whether the card in a folder is as it was written.
+
+    The record's hash tells. Without a hash, the card must equal the one that would be written now.
+    """
+    text = (folder / CARD_NAME).read_text(encoding="utf-8")
+    try:
+        recorded = read_record(folder).get(CARD_HASH)
+        return text == render_card(folder) if recorded is None else card_hash(text) == recorded
+    except ValueError:  # of another family, or beside a broken file
+        return False
+
+
+def card_hash(text: str) -> str:
+    """SHA-256 of a card's text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def render_card(folder: str | Path, name: str | None = None, record: Record | None = None) -> str:
     """The text of the card; see [`write_card`]."""
     folder = Path(folder)
     name = name or folder.resolve().name
-    config, record, results = read_json(folder / "config.json"), read_record(folder), read_results(folder)
+    record = read_record(folder) if record is None else record
+    config, results = read_json(folder / "config.json"), read_results(folder)
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -70,13 +107,25 @@ def render_card(folder: str | Path, name: str | None = None) -> str:
     return str(card).rstrip() + "\n"
 
 
-def card_under_name(folder: Path, source: Path, name: str) -> str:
-    """The card of a folder for a copy of it: under another name, unless somebody has edited what a recipe wrote."""
-    written = (folder / "README.md").read_text(encoding="utf-8")
-    try:
-        return render_card(source, name) if written == render_card(folder) else written
-    except ValueError:  # of a type that no recipe writes cards for
-        return written
+def card_under_name(folder: Path, source: Path, name: str) -> dict[str, str]:
+    """The files that say under which name a checkpoint is loaded, for a repository of another name.
+
+    Args:
+        folder: The folder of the checkpoint, with its card.
+        source: The files to push: `folder`, or a copy that carries its code.
+        name: Id of the repository.
+
+    Returns:
+        File name -> text: the card and, where the folder has one, the record with the card's hash. An edited card is
+        returned unchanged, alone.
+    """
+    if not is_unedited(folder):
+        return {CARD_NAME: (folder / CARD_NAME).read_text(encoding="utf-8")}
+    record = read_record(folder)
+    text = render_card(source, name, record)
+    if CARD_HASH not in record:
+        return {CARD_NAME: text}
+    return {CARD_NAME: text, RECORD_NAME: record_text({**record, CARD_HASH: card_hash(text)})}
 
 
 def card_metadata(name: str, model_type: str, head: Head, record: Record, results: Results) -> ModelCardData:
@@ -293,5 +342,13 @@ def escape(text: Any) -> str:
 
 
 __all__ = [
-    "RESULTS_NAME", "card_under_name", "eval_results", "input_sizes", "read_results", "render_card", "write_card"
-]  # fmt: skip
+    "CARD_NAME",
+    "RESULTS_NAME",
+    "card_under_name",
+    "eval_results",
+    "input_sizes",
+    "is_unedited",
+    "read_results",
+    "render_card",
+    "write_card",
+]
