@@ -17,10 +17,12 @@ import datasets
 from PIL import Image
 
 from ..data.sources.images import load_image
-from ..data.sources.rows import CaptionError
+from ..data.sources.open import has_table
+from ..data.sources.rows import CaptionError, Origin, image_of
 
 CAPTION_NAMES = ("caption", "text", "name", "title", "description")
 TEXT_FILES = (".txt", ".jsonl", ".csv")
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 NOT_PICTURES = (".txt", ".json", ".jsonl", ".csv", ".md", ".parquet", ".html", ".xml", ".yaml", ".yml")
 
 
@@ -175,6 +177,7 @@ class DatasetItems:
         kinds: "image": the pictures, with their captions. "text": each caption as an item of its own.
         metadata: Columns to keep; by default all others that hold text, numbers, or lists of text.
         label: What to call the data set in an error.
+        origin: Which files the rows may name; None: any.
 
     Raises:
         ValueError: if a column is missing.
@@ -185,11 +188,13 @@ class DatasetItems:
     kinds: Sequence[str] = ("image",)
     metadata: Sequence[str] | None = None
     label: str = "data set"
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         features = self.rows.features
         pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-        roles = {"image": pictures, "caption": CAPTION_NAMES, "id": ("id",)}
+        named = [name for name in IMAGE_NAMES if name in features] if self.origin is not None else []
+        roles = {"image": [*pictures, *named], "caption": CAPTION_NAMES, "id": ("id",)}
         found = {role: next((name for name in names if name in features), None) for role, names in roles.items()}
         self.roles = {role: name for role, name in {**found, **(self.columns or {})}.items() if name is not None}
         needed = {"image": "image", "text": "caption"}
@@ -223,13 +228,17 @@ class DatasetItems:
 
     def _picture(self, row: dict[str, Any], captions: list[str], metadata: dict[str, Any], place: str) -> Item:
         cell = row[self.roles["image"]]
-        source = cell if isinstance(cell, dict) else {"path": cell}
+        source = {"bytes": cell} if isinstance(cell, bytes) else cell if isinstance(cell, dict) else {"path": cell}
         path, text = source.get("path"), captions[0] if captions else ""
         if "id" in self.roles:
             identity = str(row[self.roles["id"]])
         else:
             identity = content_id("image", source.get("bytes") or path or "", text)
-        return Item(identity, cell, text, path=path, metadata=metadata, place=place + (f" ({path})" if path else ""))
+        place += f" ({path})" if path else ""
+        if self.origin is not None and cell is not None:
+            cell = image_of(cell, self.origin, place)
+            path = str(cell) if isinstance(cell, Path) else path
+        return Item(identity, cell, text, path=path, metadata=metadata, place=place)
 
 
 def _is_metadata(feature: Any) -> bool:
@@ -244,6 +253,18 @@ def content_id(kind: str, *parts: str | bytes) -> str:
         data = part if isinstance(part, bytes) else str(part).encode()
         digest.update(f"{len(data)}:".encode() + data)
     return f"{kind}-{digest.hexdigest()[:24]}"
+
+
+def is_dataset(path: Path, columns: dict[str, str] | None = None) -> bool:
+    """Whether a file or folder holds a table of images, rather than image files or descriptions alone."""
+    if path.is_dir():
+        return has_table(path)
+    if not path.is_file() or path.suffix not in (".jsonl", ".csv"):
+        return path.suffix in (".parquet", ".arrow", ".json", ".tar")
+    if columns is not None and "image" in columns:
+        return True
+    rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _csv_rows(path)
+    return "image" in next(iter(rows), (0, {}))[1]
 
 
 def read_items(

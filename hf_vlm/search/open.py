@@ -9,11 +9,12 @@ import pyarrow as pa
 
 from ..data.builtin.emoji import load_emoji
 from ..data.sources.images import load_image
+from ..data.sources.open import DataSource, is_local, open_rows
 from ..data.sources.rows import OnError
 from . import AddReport, DatasetItems, EmbeddingIndex, Item, Match, Result, write_sheet
 from .filters import condition
 from .identity import load_model
-from .items import read_items
+from .items import is_dataset, read_items
 from .store import exists
 
 KINDS = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
@@ -80,16 +81,10 @@ def open_source(
     if name == "emoji" and not path.exists():
         rows = datasets.concatenate_datasets(list(load_emoji().values()))
         return DatasetItems(rows, {"caption": "name"}, kinds, label="emoji")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(path)
-        rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    elif path.suffix == ".parquet" and path.is_file():
-        rows = datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
-    elif path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if is_local(name) and "*" not in path.name and not is_dataset(path, columns):
         return read_items(path)
-    else:
-        rows = datasets.load_dataset(name, split=split)
-    return DatasetItems(rows, columns, kinds, label=name)
+    opened = open_rows(DataSource(name, split=split))
+    return DatasetItems(opened.rows, columns, kinds, label=name, origin=opened.origin)
 
 
 def read_filter(items: Sequence[str], sql: str, schema: pa.Schema) -> dict[str, Any] | str:

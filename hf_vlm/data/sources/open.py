@@ -219,10 +219,14 @@ def is_local(path: str) -> bool:
 
 
 def has_table(folder: Path) -> bool:
-    """Whether a folder holds a dataset: written by `save_to_disk`, or with files of rows, at most two folders deep."""
-    names = {"state.json", "dataset_dict.json"}
-    found = (file for pattern in ("*", "*/*", "*/*/*") for file in folder.glob(pattern))
-    return any(file.name in names or file.suffix in _BUILDERS for file in found)
+    """Whether a folder holds rows and not only image files.
+
+    Rows are what `save_to_disk` wrote, the metadata of an image folder, or files of parquet, arrow or webdataset, in
+    the folder or in the folders of its splits.
+    """
+    names, suffixes = {"state.json", "dataset_dict.json", *_METADATA}, {".parquet", ".arrow", ".tar"}
+    found = (file for pattern in ("*", "*/*") for file in folder.glob(pattern))
+    return any(file.name in names or file.suffix in suffixes for file in found)
 
 
 def _open(source: DataSource, seed: int | None, as_written: bool) -> tuple[Any, Origin]:
