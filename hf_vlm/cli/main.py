@@ -1,4 +1,4 @@
-"""The command line: `hf-vlm quickstart | evaluate | cache-features | convert | push | info | index ...`."""
+"""The command line `hf-vlm`: one function a command; the index and the recipes have files of their own."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .index import index_app
+from .recipes import PASS_ON, recipes_app, train
 
 app = typer.Typer(
     name="hf-vlm",
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(index_app, name="index")
+app.add_typer(recipes_app, name="recipes")
+app.command(context_settings=PASS_ON, epilog="Example: `hf-vlm train clip_pretrain --config small`")(train)
 
 KNOWN_ERRORS = (ValueError, OSError, ModuleNotFoundError, RuntimeError)
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .arguments import ContrastiveTrainingArguments, VlmTrainingArguments
     from .contrastive import ContrastiveTrainer
     from .features import cache_text_features, cache_vision_features, cached_tower_features
-    from .lora import add_lora
+    from .lora import add_lora, base_of, save_trained
     from .open_parts import open_language_model
     from .parts import Blip2Trainer, BlipTrainer, BlipTrainingArguments
     from .precision import choose_bf16
@@ -33,11 +33,13 @@ __all__ = [
     "VlmTrainingArguments",
     "add_lora",
     "apply_stage",
+    "base_of",
     "cache_text_features",
     "cache_vision_features",
     "cached_tower_features",
     "choose_bf16",
     "last_checkpoint",
     "open_language_model",
+    "save_trained",
     "stage_named",
 ]

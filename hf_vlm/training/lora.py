@@ -1,7 +1,9 @@
 """LoRA: what is wrapped, what is trained in full beside it, adapters and merged models."""
 
+import copy
+
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from ..families import FAMILIES
 from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
@@ -36,4 +38,29 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -
     return adapted
 
 
-__all__ = ["add_lora"]
+def save_trained(trainer: Trainer) -> PreTrainedModel:
+    """Saves the model that a trainer trained, with its processor.
+
+    Without LoRA the model goes to the output folder. With LoRA the adapter goes to its subfolder `adapter`, and the
+    merged model to the output folder.
+
+    Args:
+        trainer: The trainer after `train()`; every rank must call this function.
+
+    Returns:
+        The model as it is in the output folder, on the first rank; the trained model on the others.
+    """
+    model, folder = trainer.accelerator.unwrap_model(trainer.model), trainer.args.output_dir
+    if not isinstance(model, PeftModel):
+        trainer.save_model()
+        return model
+    trainer.save_model(f"{folder}/adapter")
+    if not trainer.is_world_process_zero():
+        return model
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    return merged
+
+
+__all__ = ["add_lora", "base_of", "save_trained"]

@@ -7,7 +7,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from trl import TrlParser
 
 import tiny
 from hf_vlm import VlmBlipForConditionalGeneration, VlmBlipForImageTextRetrieval
@@ -17,6 +16,7 @@ from hf_vlm.bootstrap.on_scenes import Corruption, filter_table
 from hf_vlm.data import ImageError, corrupt_captions
 from hf_vlm.data.builtin.scene_text import conflict
 from hf_vlm.evaluation import best_threshold, filter_metrics
+from hf_vlm.runs.launch import parse_arguments
 from recipes import blip_filter
 
 RNG = np.random.default_rng(0)
@@ -246,10 +246,9 @@ def test_the_demonstration(models, tmp_path, monkeypatch, capsys):
         return [tiny.image(seed=seed + i) for i in range(40)], judged
 
     monkeypatch.setattr(Corruption, "captions", captions)
-    parser = TrlParser((blip_filter.FilterArguments, blip_filter.DataArguments, blip_filter.DemonstrationArguments))
     small = Path(blip_filter.__file__).with_suffix("") / "small.yaml"
     options = ["--checkpoint", str(models / "filter"), "--clip", str(models / "clip"), "--output_dir", str(tmp_path)]
-    blip_filter.main(*parser.parse_args_and_config(["--config", str(small), *options]))
+    blip_filter.main(*parse_arguments(blip_filter.main, ["--config", str(small), *options]))
     results = json.loads((tmp_path / "results.json").read_text())["caption_filter"]
     assert set(results) == {"unseen_style", "unseen_emoji", "unseen_both"}
     for report in results.values():

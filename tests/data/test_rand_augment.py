@@ -9,7 +9,9 @@ from PIL import Image
 
 from hf_vlm.data import Augmentation
 from hf_vlm.data.batches.rand_augment import OPERATIONS, RandAugment
-from recipes import blip_pretrain
+from hf_vlm.runs.arguments import BlipDataArguments
+from hf_vlm.runs.catalogue import find_recipe
+from hf_vlm.runs.data import find_augmentation
 
 SIDE = 28
 MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
@@ -126,7 +128,6 @@ def test_arguments_out_of_range_are_refused(wrong: dict) -> None:
 
 
 def test_the_published_recipe_takes_it() -> None:
-    assert blip_pretrain.AUGMENTATIONS[blip_pretrain.DataArguments().augmentation] == Augmentation.blip()
-    paper = (blip_pretrain.__file__.removesuffix(".py")) + "/paper.yaml"
-    with open(paper) as file:
-        assert "\naugmentation: blip\n" in file.read()
+    assert find_augmentation(BlipDataArguments().augmentation) == Augmentation.blip()
+    paper = find_recipe("blip_pretrain").find_config("paper")
+    assert "\naugmentation: blip\n" in paper.read_text()

@@ -48,10 +48,10 @@ from hf_vlm.hub.record import (
     training_time,
     write_record,
 )
+from hf_vlm.runs.arguments import ClipDataArguments, ClipModelArguments
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.provenance import own_data, own_licence, pretrained_parts
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, add_lora, last_checkpoint
-from recipes.clip_pretrain import DataArguments, ModelArguments
 
 # A tiny model and processor of each type and head that cards are written for.
 BLIP_HEADS = (
@@ -478,8 +478,8 @@ def run(output: Path, steps: int, **options) -> ContrastiveTrainer:
     trainer.add_callback(StopAfter(steps))
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.save_model()
-    data_args = DataArguments(sources=[{"path": str(output.parent / "shards" / "*.tar"), "streaming": True}])
-    finish_run(trainer, "clip_pretrain", ModelArguments(lock=["text"]), data_args)
+    data_args = ClipDataArguments(sources=[{"path": str(output.parent / "shards" / "*.tar"), "streaming": True}])
+    finish_run(trainer, "clip_pretrain", ClipModelArguments(lock=["text"]), data_args)
     return trainer
 
 

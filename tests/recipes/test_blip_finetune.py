@@ -8,10 +8,10 @@ import torch
 import yaml
 from datasets import Dataset
 from transformers import AutoProcessor
-from trl import TrlParser
 
 import tiny
-from hf_vlm.training import BlipTrainingArguments, last_checkpoint
+from hf_vlm.runs.launch import parse_arguments
+from hf_vlm.training import last_checkpoint
 from recipes import blip_finetune
 
 FOLDER = Path(blip_finetune.__file__).parent / "blip_finetune"
@@ -19,8 +19,7 @@ PUBLISHED = {"caption": (384, 1e-5, 5), "vqa": (480, 2e-5, 10), "retrieval": (38
 
 
 def parse(config: Path, *options: str) -> tuple:
-    groups = (blip_finetune.ModelArguments, blip_finetune.DataArguments, BlipTrainingArguments)
-    return TrlParser(groups).parse_args_and_config(["--config", str(config), *options])
+    return parse_arguments(blip_finetune.main, ["--config", str(config), *options])
 
 
 def tiny_config(tmp_path: Path, task: str) -> Path:

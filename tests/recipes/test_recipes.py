@@ -20,22 +20,21 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
-from trl import TrlParser
 
 import tiny
 from hf_vlm import VlmBlipForPreTraining
-from hf_vlm.training import BlipTrainingArguments, ContrastiveTrainingArguments, last_checkpoint
+from hf_vlm.runs.launch import parse_arguments
+from hf_vlm.training import last_checkpoint
 from recipes import blip_pretrain, clip_pretrain
 
 SMALL = Path(clip_pretrain.__file__).with_suffix("") / "small.yaml"
 PAPER = SMALL.with_name("paper.yaml")
-ARGUMENTS = (clip_pretrain.ModelArguments, clip_pretrain.DataArguments, ContrastiveTrainingArguments)
 TINY_TOWER = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 16}"
 
 
 def parse(config: Path, *options: str):
     """The three groups of arguments of a YAML file and command-line options."""
-    return TrlParser(ARGUMENTS).parse_args_and_config(["--config", str(config), *options])
+    return parse_arguments(clip_pretrain.main, ["--config", str(config), *options])
 
 
 @pytest.fixture
@@ -162,12 +161,11 @@ def test_small_runs_stops_and_resumes(tmp_path):
 
 BLIP_SMALL = Path(blip_pretrain.__file__).with_suffix("") / "small.yaml"
 BLIP_PAPER = BLIP_SMALL.with_name("paper.yaml")
-BLIP_ARGUMENTS = (blip_pretrain.ModelArguments, blip_pretrain.DataArguments, BlipTrainingArguments)
 
 
 def parse_blip(config: Path, *options: str):
     """The three groups of arguments of a YAML file and command-line options."""
-    return TrlParser(BLIP_ARGUMENTS).parse_args_and_config(["--config", str(config), *options])
+    return parse_arguments(blip_pretrain.main, ["--config", str(config), *options])
 
 
 @pytest.fixture

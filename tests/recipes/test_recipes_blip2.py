@@ -31,7 +31,7 @@ from transformers import (
     TrainerCallback,
     get_scheduler,
 )
-from trl import SFTTrainer, TrlParser
+from trl import SFTTrainer
 
 import tiny
 import tiny_blip2
@@ -44,15 +44,16 @@ from hf_vlm import (
     VlmInstructBlipForConditionalGeneration,
 )
 from hf_vlm.data import PromptCollator
-from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, VlmTrainingArguments, add_lora, last_checkpoint
+from hf_vlm.runs.launch import parse_arguments
+from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, add_lora, last_checkpoint
 from processes import curve, equal
 from recipes import blip2_stage1, blip2_stage2, instructblip_finetune
 
 SIZE, TEXT_LENGTH = 48, 128
-RECIPES: dict[str, tuple[ModuleType, str, type]] = {
-    "blip2_stage1": (blip2_stage1, "Blip2Trainer", VlmTrainingArguments),
-    "blip2_stage2": (blip2_stage2, "VlmTrainer", VlmTrainingArguments),
-    "instructblip_finetune": (instructblip_finetune, "VlmSFTTrainer", VlmSFTConfig),
+RECIPES: dict[str, tuple[ModuleType, str]] = {
+    "blip2_stage1": (blip2_stage1, "Blip2Trainer"),
+    "blip2_stage2": (blip2_stage2, "VlmTrainer"),
+    "instructblip_finetune": (instructblip_finetune, "VlmSFTTrainer"),
 }
 STEPS = 4
 # What each stage trains; all else must stay as it was.
@@ -69,9 +70,7 @@ def config_of(name: str, kind: str) -> Path:
 
 def parse(name: str, config: Path, *options: str) -> tuple:
     """The three groups of arguments of a YAML file and command-line options."""
-    recipe, _, arguments = RECIPES[name]
-    groups = (recipe.ModelArguments, recipe.DataArguments, arguments)
-    return TrlParser(groups).parse_args_and_config(["--config", str(config), *options])
+    return parse_arguments(RECIPES[name][0].main, ["--config", str(config), *options])
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +162,7 @@ class StopAfter(TrainerCallback):
 
 def run(name: str, values: dict, file: Path, stop: int | None = None, *options: str) -> Path:
     """Runs a recipe, perhaps to a step only; the output folder."""
-    recipe, trainer_name, _ = RECIPES[name]
+    recipe, trainer_name = RECIPES[name]
     trainer_class = getattr(recipe, trainer_name)
 
     def stopping(*args, **kwargs):

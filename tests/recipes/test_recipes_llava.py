@@ -20,14 +20,15 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from trl import TrlParser
 
 import tiny
 import tiny_blip2
 from hf_vlm import VlmLlavaConfig, VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.data import SceneStream
 from hf_vlm.data.builtin.scene_conversations import CAPTION
-from hf_vlm.training import STAGES, VlmSFTConfig, apply_stage
+from hf_vlm.runs.arguments import LlavaInstructDataArguments
+from hf_vlm.runs.launch import parse_arguments
+from hf_vlm.training import STAGES, apply_stage
 from recipes import llava_align, llava_instruct
 
 OPTIONS = (
@@ -64,9 +65,8 @@ def write(path: Path, text: str) -> str:
 
 
 def run(recipe, config: str, output: Path, *options: str) -> None:
-    groups = (recipe.ModelArguments, recipe.DataArguments, VlmSFTConfig)
     arguments = ["--config", config, "--output_dir", str(output), *OPTIONS, *options]
-    recipe.main(*TrlParser(groups).parse_args_and_config(arguments))
+    recipe.main(*parse_arguments(recipe.main, arguments))
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_lora_saves_an_adapter_with_the_projector_and_the_merged_model(folder, a
 
 
 def test_kinds_of_conversations_are_chosen():
-    arguments = llava_instruct.DataArguments(train_scenes=8, scene_kinds={"caption": 1.0})
+    arguments = LlavaInstructDataArguments(train_scenes=8, scene_kinds={"caption": 1.0})
     rows = llava_instruct.build_data(arguments, 48, seed=0).datasets[0]
     assert {row["messages"][0]["content"] for row in (rows[i] for i in range(8))} == {f"<image>\n{CAPTION}"}
 
@@ -216,8 +216,7 @@ def config_of(name: str) -> Path:
 def parse(name: str) -> tuple:
     """The three groups of arguments of a YAML file."""
     recipe = RECIPES[name.split("/")[0]]
-    groups = (recipe.ModelArguments, recipe.DataArguments, VlmSFTConfig)
-    return TrlParser(groups).parse_args_and_config(["--config", str(config_of(name)), "--bf16", "false"])
+    return parse_arguments(recipe.main, ["--config", str(config_of(name)), "--bf16", "false"])
 
 
 def test_every_config_is_tested():
@@ -286,8 +285,7 @@ def tiny_values(name: str, folder: Path, output: Path, **options) -> dict:
 def run_values(name: str, values: dict, file: Path) -> Path:
     recipe = RECIPES[name.split("/")[0]]
     file.write_text(yaml.safe_dump(values))
-    groups = (recipe.ModelArguments, recipe.DataArguments, VlmSFTConfig)
-    recipe.main(*TrlParser(groups).parse_args_and_config(["--config", str(file)]))
+    recipe.main(*parse_arguments(recipe.main, ["--config", str(file)]))
     return Path(values["output_dir"])
 
 

@@ -75,13 +75,11 @@ def cli(*args: str, token: str | None = None) -> dict:
 
 def recipe(*args: str) -> None:
     """CLIP's recipe with these options."""
-    from trl import TrlParser
 
-    from hf_vlm.training import ContrastiveTrainingArguments
+    from hf_vlm.runs.launch import parse_arguments
     from recipes import clip_pretrain
 
-    groups = (clip_pretrain.ModelArguments, clip_pretrain.DataArguments, ContrastiveTrainingArguments)
-    clip_pretrain.main(*TrlParser(groups).parse_args_and_config(list(args)))
+    clip_pretrain.main(*parse_arguments(clip_pretrain.main, list(args)))
 
 
 CALLS = {

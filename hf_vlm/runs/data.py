@@ -1,0 +1,166 @@
+"""The data of a recipe: pairs to train on and to watch, built-in scenes, cached features of a frozen tower."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from transformers import EvalPrediction, PreTrainedModel
+
+from ..data.batches.augment import Augmentation
+from ..data.batches.pairs import PairDataset, PairStream, load_pairs
+from ..data.builtin.scene_rows import SceneRows
+from ..data.builtin.scenes import SceneStream
+from ..data.features.cache import CachedFeatures
+from ..data.sources.rows import Rows
+from ..data.sources.sources import DataSource
+from ..evaluation import retrieval_metrics
+from ..training import VlmTrainingArguments, cached_tower_features
+from .arguments import Blip2DataArguments, BlipDataArguments, PairArguments, SceneArguments
+from .catalogue import nearest
+
+Pairs = PairDataset | PairStream
+AUGMENTATIONS = {
+    "blip": Augmentation.blip(),
+    "crop": Augmentation(crop_scale=(0.9, 1.0), flip=0.0),  # CLIP's only augmentation
+    "drawing": Augmentation.drawing(),
+    "photo": Augmentation.photo(),
+    "scene": Augmentation.scene(),
+    "none": None,
+}
+
+
+def find_augmentation(name: str) -> Augmentation | None:
+    """The augmentation that `augmentation` names in a YAML file; None for `none`.
+
+    Raises:
+        ValueError: if there is no augmentation of this name.
+    """
+    if name not in AUGMENTATIONS:
+        names = ", ".join(AUGMENTATIONS)
+        raise ValueError(f"There is no augmentation {name!r}; there are {names}.{nearest(name, AUGMENTATIONS)}")
+    return AUGMENTATIONS[name]
+
+
+def check_sources(sources: Any, extra: Sequence[str] = ()) -> None:
+    """Checks `sources` of a YAML file before anything is opened.
+
+    Args:
+        sources: What the file says.
+        extra: Keys of a source beside the fields of [`~hf_vlm.data.DataSource`].
+
+    Raises:
+        ValueError: if it is no list of mappings with a `path`, or one has an unknown key.
+    """
+    known = [*(field.name for field in fields(DataSource)), *extra]
+    if not isinstance(sources, list) or not all(isinstance(source, dict) and "path" in source for source in sources):
+        raise ValueError("sources must be a list of mappings, each with a path: [{path: my-pairs.parquet}].")
+    for source in sources:
+        for key in source:
+            if key not in known:
+                raise ValueError(
+                    f"The source {source['path']} has the unknown key {key!r}; "
+                    f"a source can have {', '.join(known)}.{nearest(str(key), known)}"
+                )
+
+
+def scene_rows(args: SceneArguments, size: int, seed: int, aspects: Sequence[float] = (1.0,)) -> SceneRows:
+    """The built-in scenes to train on.
+
+    Args:
+        args: Number of scenes and length of captions.
+        size: Shorter side in pixels.
+        seed: Which scenes.
+        aspects: Aspect ratios (width / height).
+    """
+    return SceneRows(SceneStream("train", seed, size, aspects=aspects), args.train_scenes, args.max_words)
+
+
+def validation_scenes(args: SceneArguments, size: int, seed: int, rows: int = 512) -> SceneRows:
+    """The built-in scenes to watch a training with; arguments as of [`scene_rows`]."""
+    return SceneRows(SceneStream("validation", seed + 1, size), rows, args.max_words)
+
+
+def own_pairs(args: PairArguments, seed: int) -> tuple[Pairs, Pairs | None]:
+    """Pairs from `sources` to train on, and from `eval_sources` to watch the training with.
+
+    Raises:
+        ValueError: if a source is wrong.
+    """
+    check_sources(args.sources)
+    train = load_pairs(args.sources or [], args.mix, seed, args.on_error)
+    if not args.eval_sources:
+        return train, None
+    check_sources(args.eval_sources)
+    return train, load_pairs(args.eval_sources, shuffle_captions=False)
+
+
+def open_pairs(
+    args: BlipDataArguments | Blip2DataArguments, size: int, seed: int, validation_rows: int = 512
+) -> tuple[Pairs, Pairs | None]:
+    """Pairs to train on, and pairs to watch the training with: your own, or the built-in scenes.
+
+    Args:
+        args: The recipe's data arguments.
+        size: Side of a scene in pixels.
+        seed: Which scenes, and the order of captions.
+        validation_rows: Number of scenes to watch the training with.
+
+    Raises:
+        ValueError: if a source is wrong.
+    """
+    if args.sources is not None:
+        return own_pairs(args, seed)
+    validation = PairDataset(validation_scenes(args, size, seed, validation_rows), shuffle_captions=False)
+    return PairDataset(scene_rows(args, size, seed), seed), validation
+
+
+def open_features(
+    folder: str | None,
+    train: Pairs | Rows,
+    processor: Any,
+    tower: PreTrainedModel,
+    key: Mapping[str, Any],
+    training_args: VlmTrainingArguments,
+) -> CachedFeatures | None:
+    """The frozen tower's outputs for all training rows, computed when the folder does not hold them; None without one.
+
+    Args:
+        folder: Of the cache.
+        train: Pairs, or rows with an `image`.
+        processor: The model's.
+        tower: The model's frozen image tower.
+        key: What decides which images the rows have, and their order.
+        training_args: Arguments of the run.
+
+    Raises:
+        ValueError: if the rows are a stream, or the folder holds other features.
+    """
+    if folder is None:
+        return None
+    rows = train.rows if isinstance(train, PairDataset) else train
+    options = {"bf16": training_args.bf16, "num_workers": training_args.dataloader_num_workers}
+    return cached_tower_features(folder, rows, processor, tower, key, **options)
+
+
+def recall(predictions: EvalPrediction) -> dict[str, float]:
+    """Text-to-image recall and mean recall within the validation pairs, by embeddings.
+
+    Args:
+        predictions: `(image_embeds, text_embeds)` and the pair ids; of an image's queries the nearest counts.
+    """
+    (image_embeds, text_embeds), ids = predictions.predictions, predictions.label_ids
+    metrics = retrieval_metrics(image_embeds, text_embeds, ids, ids)
+    return {name: value for name, value in metrics.items() if name.startswith(("text_to_image_r", "mean"))}
+
+
+__all__ = [
+    "AUGMENTATIONS",
+    "check_sources",
+    "find_augmentation",
+    "open_features",
+    "open_pairs",
+    "own_pairs",
+    "recall",
+    "scene_rows",
+    "validation_scenes",
+]

@@ -1,0 +1,190 @@
+"""Start a recipe: `launch(main)` parses a YAML file and command-line options into the arguments of `main`.
+
+- The argument groups are the dataclasses that annotate `main`.
+- `--config NAME` takes a packaged YAML file of the recipe, `--config PATH` any file; options override its keys.
+- Unknown keys and options are refused with the most similar known one. A user's mistake is one line, without traceback.
+"""
+
+import dataclasses
+import inspect
+import os
+import sys
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_origin, get_type_hints
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from .catalogue import Recipe, nearest
+
+CONFIG_HELP = "Name of a packaged YAML file ({names}), or the path of your own."
+TRACEBACK = "HF_VLM_TRACEBACK"
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Help with defaults, and the recipe's docstring as it is written."""
+
+
+class RecipeParser(TrlParser):
+    """TRL's parser of YAML and options for one recipe.
+
+    Args:
+        recipe: The recipe, for its YAML files and its name.
+        groups: Dataclasses of arguments.
+        description: Text above the options in the help.
+    """
+
+    def __init__(self, recipe: Recipe, groups: Sequence[type], description: str | None = None):
+        super().__init__(
+            groups,
+            prog=recipe.name,
+            usage="%(prog)s [--config NAME_OR_FILE] [OPTIONS]",
+            description=description,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.recipe = recipe
+        names = ", ".join(recipe.configs)
+        self.add_argument("--config", metavar="NAME_OR_FILE", default=SUPPRESS, help=CONFIG_HELP.format(names=names))
+        self._group_options(groups)
+
+    def _group_options(self, groups: Sequence[type]) -> None:
+        """Shows the options of each dataclass as a group of the help, those of transformers and TRL last."""
+        titles = {}
+        for group in groups:
+            for field in dataclasses.fields(group):
+                titles[field.name] = group_title(group, field.name)
+        own = list(dict.fromkeys(title for title in titles.values() if not title.startswith("transformers")))
+        sections = {title: self.add_argument_group(title) for title in (*own, *(set(titles.values()) - set(own)))}
+        options = self._optionals._group_actions
+        for action in [action for action in options if action.dest in titles]:
+            options.remove(action)
+            if action.type is dict or get_origin(action.type) is dict:
+                action.type, action.nargs = parse_value, None
+            sections[titles[action.dest]]._group_actions.append(action)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises in place of printing two hundred options.
+
+        Raises:
+            ValueError: always, with argparse's message.
+        """
+        if "required" in message and self.recipe.configs:
+            message += f"; or give --config with a YAML file ({', '.join(self.recipe.configs)})"
+        raise ValueError(f"{message[:1].upper()}{message[1:]}. See {self.recipe.name} --help.")
+
+    def parse_run(self, args: Sequence[str]) -> tuple:
+        """The dataclasses of one run.
+
+        Args:
+            args: Command-line options.
+
+        Raises:
+            ValueError: if a file, key, option or value is wrong.
+        """
+        config_parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        config_parser.add_argument("--config", nargs="?")
+        chosen, options = config_parser.parse_known_args(args)
+        if chosen.config is not None:
+            self._set_defaults_from(self.recipe.find_config(chosen.config))
+        elif any(arg.split("=")[0] == "--config" for arg in args):
+            raise ValueError(f"--config needs a name ({', '.join(self.recipe.configs)}) or the path of a YAML file.")
+        known = self._option_string_actions
+        for name in (option.split("=")[0] for option in options if option.startswith("--")):
+            if name not in known:
+                raise ValueError(f"There is no option {name}.{nearest(name, known)}")
+        *groups, rest = self.parse_args_into_dataclasses(options, return_remaining_strings=True)
+        if rest:
+            raise ValueError(f"{rest[0]!r} belongs to no option: write --NAME VALUE.")
+        return tuple(groups)
+
+    def _set_defaults_from(self, path: Path) -> None:
+        values = read_yaml(path)
+        for name, value in (values.pop("env", None) or {}).items():
+            os.environ[name] = str(value)
+        known = {action.dest for action in self._actions} - {"help", "config"}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{path} has the unknown key {key!r}.{nearest(str(key), known)}")
+        self.set_defaults_with_config(**values)
+
+
+def group_title(group: type, name: str) -> str:
+    """The section of the help in which an option stands."""
+    if not issubclass(group, TrainingArguments):
+        return (inspect.getdoc(group) or group.__name__).partition("\n")[0].rstrip(".")
+    declared = next(parent for parent in group.__mro__ if name in inspect.get_annotations(parent))
+    if declared.__module__.startswith("hf_vlm"):
+        return "Training, hf_vlm's own arguments and defaults"
+    return "transformers.TrainingArguments" if declared.__module__.startswith("transformers") else "trl.SFTConfig"
+
+
+def parse_value(text: str) -> Any:
+    """The mapping or list that an option on the command line gives in YAML.
+
+    Raises:
+        ValueError: if the text is no valid YAML, or neither a mapping nor a list.
+    """
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict | list):
+        raise ValueError(text)
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML file.
+
+    Raises:
+        ValueError: if the file is no valid YAML, or holds something else than a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}: write `key: value` lines.")
+    return values
+
+
+def parse_arguments(main: Callable, args: Sequence[str] | None = None) -> tuple:
+    """The arguments of a recipe's `main`.
+
+    Args:
+        main: A function of dataclasses, in the recipe's script.
+        args: Command-line options; those of this process by default.
+
+    Raises:
+        ValueError: if a file, key, option or value is wrong.
+    """
+    hints = get_type_hints(main)
+    groups = [hints[name] for name in inspect.signature(main).parameters]
+    recipe = Recipe(Path(inspect.getfile(main)).resolve())
+    description = inspect.getdoc(inspect.getmodule(main))
+    return RecipeParser(recipe, groups, description).parse_run(sys.argv[1:] if args is None else args)
+
+
+def launch(main: Callable[..., None], args: Sequence[str] | None = None) -> None:
+    """Runs a recipe. A user's mistake ends the process with one line and exit code 1.
+
+    Set the environment variable HF_VLM_TRACEBACK=1 to see the traceback.
+
+    Args:
+        main: A function of dataclasses, in the recipe's script.
+        args: Command-line options; those of this process by default.
+    """
+    try:
+        main(*parse_arguments(main, args))
+    except (ValueError, OSError, ModuleNotFoundError, StrictDataclassError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = lines[-1] if isinstance(error, StrictDataclassError) else lines[0]  # where each says what is wrong
+        print(f"Error: {line.strip()} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
+        sys.exit(1)
+
+
+__all__ = ["RecipeParser", "launch", "parse_arguments", "read_yaml"]
