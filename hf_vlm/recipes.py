@@ -7,4 +7,4 @@ from pathlib import Path
 
 __path__ = [str(Path(__file__).resolve().parents[1] / "recipes")]  # makes this module a package
 
-__all__: list[str] = []
+__all__ = []

@@ -26,6 +26,7 @@ import tiny_blip2
 from hf_vlm import VlmLlavaConfig, VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.data import SceneStream
 from hf_vlm.data.builtin.scene_conversations import CAPTION
+from hf_vlm.runs import data
 from hf_vlm.runs.arguments import LlavaInstructDataArguments
 from hf_vlm.runs.launch import parse_arguments
 from hf_vlm.training import STAGES, apply_stage
@@ -153,7 +154,7 @@ def test_scenes_are_of_the_size_that_is_given(folder, aligned, tmp_path, monkeyp
         sizes.append(size)
         return SceneStream(split, seed, size, aspects=aspects)
 
-    monkeypatch.setattr(llava_align, "SceneStream", stream)
+    monkeypatch.setattr(data, "SceneStream", stream)
     config = write(tmp_path / "scenes.yaml", f"vision: {folder}/clip\nlanguage_model: {folder}/llm\nimage_size: 64\n")
     for options in ((), ("--scene_size", "96")):
         run(llava_align, config, tmp_path / f"{len(options)}", "--train_scenes", "8", *options)
