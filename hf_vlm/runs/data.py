@@ -13,8 +13,9 @@ from ..data.builtin.scenes import SceneStream
 from ..data.features.cache import CachedFeatures
 from ..data.sources.rows import Rows
 from ..data.sources.sources import DataSource
-from ..evaluation import retrieval_metrics
-from ..training import VlmTrainingArguments, cached_tower_features
+from ..metrics.retrieval import retrieval_metrics
+from ..training.arguments import VlmTrainingArguments
+from ..training.features import cached_tower_features
 from .arguments import Blip2DataArguments, BlipDataArguments, PairArguments, SceneArguments
 from .catalogue import nearest
 
@@ -87,7 +88,7 @@ def own_pairs(args: PairArguments, seed: int) -> tuple[Pairs, Pairs | None]:
         ValueError: if a source is wrong.
     """
     check_sources(args.sources)
-    train = load_pairs(args.sources or [], args.mix, seed, args.on_error)
+    train = load_pairs(args.sources or [], args.mix, seed, args.on_error)  # type: ignore[arg-type]  # checked there
     if not args.eval_sources:
         return train, None
     check_sources(args.eval_sources)

@@ -40,7 +40,7 @@ class RecipeParser(TrlParser):
 
     def __init__(self, recipe: Recipe, groups: Sequence[type], description: str | None = None):
         super().__init__(
-            groups,
+            groups,  # type: ignore[arg-type]  # DataClassType is a TypeVar there
             prog=recipe.name,
             usage="%(prog)s [--config NAME_OR_FILE] [OPTIONS]",
             description=description,
