@@ -11,8 +11,8 @@ from ..data.batches.pairs import PairDataset, PairStream, load_pairs
 from ..data.builtin.scene_rows import SceneRows
 from ..data.builtin.scenes import SceneStream
 from ..data.features.cache import CachedFeatures
+from ..data.sources.open import DataSource
 from ..data.sources.rows import Rows
-from ..data.sources.sources import DataSource
 from ..metrics.retrieval import retrieval_metrics
 from ..training.arguments import VlmTrainingArguments
 from ..training.features import cached_tower_features
