@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_blip import VlmBlipTextConfig
 
@@ -22,11 +23,20 @@ class VlmBlipLMHead(nn.Module):
         return self.decoder(self.norm(self.act(self.dense(hidden_states))))
 
 
-def with_first_token(input_ids: torch.Tensor | None, token_id: int) -> torch.Tensor:
-    """Token ids with another first token: `[ENC]` or `[DEC]` in place of `[CLS]`."""
+def require_input_ids(input_ids: torch.Tensor | None) -> torch.Tensor:
+    """The token ids.
+
+    Raises:
+        ValueError: if they are missing.
+    """
     if input_ids is None:
         raise ValueError("Pass the texts as input_ids.")
-    input_ids = input_ids.clone()
+    return input_ids
+
+
+def with_first_token(input_ids: torch.Tensor | None, token_id: int) -> torch.Tensor:
+    """Token ids with another first token: `[ENC]` or `[DEC]` in place of `[CLS]`."""
+    input_ids = require_input_ids(input_ids).clone()
     input_ids[:, 0] = token_id
     return input_ids
 
@@ -63,16 +73,19 @@ def bert_text_config(bert: PreTrainedConfig, dropout: float | None = None) -> Vl
 
 
 @torch.no_grad()
-def copy_bert_embeddings(ours: nn.Module, bert: PreTrainedModel) -> None:
-    """Words, positions and norm; there are no token types: that of a first sentence is added to every position."""
-    theirs = bert.embeddings
+def copy_bert_embeddings(model: PreTrainedModel, bert: PreTrainedModel) -> None:
+    """Copies word and position embeddings and their LayerNorm.
+
+    Our models have no token types, so BERT's embedding of the first type is added to every position.
+    """
+    ours, theirs = model.embeddings, bert.embeddings
     ours.word_embedding.weight[: bert.config.vocab_size] = theirs.word_embeddings.weight
     ours.position_embedding.weight.copy_(theirs.position_embeddings.weight + theirs.token_type_embeddings.weight[0])
     ours.norm.load_state_dict(theirs.LayerNorm.state_dict())
 
 
 @torch.no_grad()
-def copy_bert_layer(own: nn.Module, its: nn.Module, with_mlp: bool = True) -> None:
+def copy_bert_layer(own: GradientCheckpointingLayer, its: GradientCheckpointingLayer, with_mlp: bool = True) -> None:
     """Self-attention and the feed-forward layer."""
     qkv = [its.attention.self.query, its.attention.self.key, its.attention.self.value]
     own.self_attention.qkv.weight.copy_(torch.cat([part.weight for part in qkv]))
@@ -88,7 +101,7 @@ def copy_bert(text_model: PreTrainedModel, bert: PreTrainedModel) -> None:
     Cross-attention stays new.
     """
     if text_model.owner is text_model:
-        copy_bert_embeddings(text_model.embeddings, bert)
+        copy_bert_embeddings(text_model, bert)
     for own, its in zip(text_model.layers, bert.encoder.layer, strict=True):
         copy_bert_layer(own, its, with_mlp=own.owner is own)
 
@@ -111,7 +124,7 @@ def copy_bert_to_qformer(qformer: PreTrainedModel, bert: PreTrainedModel) -> Non
 
     Queries and cross-attention stay new.
     """
-    copy_bert_embeddings(qformer.embeddings, bert)
+    copy_bert_embeddings(qformer, bert)
     for own, its in zip(qformer.layers, bert.encoder.layer, strict=True):
         copy_bert_layer(own, its)
         own.query_mlp.load_state_dict(own.mlp.state_dict())
@@ -125,5 +138,6 @@ __all__ = [
     "copy_bert_embeddings",
     "copy_bert_layer",
     "copy_bert_to_qformer",
+    "require_input_ids",
     "with_first_token",
 ]

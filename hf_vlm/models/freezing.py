@@ -5,11 +5,12 @@
 - `from_pretrained` of transformers turns the gradients of all weights on; `PartlyFrozenModel` freezes again afterwards.
 """
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 
-def freeze(*targets: nn.Module | nn.Parameter) -> None:
+def freeze(*targets: nn.Module | torch.Tensor) -> None:
     """Turns off the gradients of modules or parameters; modules change to eval mode."""
     for target in targets:
         target.requires_grad_(False)

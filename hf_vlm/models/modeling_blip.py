@@ -14,6 +14,7 @@ G = ranks x B.
 """
 
 import copy
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from .bert import VlmBlipLMHead, bert_text_config, copy_bert, with_first_token
+from .bert import VlmBlipLMHead, bert_text_config, copy_bert, require_input_ids, with_first_token
 from .configuration_blip import VlmBlipConfig
 from .configuration_tower import VlmTowerConfig
 from .distributed import fetch_rows, gather_with_grad
@@ -311,7 +312,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         """Also freezes parameters that only losses of weight 0 depend on."""
         super().freeze_parts()
         config = self.config
-        unused: list[nn.Module | nn.Parameter] = []
+        unused: list[nn.Module | torch.Tensor] = []
         if not config.itc_weight:
             unused.append(self.similarity)
         if not config.itm_weight:
@@ -397,7 +398,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
             options |= {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
             vision_features = encoders["vision_model"](pixel_values=pixel_values, **options).last_hidden_state
         texts = encoders["text_encoder"](input_ids, attention_mask, first_only=True).last_hidden_state
-        similarity = encoders["similarity"]
+        similarity = cast(VlmBlipSimilarity, encoders["similarity"])
         return similarity.embed_images(vision_features), similarity.embed_texts(texts)
 
     def _contrast(self, output: VlmBlipOutput, momentum_features, pair_ids, soft_target_weight: float) -> torch.Tensor:
@@ -519,8 +520,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         Raises:
             ValueError: if images or texts are missing, or the loss is asked for unequal numbers of them.
         """
-        if input_ids is None:
-            raise ValueError("Pass the texts as input_ids.")
+        input_ids = require_input_ids(input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         images = self.get_image_features(pixel_values, vision_features, interpolate_pos_encoding)
         output = VlmBlipOutput(image_embeds=images.pooler_output)

@@ -170,7 +170,7 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass either pixel_values or vision_features.")
-        if vision_features is None:
+        if pixel_values is not None:
             vision_features = tower_states(self.vision_model, pixel_values, interpolate_pos_encoding)
         return self.vision_norm(vision_features.to(self.vision_norm.weight.dtype))
 
@@ -200,6 +200,7 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
             ValueError: if a row's placeholders are not those of whole images, or not of as many as there are.
         """
         image_token_id = self.config.image_token_id
+        assert image_token_id is not None  # VlmBlip2Config.validate_parts
         check_placeholders(input_ids == image_token_id, queries)
         images = self.language_projection(queries)
         return place_images(self.language_model.get_input_embeddings(), input_ids, images, image_token_id)

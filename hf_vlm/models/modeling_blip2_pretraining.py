@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .bert import VlmBlipLMHead, bert_qformer_config, copy_bert_to_qformer, with_first_token
+from .bert import VlmBlipLMHead, bert_qformer_config, copy_bert_to_qformer, require_input_ids, with_first_token
 from .configuration_blip2 import VlmBlip2Config
 from .distributed import fetch_rows, gather_with_grad
 from .freezing import freeze
@@ -286,8 +286,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         Raises:
             ValueError: if images or texts are missing, or the loss is asked for unequal numbers of them.
         """
-        if input_ids is None:
-            raise ValueError("Pass the texts as input_ids.")
+        input_ids = require_input_ids(input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         memory = self.model.qformer.project_memory(states)

@@ -16,7 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .bert import VlmBlipLMHead, with_first_token
+from .bert import VlmBlipLMHead, require_input_ids, with_first_token
 from .configuration_blip import VlmBlipConfig
 from .modeling_blip import VlmBlipHead
 from .modeling_blip_text import VlmBlipOutput, prompts, text_generation_config
@@ -147,7 +147,7 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
     def read(
         self,
         pixel_values: torch.Tensor | None,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
@@ -209,16 +209,17 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
             [`VlmBlipOutput`] with `loss`: the weighted sum over answers of their negative log-likelihood, divided by
             the number of questions; or, without labels, `logits`.
         """
+        input_ids = require_input_ids(input_ids)
         if question_memory is not None:
             answer_ids, answer_mask = input_ids, attention_mask
         else:
             question_memory = self.read(
                 pixel_values, input_ids, attention_mask, vision_features, interpolate_pos_encoding
             )
-            answer_ids = decoder_input_ids if labels is None else labels
-            if answer_ids is None:
+            answers = decoder_input_ids if labels is None else labels
+            if answers is None:
                 raise ValueError("Pass the answers as labels, or as decoder_input_ids, or call generate().")
-            answer_ids, answer_mask = self.decoder_inputs(answer_ids)
+            answer_ids, answer_mask = self.decoder_inputs(answers)
         memory, memory_mask = question_memory
         states = self.model.require_text_decoder()(
             answer_ids, answer_mask, memory, answer_index, memory_mask, position_ids, past_key_values, **kwargs
@@ -246,6 +247,7 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
         Returns:
             `torch.LongTensor` of shape `(B, length)`: `[DEC]` and the answers.
         """
+        input_ids = require_input_ids(input_ids)
         memory = self.read(pixel_values, input_ids, attention_mask, vision_features, interpolate_pos_encoding)
         start = torch.full((len(input_ids), 1), self.config.text_config.bos_token_id, device=input_ids.device)
         return super().generate(
@@ -275,19 +277,16 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
         Returns:
             `torch.LongTensor` of shape `(B,)`: rows of `answer_ids`.
         """
-        (memory, memory_mask), batch = (
-            self.read(pixel_values, input_ids, attention_mask, vision_features),
-            len(input_ids),
-        )
+        input_ids = require_input_ids(input_ids)
+        batch, decoder = len(input_ids), self.model.require_text_decoder()
+        memory, memory_mask = self.read(pixel_values, input_ids, attention_mask, vision_features)
         count = min(num_candidates, len(answer_ids))
         answer_ids = with_first_token(answer_ids, self.config.text_config.bos_token_id)
         start = answer_ids[:1, :1].expand(batch, 1)
-        first = self.lm_head(
-            self.model.require_text_decoder()(start, None, memory, None, memory_mask).last_hidden_state[:, 0]
-        )
+        first = self.lm_head(decoder(start, None, memory, None, memory_mask).last_hidden_state[:, 0])
         candidates = first.log_softmax(dim=-1)[:, answer_ids[:, 1]].topk(count).indices  # (B, count)
         ids, mask = answer_ids[candidates.flatten()], answer_mask[candidates.flatten()]
-        states = self.model.require_text_decoder()(ids, mask, memory, None, memory_mask).last_hidden_state
+        states = decoder(ids, mask, memory, None, memory_mask).last_hidden_state
         log_probs = self.lm_head(states[:, :-1]).float().log_softmax(dim=-1)
         likelihood = log_probs.gather(2, ids[:, 1:, None])[..., 0].masked_fill(mask[:, 1:] == 0, 0.0).sum(dim=1)
         return candidates.gather(1, likelihood.view(batch, count).argmax(dim=1, keepdim=True))[:, 0]

@@ -11,6 +11,7 @@ Shapes: B rows, Q queries, L tokens, H hidden size, A heads, D = H / A, I images
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -86,6 +87,26 @@ class VlmQFormerLayer(GradientCheckpointingLayer):
         self.query_mlp = VlmFusionMLP(config)
         self.mlp = VlmFusionMLP(config) if config.use_text else None
 
+    def require_cross_attention(self) -> VlmFusionCrossAttention:
+        """The queries' cross-attention.
+
+        Raises:
+            ValueError: if this is a layer without one.
+        """
+        if self.cross_attention is None:
+            raise ValueError("This Q-Former layer has no cross-attention: see cross_attention_frequency.")
+        return self.cross_attention
+
+    def require_text_mlp(self) -> VlmFusionMLP:
+        """The text's feed-forward layer.
+
+        Raises:
+            ValueError: if the Q-Former has no text branch.
+        """
+        if self.mlp is None:
+            raise ValueError("This Q-Former has no text branch: use a checkpoint with use_text=True.")
+        return self.mlp
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -122,10 +143,11 @@ class VlmQFormerLayer(GradientCheckpointingLayer):
         parts = []
         if num_queries > 0:
             if memory_key is not None:
-                queries, _ = self.cross_attention(queries, memory_key, memory_value, memory_index, None, **kwargs)
+                cross_attention = self.require_cross_attention()
+                queries, _ = cross_attention(queries, memory_key, memory_value, memory_index, None, **kwargs)
             parts.append(self.query_mlp(queries))
         if text.shape[1] > 0:
-            parts.append(self.mlp(text))
+            parts.append(self.require_text_mlp()(text))
         return torch.cat(parts, dim=1), key, value
 
 
@@ -163,7 +185,7 @@ class VlmQFormerModel(PreTrainedModel):
 
     def project_memory(self, states: torch.Tensor) -> QFormerKeyValues:
         """Keys and values of every layer for image states of shape `(I, S, memory_size)`: once per image."""
-        crosses = (layer.cross_attention for layer in self.layers)
+        crosses = (cast(VlmQFormerLayer, layer).cross_attention for layer in self.layers)
         return tuple(None if cross is None else cross.project(states) for cross in crosses)
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -193,15 +215,17 @@ class VlmQFormerModel(PreTrainedModel):
             [`VlmQFormerOutput`]: `last_hidden_state` of shape `(B, tokens, H)`, queries first, and `query_states`.
         """
         num_queries = 0 if memory is None else self.config.num_query_tokens
-        if num_rows is None:
-            first = next((part for part in memory or () if part is not None), None)
-            num_rows = len(input_ids) if input_ids is not None else len(first[0])
+        if num_rows is None and input_ids is not None:
+            num_rows = len(input_ids)
+        elif num_rows is None:
+            num_rows = next(len(layer_memory[0]) for layer_memory in memory or () if layer_memory is not None)
         hidden_states = self.embeddings(num_rows, input_ids, num_queries > 0)
         mask = self._mask(hidden_states, num_queries, attention_mask, prefix)
         states = []
         for i, layer in enumerate(self.layers):
             is_last = i == len(self.layers) - 1
-            memory_key, memory_value = (None, None) if memory is None or memory[i] is None else memory[i]
+            layer_memory = None if memory is None else memory[i]
+            memory_key, memory_value = layer_memory or (None, None)
             prefix_key, prefix_value = (None, None) if prefix is None else prefix[i]
             hidden_states, key, value = layer(
                 hidden_states,
@@ -245,7 +269,8 @@ class VlmQFormerModel(PreTrainedModel):
         """
         if not self.config.use_text:
             return
-        unused = [layer.mlp for layer in (self.layers if all_layers else self.layers[-1:])]
+        layers = self.layers if all_layers else self.layers[-1:]
+        unused: list[nn.Module] = [cast(VlmQFormerLayer, layer).require_text_mlp() for layer in layers]
         if all_layers:
             unused += [self.embeddings.word_embedding, self.embeddings.position_embedding]
         freeze(*unused)

@@ -1,8 +1,6 @@
 """Any image tower: build, load, resize, freeze, and read one of its layers."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -118,31 +116,35 @@ def count_extra_tokens(tower: PreTrainedModel) -> int:
     return int(has_class_token(tower)) + registers
 
 
-def _stack_of(tower: PreTrainedModel) -> tuple[nn.Module, str]:
-    """The module that holds the tower's layers, and their name in it."""
-    for module in tower.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == tower.config.num_hidden_layers:
-                return module, name
+def _find_layers(tower: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of a tower's layers, and its dotted name in the tower."""
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == tower.config.num_hidden_layers:
+            return name, module
     raise ValueError(f"A {tower.config.model_type} tower has no list of layers to choose one of: take another tower.")
 
 
-@contextmanager
-def _shortened(tower: PreTrainedModel, count: int) -> Iterator[list[torch.Tensor]]:
-    """Within it, a tower has `count` layers, and what the last of them gives is put into the list."""
-    parent, name = _stack_of(tower)
-    layers, states = getattr(parent, name), []
+def _without_last_layers(tower: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A second view of a tower that runs the first `count` layers only; the modules and weights are the same objects.
 
-    def keep(module, inputs, output):
-        states.append(output[0] if isinstance(output, tuple) else output)
+    Only the modules that lead to the list of layers are copied (shallowly), so the tower itself does not change.
+    """
+    name, layers = _find_layers(tower)
+    *parents, last = name.split(".")
+    view = _shallow_copy(tower)
+    parent: nn.Module = view
+    for child in parents:
+        parent._modules[child] = _shallow_copy(parent.get_submodule(child))
+        parent = parent.get_submodule(child)
+    parent._modules[last] = layers[:count]
+    return view
 
-    hook = layers[count - 1].register_forward_hook(keep)
-    setattr(parent, name, layers[:count])
-    try:
-        yield states
-    finally:
-        setattr(parent, name, layers)
-        hook.remove()
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A module with the same parameters and children, whose children can be replaced without changing the original."""
+    shallow = copy.copy(module)
+    shallow._modules = dict(module._modules)
+    return shallow
 
 
 def layer_states(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int) -> torch.Tensor:
@@ -164,15 +166,19 @@ def layer_states(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int)
     count = resolve_layer(layer, tower.config.num_hidden_layers)
     if count == 0:
         raise ValueError("vision_feature_layer=0 is the embeddings, which are read of our own towers only.")
-    with _shortened(tower, count) as states:
-        tower(pixel_values=pixel_values)
-    return states[0]
+    states = []
+    _, layers = _find_layers(tower)
+    hook = layers[count - 1].register_forward_hook(lambda module, inputs, output: states.append(output))
+    try:
+        _without_last_layers(tower, count)(pixel_values=pixel_values)
+    finally:
+        hook.remove()
+    return states[0][0] if isinstance(states[0], tuple) else states[0]
 
 
 def read_parameters(tower: PreTrainedModel, layer: int) -> list[nn.Parameter]:
     """The parameters that `layer_states` depends on: a trained one without a gradient stalls data parallelism."""
-    parent, name = _stack_of(tower)
-    layers = getattr(parent, name)
+    _, layers = _find_layers(tower)
     unread = {id(parameter) for parameter in layers[resolve_layer(layer, len(layers)) :].parameters()}
     last = next(reversed(list(layers.parameters())))
     found = []

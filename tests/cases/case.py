@@ -41,9 +41,9 @@ class Case:
 
 @contextmanager
 def calls_of(*modules: nn.Module) -> Iterator[list[nn.Module]]:
-    """The modules among these that are called, in order, once for each call."""
+    """The modules among these that are called, in order, once for each call; a shallow copy counts as its original."""
     calls: list[nn.Module] = []
-    handles = [module.register_forward_pre_hook(lambda module, _: calls.append(module)) for module in modules]
+    handles = [module.register_forward_pre_hook(lambda *_, own=module: calls.append(own)) for module in modules]
     yield calls
     for handle in handles:
         handle.remove()
