@@ -23,7 +23,8 @@ from ..data.sources.open import DataSource
 from ..data.sources.rows import OnError
 from ..data.sources.stored import StoredRow, stored_blocks
 from ..evaluation import caption_images, embed_images, embed_texts, match_logits
-from ..evaluation.tasks import Evaluator, load_checkpoint
+from ..evaluation.task import Evaluator
+from ..evaluation.tasks import load_checkpoint
 from ..metrics.retrieval import pair_cosines, unit_images
 from ..models import VlmBlipForConditionalGeneration, VlmBlipForPreTraining
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..metrics.descriptions import DESCRIPTIONS
 from .index import index_app
 from .recipes import PASS_ON, recipes_app, train
 
@@ -32,17 +33,6 @@ class Format(StrEnum):
 
     native = "native"
     hf_vlm = "hf_vlm"
-
-
-class Task(StrEnum):
-    """What a checkpoint is evaluated at."""
-
-    retrieval = "retrieval"
-    hard_negatives = "hard_negatives"
-    caption = "caption"
-    vqa = "vqa"
-    vqa_unseen_wordings = "vqa_unseen_wordings"
-    pope = "pope"
 
 
 SceneSize = Annotated[
@@ -77,11 +67,14 @@ def evaluate(
         str,
         typer.Option(help="emoji, scenes, easy_vqa, or a folder, file or Hub id of images with captions or questions."),
     ] = "emoji",
-    task: Annotated[Task | None, typer.Option(help="One task; by default all that the checkpoint can do.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help=f"One task: {', '.join(DESCRIPTIONS)}. Default: all that the checkpoint can do."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of a data set of your own.")] = "test",
     columns: Annotated[
         str,
-        typer.Option(help="Its columns: image=NAME,caption=NAME[,id=NAME] or image=NAME,question=NAME,answer=NAME."),
+        typer.Option(help="Its columns: image=NAME,caption=NAME[,id=NAME], image=NAME,question=NAME,answer=NAME, or image=NAME,class=NAME."),
     ] = "",
     limit: Annotated[
         int, typer.Option(help="Number of scenes, or of rows or questions of other data (0: all).")
@@ -104,15 +97,14 @@ def evaluate(
 
     Beside every number stands what chance, the model without seeing the image, or the most frequent answer gives.
     """
-    from ..evaluation.tasks import Settings
+    from ..evaluation.task import EvaluationSettings
     from ..evaluation.test_sets import evaluate_checkpoint, format_reports
 
     if data != "scenes" and (scene_size or scene_aspects):
         raise ValueError(f"--scene-size and --scene-aspects shape scenes and not {data}: leave them out.")
-    settings = Settings(rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16, max_questions=questions)
-    name = None if task is None else task.value
+    settings = EvaluationSettings(rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16, max_questions=questions)
     reports = evaluate_checkpoint(
-        model, data, split, columns, limit, name, train_split, settings, scene_size, scene_aspects or [1.0]
+        model, data, split, columns, limit, task, train_split, settings, scene_size, scene_aspects or [1.0]
     )
     typer.echo(json.dumps(reports, indent=2) if as_json else format_reports(reports))
 

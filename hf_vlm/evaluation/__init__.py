@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from ..metrics.zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
     from .embed import embed_images, embed_texts
     from .matching import match_logits
-    from .reports import GREY, caption_report, hard_negative_report, pope_report, retrieval_report, vqa_report
+    from .reports import (
+        GREY,
+        caption_report,
+        hard_negative_report,
+        pope_report,
+        retrieval_report,
+        vqa_report,
+        zero_shot_report,
+    )
     from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
 else:
     __getattr__, __dir__ = lazy_names(__name__, __file__)
@@ -69,4 +77,5 @@ __all__ = [
     "vqa_report",
     "zero_shot_classifier",
     "zero_shot_metrics",
+    "zero_shot_report",
 ]

@@ -43,7 +43,7 @@ def embed_images(
     if len(images) == 0:
         raise ValueError("there are no images to embed")
     batches = []
-    with _evaluating(model, autocast_dtype), tqdm(total=len(images), desc="images", disable=not progress) as bar:
+    with evaluation_mode(model, autocast_dtype), tqdm(total=len(images), desc="images", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
             batch = [images[row] for row in range(start, min(start + batch_size, len(images)))]
             pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
@@ -81,7 +81,7 @@ def embed_texts(
     texts = list(texts)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
     batches = []
-    with _evaluating(model, autocast_dtype), tqdm(total=len(texts), desc="texts", disable=not progress) as bar:
+    with evaluation_mode(model, autocast_dtype), tqdm(total=len(texts), desc="texts", disable=not progress) as bar:
         for start in range(0, len(texts), batch_size):
             batch = [texts[row] for row in order[start : start + batch_size]]
             inputs = processor(text=batch, padding="longest", truncation=True, return_tensors="pt").to(model.device)
@@ -92,7 +92,7 @@ def embed_texts(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     # Mode by mode, because model.train() would also switch towers that are kept frozen in eval mode.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .blocks import image_blocks
-from .embed import _evaluating
+from .embed import evaluation_mode
 
 """Matching scores that differ by no more are tied: so much depends on the batch that a pair was computed in."""
 
@@ -59,7 +59,7 @@ def match_logits(
     tokens = [torch.tensor(ids) for ids in tokenizer(list(texts), truncation=True)["input_ids"]]
     lengths = torch.tensor([len(ids) for ids in tokens])
     logits = torch.empty(len(pairs), 2)
-    with _evaluating(model, autocast_dtype), tqdm(total=len(pairs), desc="pairs", disable=not progress) as bar:
+    with evaluation_mode(model, autocast_dtype), tqdm(total=len(pairs), desc="pairs", disable=not progress) as bar:
         for block in image_blocks(model, processor, images, pairs[:, 0], image_batch_size):
             memory = model.project_memory(block.states)
             order = lengths[pairs[block.rows, 1]].argsort(descending=True, stable=True)

@@ -14,8 +14,8 @@ from ..models import (
     VlmLlavaForConditionalGeneration,
     tower_states,
 )
-from . import Chatting, Prompting
 from .chat import say
+from .writing import Chatting, Prompting
 
 BLIP2_QUESTION = "Question: {question} Short answer:"
 """BLIP-2, which has learned captions alone, is asked as in its paper (arXiv 2301.12597, section 4.1)."""

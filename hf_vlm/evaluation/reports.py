@@ -22,6 +22,7 @@ from ..metrics.pope import pope_metrics
 from ..metrics.rerank import MATCH_TOLERANCE, rerank_metrics
 from ..metrics.retrieval import COSINE_TOLERANCE, chance, pair_cosines, retrieval_metrics, unit_images
 from ..metrics.vqa import majority_answer, majority_answers, vqa_metrics
+from ..metrics.zero_shot import PROMPTS, class_prompts, zero_shot_classifier, zero_shot_metrics
 from .embed import embed_images, embed_texts
 from .matching import match_logits
 from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
@@ -297,4 +298,60 @@ def pope_report(
     return report
 
 
-__all__ = ["GREY", "caption_report", "hard_negative_report", "pope_report", "retrieval_report", "vqa_report"]
+def zero_shot_report(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    labels: Sequence[str],
+    class_names: Sequence[str] | None = None,
+    *,
+    templates: Sequence[str] = PROMPTS,
+    ks: Sequence[int] = (1, 5),
+    batch_size: int = 64,
+    progress: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Zero-shot classification of all images, with the class names in several templates (a prompt ensemble).
+
+    Args:
+        images: `(I,)`.
+        labels: `(I,)`, the class name of each image.
+        class_names: All classes that compete; by default those in `labels`.
+        templates: Prompt templates with `{}` for the class name.
+        ks: Ranks at which accuracy is measured.
+        batch_size: Images per forward pass.
+        progress: Show progress bars.
+        autocast_dtype: Run the model under autocast to this type, for instance `torch.bfloat16`.
+
+    Returns:
+        The keys of `zero_shot_metrics`, `images` and `classes` (their numbers), and under `chance` the same metrics of a
+        random guess.
+
+    Raises:
+        ValueError: the lengths differ, there are no images, or a label is not in `class_names`.
+    """
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images and {len(labels)} labels: they must be equal")
+    names = list(dict.fromkeys(labels if class_names is None else class_names))
+    position = {name: i for i, name in enumerate(names)}
+    if unknown := set(labels) - set(names):
+        raise ValueError(f"{min(unknown)!r} is the label of an image and not one of the {len(names)} class names")
+    options: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+    image_embeds = embed_images(model, processor, images, batch_size, **options)
+    prompt_embeds = embed_texts(model, processor, class_prompts(names, templates), **options)
+    classes = zero_shot_classifier(prompt_embeds.unflatten(0, (len(names), -1)))  # (C, D)
+    report: dict[str, Any] = zero_shot_metrics(image_embeds, classes, [position[name] for name in labels], ks=ks)
+    guess = {f"top{k}": min(1.0, k / len(names)) for k in ks}
+    guess["mean_per_class_accuracy"] = 1 / len(names)
+    return report | {"images": len(images), "classes": len(names), "chance": guess}
+
+
+__all__ = [
+    "GREY",
+    "caption_report",
+    "hard_negative_report",
+    "pope_report",
+    "retrieval_report",
+    "vqa_report",
+    "zero_shot_report",
+]

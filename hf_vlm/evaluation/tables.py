@@ -1,20 +1,16 @@
-"""Reports as plain tables: a row for each test set, and below it those of the same model blind, re-ranked and so on."""
+"""Reports as plain-text tables: a row per test set, below it the rows of its baselines and re-rankings.
+
+Every table is written from the task's `Description`; a task that is not registered shows all its numbers.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .tasks import KS
+from ..metrics.descriptions import EASY_VQA, Description
+from .tasks import TASKS
 
-# What a report holds besides its own numbers, and what to call that row.
-ROWS = {
-    "reranked": "re-ranked",
-    "itm": "by ITM",
-    "blind": "blind",
-    "itm_blind": "by ITM, blind",
-    "majority": "majority answer",
-}
-Report = Mapping[str, Mapping[str, Any]]
-Results = dict[str, dict[str, dict[str, Any]]]  # by task and test set
+Report = Mapping[str, Mapping[str, Any]]  # metrics by test set
+Results = dict[str, dict[str, dict[str, Any]]]  # metrics by task and test set
 
 
 def by_task(reports: Mapping[str, Report]) -> Results:
@@ -24,7 +20,7 @@ def by_task(reports: Mapping[str, Report]) -> Results:
 
 
 def add_row(results: Results, row: str, others: Mapping[str, Report]) -> None:
-    """Puts another run's own numbers as a row into each evaluation, by task and test set, that both have."""
+    """Adds the metrics of another run to each task and test set that both have, as the nested dictionary `row`."""
     for task, report in results.items():
         for name, scores in report.items():
             if found := others.get(task, {}).get(name):
@@ -32,96 +28,49 @@ def add_row(results: Results, row: str, others: Mapping[str, Report]) -> None:
 
 
 def format_reports(reports: Mapping[str, Report]) -> str:
-    """Reports by test set and task as one table a task, under its name."""
-    return "\n\n".join(f"{task.replace('_', ' ')}\n{format_report(of)}" for task, of in by_task(reports).items())
+    """Reports by test set and task as one table per task, under the name of the task."""
+    return "\n\n".join(f"{task.replace('_', ' ')}\n{format_report(of, task)}" for task, of in by_task(reports).items())
 
 
-def format_report(report: Report) -> str:
+def format_report(report: Report, task: str) -> str:
     """The reports of one task by test set as a table."""
-    first = next(iter(report.values()))
-    rows = _rows(report)
-    if "accuracy" in first:
-        table = hard_negative_table(rows)
-    elif "cider" in first:
-        table = caption_table(rows)
-    elif "vqa_accuracy" in first:
-        table = vqa_table(rows)
-    elif "pope_f1" in first:
-        table = pope_table(rows)
-    else:
-        table = retrieval_table(rows)
-    return _aligned(table)
+    return _aligned(report_table(report, describe(task, report)))
 
 
-def retrieval_table(report: Report) -> list[list[str]]:
-    """Rows of cells: a test set's size, recall both ways and what chance gives for text to image."""
-    head = ["test set", "images", "texts"]
-    head += [f"{direction} R@{k}" for direction in ("text>image", "image>text") for k in KS]
-    table = [[*head, *(f"chance R@{k}" for k in KS)]]
-    for name, scores in report.items():
-        recalls = [scores[f"{way}_r{k}"] for way in ("text_to_image", "image_to_text") for k in KS]
-        recalls += [scores["chance"][f"text_to_image_r{k}"] for k in KS]
-        counts = [str(scores["num_images"]), str(scores["num_texts"])]
-        table.append([name, *counts, *(f"{recall:.3f}" for recall in recalls)])
-    return table
+def describe(task: str, report: Report) -> Description:
+    """The description of a task by its name in `results.json`, or one with every number under its own key."""
+    described = {known.name: known.description for known in TASKS}
+    if (name := task.removeprefix(EASY_VQA)) in described:
+        return described[name]
+    keys = {key: key for scores in report.values() for key, value in scores.items() if isinstance(value, int | float)}
+    return Description(task, task, task, (task, task), next(iter(keys), ""), keys)
 
 
-def hard_negative_table(report: Report) -> list[list[str]]:
-    """Rows of cells: the pairs of a test set, accuracy over all and by kind."""
-    kinds = _keys(report, "accuracy_")
-    table = [["test set", "pairs", "all", *(kind.removeprefix("accuracy_") for kind in kinds)]]
-    for name, scores in report.items():
-        table.append([name, f"{scores['pairs']:.0f}", f"{scores['accuracy']:.3f}", *_cells(scores, kinds)])
-    return table
-
-
-def caption_table(report: Report) -> list[list[str]]:
-    """Rows of cells: the images of a test set and the scores of its captions."""
-    scores_of = {"CIDEr": "cider", "BLEU-4": "bleu_4", "ROUGE-L": "rouge_l"}
-    table = [["test set", "images", *scores_of]]
-    for name, scores in report.items():
-        table.append([name, str(scores["images"]), *_cells(scores, list(scores_of.values()))])
-    return table
-
-
-def vqa_table(report: Report) -> list[list[str]]:
-    """Rows of cells: the questions of a test set, soft accuracy and exact match, soft accuracy by kind of question."""
-    prefix = "vqa_accuracy_question_"
-    kinds = _keys(report, prefix)
-    table = [["test set", "questions", "accuracy", "exact", *(kind.removeprefix(prefix) for kind in kinds)]]
-    for name, scores in report.items():
-        cells = _cells(scores, ["vqa_accuracy", "exact_match", *kinds])
-        table.append([name, f"{scores['questions']:.0f}", *cells])
-    return table
-
-
-def pope_table(report: Report) -> list[list[str]]:
-    """Rows of cells: the questions after objects, and how well it is said what is there."""
-    names = ["accuracy", "precision", "recall", "f1", "yes_rate", "unclear"]
-    table = [["test set", "questions", *(name.replace("_", " ") for name in names)]]
-    for name, scores in report.items():
-        table.append([name, f"{scores['questions']:.0f}", *_cells(scores, [f"pope_{key}" for key in names])])
-    return table
-
-
-def _rows(report: Report) -> dict[str, Mapping[str, Any]]:
-    """The rows of a table: a test set, then what its report holds besides."""
+def report_table(report: Report, description: Description) -> list[list[str]]:
+    """Rows of cells, the first of them the headings: test set, sizes, metrics."""
     rows: dict[str, Mapping[str, Any]] = {}
     for name, scores in report.items():
         rows[name] = scores
-        rows |= {f"{name}, {label}": {**scores, **scores[key]} for key, label in ROWS.items() if key in scores}
-    return rows
+        nested = {label: scores[key] for key, label in description.rows.items() if key in scores}
+        rows |= {f"{name}, {label}": {**scores, **own} for label, own in nested.items()}
+    columns = dict(description.columns or description.metrics)
+    if (prefix := description.kind_prefix) is not None:
+        kinds = sorted({key for scores in rows.values() for key in scores if key.startswith(prefix)})
+        columns |= {key: key.removeprefix(prefix) for key in kinds}
+    table = [["test set", *description.sizes.values(), *columns.values()]]
+    for name, scores in rows.items():
+        counts = [f"{scores[key]:.0f}" for key in description.sizes]
+        table.append([name, *counts, *(_cell(scores, key) for key in columns)])
+    return table
 
 
-def _keys(report: Report, prefix: str) -> list[str]:
-    return sorted({key for scores in report.values() for key in scores if key.startswith(prefix)})
+def _cell(scores: Mapping[str, Any], key: str) -> str:
+    outer, _, inner = key.rpartition(".")
+    value = scores.get(outer, {}).get(inner) if outer else scores.get(key)
+    return "-" if value is None else f"{value:.3f}"
 
 
-def _cells(scores: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    return [f"{scores[key]:.3f}" if key in scores else "-" for key in keys]
-
-
-def _aligned(table: list[list[str]]) -> str:
+def _aligned(table: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = []
     for first, *others in table:
@@ -130,15 +79,4 @@ def _aligned(table: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-__all__ = [
-    "ROWS",
-    "add_row",
-    "by_task",
-    "caption_table",
-    "format_report",
-    "format_reports",
-    "hard_negative_table",
-    "pope_table",
-    "retrieval_table",
-    "vqa_table",
-]
+__all__ = ["Report", "Results", "add_row", "by_task", "describe", "format_report", "format_reports", "report_table"]

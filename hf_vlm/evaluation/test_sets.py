@@ -18,19 +18,23 @@ from ..data.sources.images import load_image
 from ..data.sources.load import load_source
 from ..data.sources.open import DataSource
 from ..data.sources.questions import QuestionRows, question_source
-from . import hard_negative_report, retrieval_report
+from ..metrics.descriptions import EASY_VQA, RECALL_RANKS
 from .prompts import prompting_of
-from .settings import DEFAULTS, Settings
-from .tables import add_row, by_task, format_report, format_reports, retrieval_table
-from .tasks import KS, TASKS, Evaluator, Reports, TestSet, chosen_tasks, load_checkpoint
+from .reports import hard_negative_report, retrieval_report
+from .tables import add_row, by_task, describe, format_report, format_reports, report_table
+from .task import DEFAULTS, EvaluationSettings, Evaluator, TestSet
+from .tasks import HEAD_TASKS, Reports, chosen_tasks, load_checkpoint, run_tasks, usable_tasks
 
-EMOJI_TASKS = ("retrieval", "caption")
-QUESTION_TASKS = ("vqa", "vqa_unseen_wordings")
-SCENE_TASKS = ("retrieval", "hard_negatives", "caption", *QUESTION_TASKS, "pope")
-OWN_TASKS = ("retrieval", "caption", *QUESTION_TASKS)
-TRAIN_SCENES = 1000  # whose questions the majority row counts
-AFTER_TRAINING = Settings(beams=1, answer_tokens=8, max_questions=400)
-"""How a recipe measures a head with a language model, which is slow."""
+# The fields of `TestSet` that each kind of data fills.
+EMOJI_FIELDS = ("captions", "references", "labels")
+SCENE_FIELDS = ("captions", "references", "hard_negatives", "questions", "objects")
+CAPTION_FIELDS = ("captions", "references")
+QUESTION_FIELDS = ("questions",)
+CLASS_FIELDS = ("labels",)
+TRAIN_SCENES = 1000
+"""Number of training scenes whose questions give the majority answers."""
+AFTER_TRAINING = EvaluationSettings(beams=1, answer_tokens=8, max_questions=400)
+"""How a recipe evaluates a head with a language model, which is slow."""
 Report = dict[str, dict[str, Any]]
 
 
@@ -39,7 +43,7 @@ def emoji_report(model: PreTrainedModel, processor: ProcessorMixin) -> Report:
     splits = load_emoji()
     return {
         name: retrieval_report(
-            model, processor, splits[name]["image"], splits[name]["name"], splits[name]["emoji_id"], ks=KS
+            model, processor, splits[name]["image"], splits[name]["name"], splits[name]["emoji_id"], ks=RECALL_RANKS
         )
         for name in TEST_SPLITS
     }
@@ -55,15 +59,28 @@ def scenes_report(model: PreTrainedModel, processor: ProcessorMixin, num_scenes:
 
 
 def report_on_builtin_data(folder: str, num_scenes: int) -> None:
-    """Evaluates a saved model on the built-in pictures and scenes, prints both tables and writes `results.json`."""
+    """Evaluates a saved model on the built-in emoji and scenes, prints the tables and writes `results.json`."""
     model, processor = load_checkpoint(folder)
     reports = {
         "retrieval": emoji_report(model, processor),
         "hard_negatives": scenes_report(model, processor, num_scenes),
     }
-    for report in reports.values():
-        print(format_report(report))
+    reports |= by_task(emoji_reports(Evaluator(model, processor), "zero_shot"))
+    for task, report in reports.items():
+        print(format_report(report, task))
     Path(folder, "results.json").write_text(json.dumps(reports, indent=2))
+
+
+def emoji_reports(evaluator: Evaluator, task: str | None = None) -> Reports:
+    """The tasks that a head can do on the built-in emoji, by test set and task; all or the one named."""
+    tasks = chosen_tasks(evaluator.model, EMOJI_FIELDS, task, "emoji")
+    reports, emoji = {}, load_emoji()
+    for split in TEST_SPLITS:
+        rows = emoji[split]
+        names, ids = list(rows["name"]), rows["emoji_id"]
+        test = TestSet(rows["image"], captions=names, references=names, ids=ids, labels=names)
+        reports[split] = run_tasks(evaluator, tasks, test)
+    return reports
 
 
 def report_on_scenes(
@@ -75,15 +92,15 @@ def report_on_scenes(
     splits: Sequence[str] = TEST_SPLITS,
     size: int = 64,
     aspects: Sequence[float] = (1.0,),
-    settings: Settings = DEFAULTS,
+    settings: EvaluationSettings = DEFAULTS,
 ) -> Reports:
     """All that a head can do, on scenes of each test set.
 
     Args:
-        model: A head of `TASKS`, or the folder or Hub id of a checkpoint.
+        model: A model with a head, or the folder or Hub id of a checkpoint.
         processor: Of a model; a checkpoint brings its own.
         num_scenes: Scenes of each test set.
-        task: One of `SCENE_TASKS`; all that the head can do by default.
+        task: Name of a task; all that the head can do by default.
         splits: Test sets, of `EMOJI_SPLITS`.
         size: Pixels of the shorter side of a scene.
         aspects: Width over height, of which each scene has one.
@@ -102,9 +119,9 @@ def report_on_scenes(
         model, processor = load_checkpoint(str(model))
     if processor is None:
         raise ValueError("A model needs its processor beside it; a folder brings its own.")
-    tasks = chosen_tasks(model, SCENE_TASKS, task, "scenes")
+    tasks = chosen_tasks(model, SCENE_FIELDS, task, "scenes")
     train_questions = None
-    if not set(tasks).isdisjoint(QUESTION_TASKS):
+    if not set(tasks).isdisjoint(usable_tasks(QUESTION_FIELDS)):
         stream = SceneStream("train", size=size, aspects=aspects)
         train_questions = list(chain.from_iterable(stream.scene(i)["questions"] for i in range(TRAIN_SCENES)))
     evaluator, reports = Evaluator(model, processor, settings), {}
@@ -121,7 +138,7 @@ def report_on_scenes(
             objects=[[thing["name"] for thing in things] for things in scenes["objects"]],
             train_questions=train_questions,
         )
-        reports[split] = evaluator.run(tasks, test)
+        reports[split] = run_tasks(evaluator, tasks, test)
     return reports
 
 
@@ -131,15 +148,15 @@ def report_on_easy_vqa(
     num_questions: int = 0,
     *,
     task: str | None = None,
-    settings: Settings = DEFAULTS,
+    settings: EvaluationSettings = DEFAULTS,
 ) -> Reports:
     """Answers to test questions of easy-VQA.
 
     Args:
-        model: A head of `TASKS` that answers questions.
+        model: A model that answers questions.
         processor: Its processor.
         num_questions: How many, drawn at random but always the same (0: all 9,673).
-        task: One of `QUESTION_TASKS`; all that the head can do by default.
+        task: `vqa` or `vqa_unseen_wordings`; all that the head can do by default.
         settings: How tasks are done.
 
     Returns:
@@ -149,7 +166,7 @@ def report_on_easy_vqa(
         ValueError: if the head answers no questions.
         ModuleNotFoundError: if easy-VQA is not installed.
     """
-    tasks = chosen_tasks(model, QUESTION_TASKS, task, "easy_vqa")
+    tasks = chosen_tasks(model, QUESTION_FIELDS, task, "easy_vqa")
     pictures, questions = easy_vqa_images("test"), easy_vqa_questions("test")
     if 0 < num_questions < len(questions):
         questions = random.Random(0).sample(questions, num_questions)
@@ -158,8 +175,8 @@ def report_on_easy_vqa(
         asked.setdefault(question["index"], []).append(question)
     images = [load_image(pictures[index]["image"]) for index in asked]
     test = TestSet(images, questions=list(asked.values()), train_questions=easy_vqa_questions("train"))
-    report = Evaluator(model, processor, settings).run(tasks, test)
-    return {"test": {f"easy_{name}": metrics for name, metrics in report.items()}}
+    report = run_tasks(Evaluator(model, processor, settings), tasks, test)
+    return {"test": {f"{EASY_VQA}{name}": metrics for name, metrics in report.items()}}
 
 
 def save_scene_report(
@@ -168,7 +185,7 @@ def save_scene_report(
     processor: ProcessorMixin,
     num_scenes: int,
     size: int,
-    settings: Settings = AFTER_TRAINING,
+    settings: EvaluationSettings = AFTER_TRAINING,
     aspects: Sequence[float] = (1.0,),
     beside: Mapping[str, str | None] = {},
 ) -> None:
@@ -198,7 +215,7 @@ def evaluate_checkpoint(
     limit: int,
     task: str | None = None,
     train_split: str | None = None,
-    settings: Settings = DEFAULTS,
+    settings: EvaluationSettings = DEFAULTS,
     scene_size: int | None = None,
     scene_aspects: Sequence[float] = (1.0,),
 ) -> Reports:
@@ -214,23 +231,29 @@ def evaluate_checkpoint(
         return report_on_scenes(model, processor, limit, task=task, size=size, aspects=scene_aspects, settings=settings)
     if data == "easy_vqa":
         return report_on_easy_vqa(model, processor, limit, task=task, settings=settings)
+    evaluator = Evaluator(model, processor, settings)
     if data == "emoji":
-        tasks = chosen_tasks(model, EMOJI_TASKS, task, "emoji")
-        evaluator, emoji = Evaluator(model, processor, settings), load_emoji()
-        return {
-            name: evaluator.run(
-                tasks, TestSet(rows["image"], captions=rows["name"], references=rows["name"], ids=rows["emoji_id"])
-            )
-            for name, rows in emoji.items()
-            if name in TEST_SPLITS
-        }
-    tasks = chosen_tasks(model, OWN_TASKS, task, data)
+        return emoji_reports(evaluator, task)
+    chosen_tasks(model, (*CAPTION_FIELDS, *QUESTION_FIELDS, *CLASS_FIELDS), task, data)
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
-    if "question" in mapping or set(tasks) <= set(QUESTION_TASKS):
+    kind = own_fields(model, mapping, task)
+    if kind == QUESTION_FIELDS:
         test = own_questions(data, split, train_split, mapping, limit)
+    elif kind == CLASS_FIELDS:
+        test = own_classes(data, split, mapping, limit)
     else:
         test = own_captions(data, split, mapping, limit)
-    return {split: Evaluator(model, processor, settings).run(chosen_tasks(model, test.tasks, task, data), test)}
+    return {split: run_tasks(evaluator, chosen_tasks(model, kind, task, data), test)}
+
+
+def own_fields(model: PreTrainedModel, columns: Mapping[str, str], task: str | None) -> tuple[str, ...]:
+    """What the user's own rows hold, by their columns, else by the task, else by what the head can do: captions first."""
+    for role, fields in (("question", QUESTION_FIELDS), ("class", CLASS_FIELDS), ("caption", CAPTION_FIELDS)):
+        if role in columns:
+            return fields
+    able = HEAD_TASKS[type(model)] if task is None else (task,)
+    kinds = (CAPTION_FIELDS, QUESTION_FIELDS, CLASS_FIELDS)
+    return next(fields for fields in kinds if not set(able).isdisjoint(usable_tasks(fields)))
 
 
 def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
@@ -258,6 +281,31 @@ def own_questions(data: str, split: str, train_split: str | None, columns: dict[
     return TestSet(images, questions=[[asked] for asked in questions], train_questions=train_questions)
 
 
+def own_classes(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
+    """Images with a class name each, of the user's own. All classes of the split compete, whatever the limit.
+
+    Args:
+        data: Path or Hub id.
+        split: Split of the data.
+        columns: May name `image` and `class`; by default the columns `image` and `label`, as in a folder of images
+            sorted into one folder per class. An underscore in a class name is read as a space.
+        limit: Number of images (0: all).
+
+    Raises:
+        ValueError: if a column is missing or another one is named.
+    """
+    if unknown := set(columns) - {"image", "class"}:
+        raise ValueError(f"{data}: columns: {sorted(unknown)} is unknown; name image and class.")
+    names = {"image": "image", "class": "label"} | columns
+    source = DataSource(data, split=split, columns={"image": names["image"], "caption": names["class"]})
+    rows = load_source(source)
+    classes = dict.fromkeys(name.replace("_", " ") for name in class_names(rows))
+    first = _first(rows, limit)
+    images = [load_image(row["image"], where=f"row {i}") for i, row in enumerate(first)]
+    labels = [row["caption"].replace("_", " ") for row in first]
+    return TestSet(images, labels=labels, class_names=list(classes))
+
+
 def _questions(source: dict[str, Any]) -> QuestionRows:
     return load_source(question_source(source))
 
@@ -268,22 +316,20 @@ def _first(rows: Any, limit: int) -> list[dict[str, Any]]:
 
 __all__ = [
     "AFTER_TRAINING",
-    "EMOJI_TASKS",
-    "OWN_TASKS",
-    "QUESTION_TASKS",
-    "SCENE_TASKS",
-    "TASKS",
+    "describe",
     "emoji_report",
+    "emoji_reports",
     "evaluate_checkpoint",
     "format_report",
     "format_reports",
     "load_checkpoint",
     "own_captions",
+    "own_classes",
     "own_questions",
     "report_on_builtin_data",
     "report_on_easy_vqa",
     "report_on_scenes",
-    "retrieval_table",
+    "report_table",
     "save_scene_report",
     "scenes_report",
 ]

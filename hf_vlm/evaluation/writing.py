@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .blocks import image_blocks
-from .embed import _evaluating
+from .embed import evaluation_mode
 
 RANKED_ROWS = 512  # answers compared at a time, each with logits of the whole vocabulary
 Inputs = Mapping[str, torch.Tensor]
@@ -76,7 +76,7 @@ def caption_images(
     if len(images) == 0:
         raise ValueError("there are no images to caption")
     captions: list[str] = []
-    with _evaluating(model, autocast_dtype), tqdm(total=len(images), desc="captions", disable=not progress) as bar:
+    with evaluation_mode(model, autocast_dtype), tqdm(total=len(images), desc="captions", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
             batch = [images[row] for row in range(start, min(start + batch_size, len(images)))]
             pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
@@ -122,7 +122,7 @@ def answer_questions(
         written = model.generate(vision_features=vision_features, **inputs, **generate_kwargs)
         return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
 
-    with _evaluating(model, autocast_dtype):
+    with evaluation_mode(model, autocast_dtype):
         if isinstance(prompting, Chatting):
             answer = partial(prompting.answer, **generate_kwargs)
             return _said(images, questions, image_of_question, batch_size, answer, progress)
@@ -166,7 +166,7 @@ def choose_answers(
         )
         return [answers[row] for row in chosen.tolist()]
 
-    with _evaluating(model, autocast_dtype):
+    with evaluation_mode(model, autocast_dtype):
         return _answers(model, processor, images, questions, image_of_question, batch_size, choose, progress)
 
 

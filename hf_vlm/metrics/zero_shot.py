@@ -10,7 +10,7 @@ From names to class vectors:
     text_embeds = embed_texts(model, processor, texts)
     class_embeds = zero_shot_classifier(text_embeds.unflatten(0, (len(names), -1)))
 
-Shapes: I images, C classes, P templates, D embedding size.
+Shapes: I images, E embeddings of an image, C classes, P templates, D embedding size.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .retrieval import COSINE_TOLERANCE, Array, first_matches, hit_probability, unit_rows
+from .retrieval import COSINE_TOLERANCE, Array, cosines, first_matches, hit_probability, unit_images, unit_rows
 
 PROMPTS = (
     "{}",
@@ -74,7 +74,8 @@ def zero_shot_metrics(
     """Accuracy of the nearest class vector by cosine.
 
     Args:
-        image_embeds: `(I, D)`, any floating type, normalised here.
+        image_embeds: `(I, D)` or `(I, E, D)`, any floating type, normalised here. Of several embeddings of an image
+            (BLIP-2's queries) the nearest counts.
         class_embeds: `(C, D)`, from `zero_shot_classifier`.
         labels: `(I,)`, integers in `[0, C)`.
         ks: a hit at k has the true class among the k nearest.
@@ -87,12 +88,12 @@ def zero_shot_metrics(
     Raises:
         ValueError: shapes do not fit, an embedding is not finite, or a label is no class.
     """
-    images, classes = unit_rows(image_embeds, "image_embeds"), unit_rows(class_embeds, "class_embeds")
-    if images.shape[1] != classes.shape[1]:
-        raise ValueError(f"image_embeds have size {images.shape[1]}, class_embeds {classes.shape[1]}: must be equal")
+    images, classes = unit_images(image_embeds), unit_rows(class_embeds, "class_embeds")
+    if images.shape[-1] != classes.shape[1]:
+        raise ValueError(f"image_embeds have size {images.shape[-1]}, class_embeds {classes.shape[1]}: must be equal")
     labels = _checked_labels(labels, len(images), len(classes))
     class_ids = torch.arange(len(classes))
-    places = first_matches(lambda rows: images[rows] @ classes.T, labels, class_ids, chunk, COSINE_TOLERANCE)
+    places = first_matches(lambda rows: cosines(images[rows], classes), labels, class_ids, chunk, COSINE_TOLERANCE)
     metrics = {f"top{k}": float(hit_probability(places, k).mean()) for k in ks}
     sizes = labels.bincount()
     hits = labels.bincount(weights=hit_probability(places, 1))

@@ -17,7 +17,8 @@ from ..data.batches.pairs import PairDataset
 from ..data.builtin.emoji import load_emoji
 from ..data.builtin.emoji_pairs import emoji_pairs
 from ..data.wheels import resolve_part
-from ..evaluation.test_sets import emoji_report, format_report, retrieval_table
+from ..evaluation.tables import describe, format_report, report_table
+from ..evaluation.test_sets import emoji_report
 from ..models import VlmClipModel, VlmClipProcessor, VlmTowerConfig, VlmTowerModel
 from ..search import DatasetItems, EmbeddingIndex, Hit, Result, write_sheet
 from ..training import ContrastiveTrainer, ContrastiveTrainingArguments, cache_text_features
@@ -154,11 +155,11 @@ def run(output: Path, max_minutes: float = 7.5, seed: int = 0) -> dict[str, Any]
         AutoProcessor.from_pretrained(output / "model"),
     )
     report = emoji_report(loaded.eval(), loaded_processor)
-    print(format_report(report))
+    print(format_report(report, "retrieval"))
     print("5/5  Search.")
     results = search(loaded, loaded_processor, splits, output / "index")
     note = f"{steps} steps in {seconds / 60:.1f} minutes; what is found are Noto's drawings, a style never trained on."
-    sheet = write_sheet(output / "results.html", "hf_vlm quickstart", note, results, retrieval_table(report))
+    sheet = write_sheet(output / "results.html", "hf_vlm quickstart", note, results, report_table(report, describe("retrieval", report)))
     record = {"steps": steps, "training_seconds": seconds, "retrieval": report}
     (output / "results.json").write_text(json.dumps(record, indent=2))
     print(f"Model: {output / 'model'}\nIndex: {output / 'index'}\nSheet: {sheet}")

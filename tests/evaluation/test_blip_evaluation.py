@@ -36,13 +36,13 @@ from hf_vlm.evaluation import (
 )
 from hf_vlm.evaluation import test_sets as evaluate
 from hf_vlm.evaluation.tables import by_task, format_reports
-from hf_vlm.evaluation.tasks import Settings
+from hf_vlm.evaluation.task import EvaluationSettings
 from hf_vlm.evaluation.test_sets import evaluate_checkpoint, report_on_scenes
 
 PROCESSOR = tiny.blip_processor()
 IMAGES = [tiny.image(seed=seed) for seed in range(7)]
 TEXTS = [*tiny.CAPTIONS, "the cat and the dog", "a blue tree on the right of the red house", "two green cat", "house"]
-QUIET = Settings(progress=False, beams=1, caption_tokens=6, answer_tokens=4, rerank=3)
+QUIET = EvaluationSettings(progress=False, beams=1, caption_tokens=6, answer_tokens=4, rerank=3)
 HEADS = [
     VlmBlipForPreTraining,
     VlmBlipForImageTextRetrieval,
@@ -395,7 +395,7 @@ def test_only_scenes_have_a_size(checkpoints, option):
             VlmBlipForQuestionAnswering,
             "emoji",
             None,
-            "can do vqa, pope, but emoji serves for retrieval, caption: take scenes",
+            "can do vqa, pope, but emoji serves for retrieval, caption, zero_shot: take scenes",
         ),
         (VlmBlipForPreTraining, "emoji", "hard_negatives", "nothing for 'hard_negatives' in emoji"),
         (VlmBlipModel, "scenes", None, "holds a VlmBlipModel of type vlm_blip; evaluated are VlmClipModel, VlmBlipFor"),
@@ -453,7 +453,7 @@ def test_own_questions_need_columns_answers_and_a_list(checkpoints, own_data, tm
         evaluate_checkpoint(model, own_data, "test", "image=image,question=asked", 0, settings=QUIET)
     with pytest.raises(ValueError, match=r"\['caption'\] is unknown; name image, question and answer"):
         evaluate_checkpoint(model, own_data, "test", "image=image,caption=words", 0)
-    ranked = Settings(rank_answers=True, progress=False)
+    ranked = EvaluationSettings(rank_answers=True, progress=False)
     with pytest.raises(ValueError, match="name the split of the training questions"):
         evaluate_checkpoint(model, own_data, "test", columns, 0, settings=ranked)
     metadata = tmp_path / "test" / "metadata.jsonl"

@@ -41,9 +41,9 @@ from hf_vlm.evaluation import (
     vqa_metrics,
 )
 from hf_vlm.evaluation.prompts import caption_prompt, prompting_of, question_wording
-from hf_vlm.evaluation.settings import Settings
 from hf_vlm.evaluation.tables import format_reports
-from hf_vlm.evaluation.tasks import Evaluator, TestSet
+from hf_vlm.evaluation.task import EvaluationSettings, Evaluator, TestSet
+from hf_vlm.evaluation.tasks import run_tasks
 from hf_vlm.evaluation.test_sets import (
     AFTER_TRAINING,
     evaluate_checkpoint,
@@ -54,7 +54,7 @@ from hf_vlm.evaluation.test_sets import (
 
 IMAGES = [tiny.image(seed=seed) for seed in range(7)]
 TEXTS = [*tiny.CAPTIONS, "the cat and the dog", "two green cat"]
-QUIET = Settings(progress=False, beams=1, caption_tokens=6, answer_tokens=4, rerank=3)
+QUIET = EvaluationSettings(progress=False, beams=1, caption_tokens=6, answer_tokens=4, rerank=3)
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "num_beams": 1, "eos_token_id": tiny.END}
 BLIP2, INSTRUCT = VlmBlip2ForConditionalGeneration, VlmInstructBlipForConditionalGeneration
 STAGE1 = [VlmBlip2ForPreTraining, VlmBlip2ForImageTextRetrieval]
@@ -275,9 +275,9 @@ def test_both_wordings_are_measured(head, seen):
     # So that a few answers are right: what the model says on the first two images.
     asked = asked_of_images()
     asked[1][0]["answer"] = alone(model, processor, IMAGES[1], seen.format(asked[1][0]["question"]))
-    evaluator = Evaluator(model, processor, Settings(progress=False, beams=1, answer_tokens=5, max_questions=4))
+    evaluator = Evaluator(model, processor, EvaluationSettings(progress=False, beams=1, answer_tokens=5, max_questions=4))
     train = [{"question": "", "answer": "cat", "kind": kind} for kind in "ab"]
-    reports = evaluator.run(["vqa", "vqa_unseen_wordings"], TestSet(IMAGES, questions=asked, train_questions=train))
+    reports = run_tasks(evaluator, ["vqa", "vqa_unseen_wordings"], TestSet(IMAGES, questions=asked, train_questions=train))
     rows = [(image, one) for image, of in zip(IMAGES, asked, strict=True) for one in of][:4]
     unseen = UNSEEN_WORDINGS["vqa"][0].replace("{question}", "{}")
     for task, wording in (("vqa", seen), ("vqa_unseen_wordings", unseen)):
@@ -293,9 +293,9 @@ def test_both_wordings_are_measured(head, seen):
 
 def test_a_language_model_ranks_no_answers():
     model, processor = with_llm(BLIP2)
-    ranked = Evaluator(model, processor, Settings(rank_answers=True, progress=False))
+    ranked = Evaluator(model, processor, EvaluationSettings(rank_answers=True, progress=False))
     with pytest.raises(ValueError, match="A VlmBlip2ForConditionalGeneration writes its answers"):
-        ranked.run(["vqa"], TestSet(IMAGES, questions=asked_of_images()))
+        run_tasks(ranked, ["vqa"], TestSet(IMAGES, questions=asked_of_images()))
 
 
 @pytest.fixture(scope="module")
