@@ -15,7 +15,7 @@ from typing import Any
 ZERO_SHOT = "AutoModelForZeroShotImageClassification"
 PRETRAINING = "AutoModelForPreTraining"
 GENERATION = "AutoModelForImageTextToText"
-RETRIEVAL_TASKS = ("retrieval", "hard_negatives")
+RETRIEVAL_TASKS = ("retrieval", "hard_negatives", "zero_shot")
 LANGUAGE_MODEL_TASKS = ("caption", "vqa", "vqa_unseen_wordings", "pope")
 
 

@@ -74,7 +74,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split of a data set of your own.")] = "test",
     columns: Annotated[
         str,
-        typer.Option(help="Its columns: image=NAME,caption=NAME[,id=NAME], image=NAME,question=NAME,answer=NAME, or image=NAME,class=NAME."),
+        typer.Option(
+            help="Its columns: image=NAME and caption=NAME[,id=NAME], or question=NAME,answer=NAME, or class=NAME."
+        ),
     ] = "",
     limit: Annotated[
         int, typer.Option(help="Number of scenes, or of rows or questions of other data (0: all).")
@@ -102,7 +104,9 @@ def evaluate(
 
     if data != "scenes" and (scene_size or scene_aspects):
         raise ValueError(f"--scene-size and --scene-aspects shape scenes and not {data}: leave them out.")
-    settings = EvaluationSettings(rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16, max_questions=questions)
+    settings = EvaluationSettings(
+        rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16, max_questions=questions
+    )
     reports = evaluate_checkpoint(
         model, data, split, columns, limit, task, train_split, settings, scene_size, scene_aspects or [1.0]
     )

@@ -324,7 +324,7 @@ def zero_shot_report(
         autocast_dtype: Run the model under autocast to this type, for instance `torch.bfloat16`.
 
     Returns:
-        The keys of `zero_shot_metrics`, `images` and `classes` (their numbers), and under `chance` the same metrics of a
+        The keys of `zero_shot_metrics`, `images` and `classes` (their numbers), and under `chance` the metrics of a
         random guess.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics.descriptions import EASY_VQA, Description
-from .tasks import TASKS
+from .tasks import tasks_by_name
 
 Report = Mapping[str, Mapping[str, Any]]  # metrics by test set
 Results = dict[str, dict[str, dict[str, Any]]]  # metrics by task and test set
@@ -39,9 +39,8 @@ def format_report(report: Report, task: str) -> str:
 
 def describe(task: str, report: Report) -> Description:
     """The description of a task by its name in `results.json`, or one with every number under its own key."""
-    described = {known.name: known.description for known in TASKS}
-    if (name := task.removeprefix(EASY_VQA)) in described:
-        return described[name]
+    if (known := tasks_by_name().get(task.removeprefix(EASY_VQA))) is not None:
+        return known.description
     keys = {key: key for scores in report.values() for key, value in scores.items() if isinstance(value, int | float)}
     return Description(task, task, task, (task, task), next(iter(keys), ""), keys)
 

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.builtin.instruction_templates import Wordings
+from ..families import heads
 from ..metrics.descriptions import Description
-from ..models import VlmBlip2ForPreTraining, VlmBlipForConditionalGeneration, VlmBlipForPreTraining
+from ..models import VlmBlipForConditionalGeneration, VlmBlipForPreTraining
 from .prompts import prompting_of, question_wording
 from .writing import Chatting, Prompting
 
@@ -105,7 +106,7 @@ class Evaluator:
     @property
     def matching(self) -> bool:
         """Whether the model has an image-text matching (ITM) head."""
-        return isinstance(self.model, VlmBlipForPreTraining | VlmBlip2ForPreTraining)
+        return heads()[type(self.model).__name__].matches
 
     @cached_property
     def captioner(self) -> PreTrainedModel:

@@ -1,9 +1,9 @@
 """The tasks of the package, one section each, and what a checkpoint can be evaluated on.
 
-A task runs when the model's head can do it (`HEAD_TASKS`) and the test set has what it needs (`Task.needs`).
+A task runs when the model's head can do it (`hf_vlm/families.py`) and the test set has what it needs (`Task.needs`).
 
 To add a task, write its section here and append it to `TASKS`, describe its metrics in `metrics/descriptions.py`, and
-name it beside the heads that can do it.
+name it beside the heads in `families.py` that can do it.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,19 +14,8 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMi
 
 from ..data.builtin.instruction_templates import Wordings
 from ..data.builtin.pope import pope_questions
+from ..families import heads, load_class
 from ..metrics.descriptions import DESCRIPTIONS, RECALL_RANKS
-from ..models import (
-    VlmBlip2ForConditionalGeneration,
-    VlmBlip2ForImageTextRetrieval,
-    VlmBlip2ForPreTraining,
-    VlmBlipForConditionalGeneration,
-    VlmBlipForImageTextRetrieval,
-    VlmBlipForPreTraining,
-    VlmBlipForQuestionAnswering,
-    VlmClipModel,
-    VlmInstructBlipForConditionalGeneration,
-    VlmLlavaForConditionalGeneration,
-)
 from .prompts import caption_prompt
 from .reports import (
     caption_report,
@@ -38,20 +27,6 @@ from .reports import (
 )
 from .task import Evaluator, Task, TestSet
 
-COMPARES = ("retrieval", "hard_negatives", "zero_shot")
-PROMPTED = ("caption", "vqa", "vqa_unseen_wordings", "pope")
-HEAD_TASKS: dict[type[PreTrainedModel], tuple[str, ...]] = {
-    VlmClipModel: COMPARES,
-    VlmBlipForPreTraining: (*COMPARES, "caption"),
-    VlmBlipForImageTextRetrieval: COMPARES,
-    VlmBlipForConditionalGeneration: ("caption",),
-    VlmBlipForQuestionAnswering: ("vqa", "pope"),
-    VlmBlip2ForPreTraining: COMPARES,
-    VlmBlip2ForImageTextRetrieval: COMPARES,
-    VlmBlip2ForConditionalGeneration: PROMPTED,
-    VlmInstructBlipForConditionalGeneration: PROMPTED,
-    VlmLlavaForConditionalGeneration: PROMPTED,
-}
 Reports = dict[str, dict[str, dict[str, Any]]]  # metrics by test set and task
 
 
@@ -62,9 +37,7 @@ def run_retrieval(evaluator: Evaluator, test: TestSet) -> dict[str, Any]:
     """`retrieval_report`, re-ranked if the model has a matching head."""
     rerank = evaluator.settings.rerank if evaluator.matching and evaluator.settings.rerank > 0 else None
     options = {"rerank": rerank, "ks": RECALL_RANKS, **evaluator.settings.run_options}
-    return retrieval_report(
-        evaluator.model, evaluator.processor, test.images, test.captions or [], test.ids, **options
-    )
+    return retrieval_report(evaluator.model, evaluator.processor, test.images, test.captions or [], test.ids, **options)
 
 
 RETRIEVAL = Task(DESCRIPTIONS["retrieval"], needs=("captions",), run=run_retrieval)
@@ -197,9 +170,20 @@ ZERO_SHOT = Task(DESCRIPTIONS["zero_shot"], needs=("labels",), run=run_zero_shot
 TASKS: tuple[Task, ...] = (RETRIEVAL, HARD_NEGATIVES, CAPTION, VQA, VQA_UNSEEN_WORDINGS, POPE, ZERO_SHOT)
 
 
+def tasks_by_name() -> dict[str, Task]:
+    """The registered tasks by name, in the order of `TASKS`."""
+    return {task.name: task for task in TASKS}
+
+
 def usable_tasks(fields: Collection[str]) -> tuple[str, ...]:
     """Names of the tasks for which a test set with these fields is enough."""
     return tuple(task.name for task in TASKS if task.can_use(fields))
+
+
+def tasks_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the tasks that the model's head can do; none for a class without a head."""
+    known = heads().get(type(model).__name__)
+    return () if known is None else known.tasks
 
 
 def chosen_tasks(model: PreTrainedModel, fields: Collection[str], task: str | None, data: str) -> list[str]:
@@ -214,24 +198,24 @@ def chosen_tasks(model: PreTrainedModel, fields: Collection[str], task: str | No
     Raises:
         ValueError: if no task is left, or the model's class has no tasks (such as one inside an adapter: merge it).
     """
-    head, able, available = type(model).__name__, HEAD_TASKS.get(type(model), ()), usable_tasks(fields)
+    name, able, available = type(model).__name__, tasks_of(model), usable_tasks(fields)
     if not able:
-        raise ValueError(f"A {head} cannot be evaluated, only {', '.join(known.__name__ for known in HEAD_TASKS)}.")
+        raise ValueError(f"A {name} cannot be evaluated, only {', '.join(heads())}.")
     if task is not None and task not in able:
-        raise ValueError(f"A {head} cannot do {task!r}; it can do {', '.join(able)}.")
+        raise ValueError(f"A {name} cannot do {task!r}; it can do {', '.join(able)}.")
     if task is not None and task not in available:
         raise ValueError(f"There is nothing for {task!r} in {data}; it serves for {', '.join(available)}.")
-    tasks = [name for name in available if name in able and task in (None, name)]
+    tasks = [known for known in available if known in able and task in (None, known)]
     if not tasks:
         raise ValueError(
-            f"A {head} can do {', '.join(able)}, but {data} serves for {', '.join(available)}: take scenes or own data."
+            f"A {name} can do {', '.join(able)}, but {data} serves for {', '.join(available)}: take scenes or own data."
         )
     return tasks
 
 
 def run_tasks(evaluator: Evaluator, names: Sequence[str], test: TestSet) -> dict[str, dict[str, Any]]:
     """The metrics of each named task."""
-    tasks = {task.name: task for task in TASKS}
+    tasks = tasks_by_name()
     return {name: tasks[name].run(evaluator, test) for name in names}
 
 
@@ -243,13 +227,21 @@ def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     config = AutoConfig.from_pretrained(checkpoint)
     name = (config.architectures or ["model without a name"])[0]
-    heads = {head.__name__: head for head in HEAD_TASKS}
-    if name not in heads:
+    if name not in heads():
         raise ValueError(
-            f"{checkpoint} holds a {name} of type {config.model_type}; evaluated are {', '.join(heads)}. "
+            f"{checkpoint} holds a {name} of type {config.model_type}; evaluated are {', '.join(heads())}. "
             f"If it is transformers' own CLIP or BLIP, convert it first: hf-vlm convert {checkpoint} FOLDER"
         )
-    return heads[name].from_pretrained(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
+    return load_class(name).from_pretrained(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
 
 
-__all__ = ["HEAD_TASKS", "TASKS", "Reports", "chosen_tasks", "load_checkpoint", "run_tasks", "usable_tasks"]
+__all__ = [
+    "TASKS",
+    "Reports",
+    "chosen_tasks",
+    "load_checkpoint",
+    "run_tasks",
+    "tasks_by_name",
+    "tasks_of",
+    "usable_tasks",
+]

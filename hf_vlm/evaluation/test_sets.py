@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .prompts import prompting_of
 from .reports import hard_negative_report, retrieval_report
 from .tables import add_row, by_task, describe, format_report, format_reports, report_table
 from .task import DEFAULTS, EvaluationSettings, Evaluator, TestSet
-from .tasks import HEAD_TASKS, Reports, chosen_tasks, load_checkpoint, run_tasks, usable_tasks
+from .tasks import Reports, chosen_tasks, load_checkpoint, run_tasks, usable_tasks
 
 # The fields of `TestSet` that each kind of data fills.
 EMOJI_FIELDS = ("captions", "references", "labels")
@@ -234,26 +234,24 @@ def evaluate_checkpoint(
     evaluator = Evaluator(model, processor, settings)
     if data == "emoji":
         return emoji_reports(evaluator, task)
-    chosen_tasks(model, (*CAPTION_FIELDS, *QUESTION_FIELDS, *CLASS_FIELDS), task, data)
+    tasks = chosen_tasks(model, (*CAPTION_FIELDS, *QUESTION_FIELDS, *CLASS_FIELDS), task, data)
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
-    kind = own_fields(model, mapping, task)
-    if kind == QUESTION_FIELDS:
+    fields = own_fields(mapping, tasks)
+    if fields == QUESTION_FIELDS:
         test = own_questions(data, split, train_split, mapping, limit)
-    elif kind == CLASS_FIELDS:
+    elif fields == CLASS_FIELDS:
         test = own_classes(data, split, mapping, limit)
     else:
         test = own_captions(data, split, mapping, limit)
-    return {split: run_tasks(evaluator, chosen_tasks(model, kind, task, data), test)}
+    return {split: run_tasks(evaluator, chosen_tasks(model, fields, task, data), test)}
 
 
-def own_fields(model: PreTrainedModel, columns: Mapping[str, str], task: str | None) -> tuple[str, ...]:
-    """What the user's own rows hold, by their columns, else by the task, else by what the head can do: captions first."""
-    for role, fields in (("question", QUESTION_FIELDS), ("class", CLASS_FIELDS), ("caption", CAPTION_FIELDS)):
-        if role in columns:
+def own_fields(columns: Mapping[str, str], tasks: Collection[str]) -> tuple[str, ...]:
+    """The fields of `TestSet` that the user's own rows fill: by the named columns, else by the tasks, else captions."""
+    for role, fields in (("question", QUESTION_FIELDS), ("class", CLASS_FIELDS)):
+        if role in columns or set(tasks) <= set(usable_tasks(fields)):
             return fields
-    able = HEAD_TASKS[type(model)] if task is None else (task,)
-    kinds = (CAPTION_FIELDS, QUESTION_FIELDS, CLASS_FIELDS)
-    return next(fields for fields in kinds if not set(able).isdisjoint(usable_tasks(fields)))
+    return CAPTION_FIELDS
 
 
 def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
@@ -299,7 +297,7 @@ def own_classes(data: str, split: str, columns: dict[str, str], limit: int) -> T
     names = {"image": "image", "class": "label"} | columns
     source = DataSource(data, split=split, columns={"image": names["image"], "caption": names["class"]})
     rows = load_source(source)
-    classes = dict.fromkeys(name.replace("_", " ") for name in class_names(rows))
+    classes = dict.fromkeys(name.replace("_", " ") for name in rows.with_format(None)["caption"])
     first = _first(rows, limit)
     images = [load_image(row["image"], where=f"row {i}") for i, row in enumerate(first)]
     labels = [row["caption"].replace("_", " ") for row in first]

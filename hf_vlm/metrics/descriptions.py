@@ -51,7 +51,9 @@ RETRIEVAL = Description(
     hub_task=("image-text-retrieval", "Image-text retrieval"),
     primary="mean_recall",
     metrics={
-        f"{way}_r{k}": f"{way.replace('_', ' ')} R@{k}" for way in ("text_to_image", "image_to_text") for k in RECALL_RANKS
+        f"{way}_r{k}": f"{way.replace('_', ' ')} R@{k}"
+        for way in ("text_to_image", "image_to_text")
+        for k in RECALL_RANKS
     },
     sizes={"num_images": "images", "num_texts": "texts"},
     columns={

@@ -159,7 +159,9 @@ def run(output: Path, max_minutes: float = 7.5, seed: int = 0) -> dict[str, Any]
     print("5/5  Search.")
     results = search(loaded, loaded_processor, splits, output / "index")
     note = f"{steps} steps in {seconds / 60:.1f} minutes; what is found are Noto's drawings, a style never trained on."
-    sheet = write_sheet(output / "results.html", "hf_vlm quickstart", note, results, report_table(report, describe("retrieval", report)))
+    sheet = write_sheet(
+        output / "results.html", "hf_vlm quickstart", note, results, report_table(report, describe("retrieval", report))
+    )
     record = {"steps": steps, "training_seconds": seconds, "retrieval": report}
     (output / "results.json").write_text(json.dumps(record, indent=2))
     print(f"Model: {output / 'model'}\nIndex: {output / 'index'}\nSheet: {sheet}")

@@ -275,9 +275,13 @@ def test_both_wordings_are_measured(head, seen):
     # So that a few answers are right: what the model says on the first two images.
     asked = asked_of_images()
     asked[1][0]["answer"] = alone(model, processor, IMAGES[1], seen.format(asked[1][0]["question"]))
-    evaluator = Evaluator(model, processor, EvaluationSettings(progress=False, beams=1, answer_tokens=5, max_questions=4))
+    evaluator = Evaluator(
+        model, processor, EvaluationSettings(progress=False, beams=1, answer_tokens=5, max_questions=4)
+    )
     train = [{"question": "", "answer": "cat", "kind": kind} for kind in "ab"]
-    reports = run_tasks(evaluator, ["vqa", "vqa_unseen_wordings"], TestSet(IMAGES, questions=asked, train_questions=train))
+    reports = run_tasks(
+        evaluator, ["vqa", "vqa_unseen_wordings"], TestSet(IMAGES, questions=asked, train_questions=train)
+    )
     rows = [(image, one) for image, of in zip(IMAGES, asked, strict=True) for one in of][:4]
     unseen = UNSEEN_WORDINGS["vqa"][0].replace("{question}", "{}")
     for task, wording in (("vqa", seen), ("vqa_unseen_wordings", unseen)):

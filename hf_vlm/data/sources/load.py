@@ -80,6 +80,10 @@ def read_rows(
     rows = rows.select_columns(list(columns.values()))
     rows = rows.rename_columns({name: role for role, name in columns.items() if role != name})
     rows = undecoded(rows)
+    kind = rows.features["caption"]
+    if isinstance(kind, datasets.ClassLabel):  # the number of a class becomes its name
+        names = [kind.int2str(number) for number in rows["caption"]]
+        rows = rows.remove_columns("caption").add_column("caption", names)
     reader = RowReader(rows, origin, report)
     return rows.add_column(RowReader.POSITION, np.arange(len(rows))).with_transform(reader)
 
