@@ -41,8 +41,8 @@ def build_model(args: InstructBlipModelArguments, bf16: bool) -> tuple:
     model = VlmInstructBlipForConditionalGeneration.from_blip2(args.model)
     cast_weights(model.model.language_model, args.torch_dtype(bf16))
     blip2 = AutoProcessor.from_pretrained(args.model)
-    parts = (blip2.image_processor, blip2.tokenizer, AutoTokenizer.from_pretrained(resolve_part(args.text)))
-    processor = VlmInstructBlipProcessor(*parts, num_query_tokens=blip2.num_query_tokens)
+    reader = AutoTokenizer.from_pretrained(resolve_part(args.text))
+    processor = VlmInstructBlipProcessor.from_blip2(blip2, reader)
     return add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout) if args.lora_r > 0 else model, processor
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .chat_templates import with_image_token
     from .configuration_blip import VlmBlipConfig, VlmBlipTextConfig
     from .configuration_blip2 import EVA_VISION, VlmBlip2Config
     from .configuration_clip import VlmClipConfig
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .modeling_qformer import VlmQFormerModel, VlmQFormerOutput
     from .modeling_tower import VlmTextTowerModel, VlmTowerModel
     from .processing_blip import VlmBlipProcessor
-    from .processing_blip2 import VlmBlip2Processor, VlmInstructBlipProcessor, with_image_token
+    from .processing_blip2 import VlmBlip2Processor, VlmInstructBlipProcessor
     from .processing_clip import VlmClipProcessor
     from .processing_llava import VlmLlavaProcessor
     from .towers import tower_states

@@ -157,6 +157,16 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         (self.qformer if self.language_model is None else self.language_model).set_input_embeddings(value)
 
+    def require_language_model(self) -> PreTrainedModel:
+        """The LLM.
+
+        Raises:
+            ValueError: if the checkpoint has none.
+        """
+        if self.language_model is None:
+            raise ValueError("This BLIP-2 has no LLM: load a second-stage checkpoint.")
+        return self.language_model
+
     def encode_images(
         self,
         pixel_values: torch.Tensor | None,

@@ -160,7 +160,7 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         if input_ids is None:
             raise ValueError("Pass the texts as input_ids, with the image's placeholders in them.")
         inputs = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
-        llm, embeds = self.model.language_model, self._embed(input_ids, *inputs)
+        llm, embeds = self.model.require_language_model(), self._embed(input_ids, *inputs)
         if labels is None:
             decoder = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
             output = llm(inputs_embeds=embeds, attention_mask=attention_mask, **decoder, **kwargs)
@@ -214,10 +214,12 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
             ValueError: for prompts of a decoder-only LLM that are padded on the right.
         """
         if input_ids is None:
-            num_images = len(vision_features if pixel_values is None else pixel_values)
-            num_queries = self.config.qformer_config.num_query_tokens
-            input_ids = torch.full((num_images, num_queries), self.config.image_token_id, device=self.device)
-        llm = self.model.language_model
+            images = vision_features if pixel_values is None else pixel_values
+            if images is None:
+                raise ValueError("Pass either pixel_values or vision_features.")
+            shape = (len(images), self.config.qformer_config.num_query_tokens)
+            input_ids = torch.full(shape, self.config.image_token_id, device=self.device)  # type: ignore[arg-type]
+        llm = self.model.require_language_model()
         attention_mask = prompt_mask(input_ids, attention_mask, llm.config.is_encoder_decoder)
         inputs = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
         embeds = self._embed(input_ids, *inputs)

@@ -39,6 +39,7 @@ from .language_model import AdapterNames, build_language_model, keep_names, load
 from .towers import (
     build_vision_tower,
     config_without_path,
+    count_extra_tokens,
     has_class_token,
     layer_states,
     load_tower,
@@ -167,6 +168,11 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         """Trains the image tower, but for what lies behind the layer that is read."""
         for parameter in read_parameters(self.vision_model, self.config.vision_feature_layer):
             parameter.requires_grad_(True)
+
+    @property
+    def num_additional_image_tokens(self) -> int:
+        """How many tokens the image tower puts before the patches: a class token, registers."""
+        return count_extra_tokens(self.vision_model)
 
     @property
     def trains_tower(self) -> bool:

@@ -1,21 +1,37 @@
-"""Processors of BLIP-2 and InstructBLIP: pictures to pixels, texts to tokens, placeholders for the queries."""
+"""Processors of BLIP-2 and InstructBLIP: images to pixels, texts to tokens, placeholders for the queries.
 
+The processor is the only author of the layout of tokens; training, evaluation and users call the same methods.
+
+- A prompt is the placeholders of its image, the tokenizer's begin token, and the text that a chat template renders.
+- The default template ends an instruction with a line break, as `VlmBlip2ForConditionalGeneration` was trained.
+- An answer is the rest of the rendered conversation, and the end token. Prompt and answer are tokenised apart.
+- InstructBLIP's Q-Former reads the same rendered text as the LLM.
+"""
+
+from collections.abc import Sequence
+
+import torch
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 
+from .chat_templates import (
+    IMAGE_TOKEN,
+    as_batch,
+    images_of,
+    in_form_of,
+    loaded_images,
+    with_image_token,
+    without_images,
+)
 from .image_processing_vlm import VlmImageProcessor
 
-IMAGE_TOKEN = "<image>"
-
-
-def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer with the placeholder, a padding token, and padding on the left, as generation needs it."""
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
+# Instructions end with a line break, answers with the end token; an empty instruction adds nothing.
+PROMPT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% elif message['content'].strip() %}{{ message['content'].rstrip() + '\\n' }}{% endif %}"
+    "{% endfor %}"
+)
 
 
 class VlmBlip2Processor(ProcessorMixin):
@@ -26,6 +42,12 @@ class VlmBlip2Processor(ProcessorMixin):
         tokenizer: In the first stage BERT's with `[DEC]` added, which pads to the right; in the second the LLM's with
             the placeholder `<image>`, which pads to the left.
         num_query_tokens: In the second stage, how many placeholders `<image>` becomes; None in the first.
+        is_encoder_decoder: Whether the LLM has an encoder. Prompts of a decoder-only LLM lose what the tokenizer adds
+            after a text, such as an end token; None keeps it.
+        chat_template: Template that renders prompts and answers; [`PROMPT_TEMPLATE`] by default. It can also be set as
+            `processor.chat_template` and is then saved.
+        follows_chat_template: Whether to follow a `chat_template` that equals the tokenizer's. Otherwise such a
+            template is ignored: checkpoints contain it because the LLM's tokenizer has one.
 
     Calling it with `images=` and/or `text=` gives `pixel_values` of shape `(images, 3, height, width)` and `input_ids`
     and `attention_mask` of shape `(texts, longest text)` as torch tensors. In the second stage each text begins with
@@ -40,14 +62,20 @@ class VlmBlip2Processor(ProcessorMixin):
         image_processor: VlmImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         num_query_tokens: int | None = None,
+        is_encoder_decoder: bool | None = None,
+        chat_template: str | None = None,
+        follows_chat_template: bool = False,
         **kwargs,
     ):
         self.num_query_tokens = num_query_tokens
+        self.is_encoder_decoder = is_encoder_decoder
         self.image_token = None if num_query_tokens is None else IMAGE_TOKEN
         self.image_token_id = None if num_query_tokens is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if num_query_tokens is not None:
             tokenizer.padding_side = "left"  # a tokenizer's files do not keep it
-        super().__init__(image_processor, tokenizer, **kwargs)
+        if not follows_chat_template and chat_template == tokenizer.chat_template:
+            chat_template = None
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
     def from_parts(
@@ -69,7 +97,11 @@ class VlmBlip2Processor(ProcessorMixin):
 
     @classmethod
     def for_language_model(
-        cls, image_processor: VlmImageProcessor, tokenizer: PreTrainedTokenizerBase, num_query_tokens: int
+        cls,
+        image_processor: VlmImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        num_query_tokens: int,
+        is_encoder_decoder: bool | None = None,
     ) -> "VlmBlip2Processor":
         """Builds the processor that belongs to [`VlmBlip2ForConditionalGeneration.from_parts`].
 
@@ -77,8 +109,16 @@ class VlmBlip2Processor(ProcessorMixin):
             image_processor: That of the first stage.
             tokenizer: The LLM's; the placeholder is added to it.
             num_query_tokens: How many queries the Q-Former has.
+            is_encoder_decoder: Whether the LLM has an encoder.
         """
-        return cls(image_processor, with_image_token(tokenizer), num_query_tokens)
+        return cls(image_processor, with_image_token(tokenizer), num_query_tokens, is_encoder_decoder)
+
+    def to_dict(self) -> dict:
+        """Fields of `processor_config.json`; those of the second stage only where they differ from their defaults."""
+        fields = super().to_dict()
+        if self.chat_template is not None:
+            fields["follows_chat_template"] = True
+        return {name: value for name, value in fields.items() if name != "is_encoder_decoder" or value is not None}
 
     def __call__(self, images=None, text=None, **kwargs):
         """See the class.
@@ -97,20 +137,140 @@ class VlmBlip2Processor(ProcessorMixin):
         if wrong or num_images not in (0, len(texts)):
             shown = f"such as {wrong[0]!r}" if wrong else f"{len(texts)} of them for {num_images} images"
             raise ValueError(f"Each text has one image and begins with {IMAGE_TOKEN}, once; got {shown}.")
-        pixels = {} if images is None else super().__call__(images, **kwargs)
-        return BatchFeature({**self._tokens(texts, **kwargs), **pixels})
-
-    def _tokens(self, texts: list[str], **kwargs) -> BatchFeature:
-        """Placeholders, then what the tokenizer makes of each text alone: its begin token comes after the image."""
+        pixels = {} if images is None else super().__call__(loaded_images(images), **kwargs)
+        prompts = [one.removeprefix(IMAGE_TOKEN) for one in texts]
         options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
         padding = {name: options.pop(name) for name in ("padding", "padding_side", "return_tensors") if name in options}
-        read = self.tokenizer([one.removeprefix(IMAGE_TOKEN) for one in texts], **options)["input_ids"]
-        rows = [[self.image_token_id] * self.num_query_tokens + ids for ids in read]
-        return self.tokenizer.pad({"input_ids": rows}, **padding)
+        rows = self.prompt_tokens(prompts, **options)
+        tokens = self.tokenizer.pad({"input_ids": rows}, **padding)
+        return BatchFeature({**tokens, **self.qformer_tokens(prompts), **pixels})
+
+    def apply_chat_template(
+        self, conversation, chat_template=None, tokenize=False, return_dict=False, processor_kwargs=None, **kwargs
+    ):
+        """transformers' `apply_chat_template` for conversations about one image, with any template.
+
+        The rendered text begins with `<image>`, wherever the conversation has its image.
+
+        Args:
+            conversation: One conversation, or a list of them.
+            chat_template: Template in place of the processor's.
+            tokenize: Whether to call the processor with the texts and the images named in the conversations.
+            return_dict: With `tokenize`, whether to return all inputs of the model in place of `input_ids` only.
+            processor_kwargs: With `tokenize`, options of that call, such as `images`.
+            **kwargs: `add_generation_prompt`, `continue_final_message`, and variables of the template.
+
+        Raises:
+            ValueError: for a conversation with several images, or in the first stage, which has no LLM.
+        """
+        self.num_placeholders()
+        chats, batched = as_batch(conversation)
+        images = [images_of(chat) for chat in chats]
+        if max(map(len, images), default=0) > 1:
+            raise ValueError(f"A conversation has {max(map(len, images))} images, but {type(self).__name__} takes one.")
+        template = chat_template or self.chat_template or PROMPT_TEMPLATE
+        flat = in_form_of(template, chats, without_images)
+        texts = super().apply_chat_template(flat, IMAGE_TOKEN + template, **kwargs)
+        if not tokenize:
+            return texts if batched else texts[0]
+        # Not left to transformers: it turns an empty content into a list before it renders.
+        found = {"images": images} if any(images) else {}
+        inputs = self(text=texts, **{**found, **(processor_kwargs or {})})
+        return inputs if return_dict else inputs["input_ids"]
+
+    def num_placeholders(self) -> int:
+        """How many placeholders an image has.
+
+        Raises:
+            ValueError: in the first stage, which has no LLM.
+        """
+        if self.num_query_tokens is None:
+            raise ValueError("A first-stage processor has no placeholder for images: use a second-stage checkpoint.")
+        return self.num_query_tokens
+
+    def prompt_texts(self, instructions: Sequence[str]) -> list[str]:
+        """Each instruction as the chat template renders it, up to where the answer begins; without its image."""
+        if self.chat_template is None:  # PROMPT_TEMPLATE without Jinja, which takes eight times as long as all the rest
+            return [f"{text.rstrip()}\n" if text.strip() else "" for text in instructions]
+        chats = [[{"role": "user", "content": text}] for text in instructions]
+        return self._rendered(chats, add_generation_prompt=True)
+
+    def answer_texts(self, instructions: Sequence[str], answers: Sequence[str]) -> list[str]:
+        """What the chat template renders after each prompt: the answer and the end of its turn, without end token.
+
+        Raises:
+            ValueError: if the template renders a prompt differently once an answer follows.
+        """
+        if self.chat_template is None:
+            return list(answers)
+        turns = [
+            [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+            for text, answer in zip(instructions, answers, strict=True)
+        ]
+        found = []
+        for prompt, whole, answer in zip(self.prompt_texts(instructions), self._rendered(turns), answers, strict=True):
+            if not whole.startswith(prompt):
+                raise ValueError(
+                    f"The chat template renders the prompt {prompt!r} differently once an answer follows: {whole!r}. "
+                    "Use a template whose prompts are the beginnings of its conversations."
+                )
+            before, text, after = whole.removeprefix(prompt).rpartition(answer)
+            found.append(before + text + after.rstrip().removesuffix(self.tokenizer.eos_token or ""))
+        return found
+
+    def prompt_tokens(
+        self,
+        texts: Sequence[str],
+        is_encoder_decoder: bool | None = None,
+        places: Sequence[str] | None = None,
+        **options,
+    ) -> list[list[int]]:
+        """Token ids of rendered prompts: placeholders, begin token, text.
+
+        Args:
+            texts: Prompts without their images, such as those of `prompt_texts`.
+            is_encoder_decoder: Whether the LLM has an encoder; the processor's own `is_encoder_decoder` by default.
+            places: Names of the texts in errors.
+            **options: Options of the tokenizer's call.
+
+        Raises:
+            ValueError: if a text has an image placeholder.
+        """
+        before, after = added_tokens(self.tokenizer)
+        begin = self.tokenizer.bos_token
+        adds_special_tokens = options.get("add_special_tokens", True)
+        if adds_special_tokens and begin and self.tokenizer.bos_token_id in before:  # a template may have written it
+            texts = [text.removeprefix(begin) for text in texts]
+        rows = self.tokenizer(list(texts), **options)["input_ids"]
+        for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            if self.image_token_id in row:
+                where = f"text {number}" if places is None else places[number]
+                raise ValueError(
+                    f"{where} has the image placeholder in its text: {text!r}. Remove it; the image comes first."
+                )
+        if is_encoder_decoder is None:
+            is_encoder_decoder = self.is_encoder_decoder
+        if adds_special_tokens and after and is_encoder_decoder is False:
+            rows = [row[: -len(after)] for row in rows]
+        placeholders = [self.image_token_id] * self.num_placeholders()
+        return [placeholders + row for row in rows]
+
+    def answer_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of answers, such as those of `answer_texts`, each with the end token."""
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [[*row, self.tokenizer.eos_token_id] for row in rows]
+
+    def qformer_tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Inputs of the Q-Former for rendered prompts; none, since BLIP-2's reads images only."""
+        return {}
+
+    def _rendered(self, chats: list[list[dict]], **options) -> list[str]:
+        """Texts of conversations without images."""
+        return super().apply_chat_template(in_form_of(self.chat_template, chats, str), self.chat_template, **options)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image."""
-        return IMAGE_TOKEN * self.num_query_tokens
+        return IMAGE_TOKEN * self.num_placeholders()
 
 
 class VlmInstructBlipProcessor(VlmBlip2Processor):
@@ -121,6 +281,7 @@ class VlmInstructBlipProcessor(VlmBlip2Processor):
         tokenizer: The LLM's with the placeholder `<image>`.
         qformer_tokenizer: BERT's, by which the Q-Former reads the instruction; it pads to the right.
         num_query_tokens: How many placeholders `<image>` becomes.
+        is_encoder_decoder, chat_template, follows_chat_template: See [`VlmBlip2Processor`].
 
     Calling it with `images=` and `text=` also gives `qformer_input_ids` and `qformer_attention_mask`, of the texts
     without their `<image>`.
@@ -132,25 +293,65 @@ class VlmInstructBlipProcessor(VlmBlip2Processor):
         tokenizer: PreTrainedTokenizerBase,
         qformer_tokenizer: PreTrainedTokenizerBase,
         num_query_tokens: int | None = None,
+        is_encoder_decoder: bool | None = None,
+        chat_template: str | None = None,
+        follows_chat_template: bool = False,
         **kwargs,
     ):
-        kwargs["qformer_tokenizer"] = qformer_tokenizer
-        super().__init__(image_processor, tokenizer, num_query_tokens, **kwargs)
+        super().__init__(
+            image_processor,
+            tokenizer,
+            num_query_tokens,
+            is_encoder_decoder=is_encoder_decoder,
+            chat_template=chat_template,
+            follows_chat_template=follows_chat_template,
+            qformer_tokenizer=qformer_tokenizer,
+            **kwargs,
+        )
 
-    def __call__(self, images=None, text=None, **kwargs):
-        """See the class."""
-        inputs = super().__call__(images, text, **kwargs)
-        if text is not None:
-            texts = [text] if isinstance(text, str) else text
-            read = self.qformer_tokenizer(
-                [one.replace(IMAGE_TOKEN, "").strip() for one in texts],
-                padding="longest",
-                truncation=True,
-                return_tensors="pt",
+    @classmethod
+    def from_blip2(
+        cls, processor: VlmBlip2Processor, qformer_tokenizer: PreTrainedTokenizerBase
+    ) -> "VlmInstructBlipProcessor":
+        """Builds the processor that belongs to [`VlmInstructBlipForConditionalGeneration.from_blip2`].
+
+        Args:
+            processor: That of BLIP-2's second stage.
+            qformer_tokenizer: BERT's tokenizer.
+        """
+        return cls(
+            processor.image_processor,
+            processor.tokenizer,
+            qformer_tokenizer,
+            num_query_tokens=processor.num_query_tokens,
+            is_encoder_decoder=processor.is_encoder_decoder,
+            chat_template=processor.chat_template,
+            follows_chat_template=processor.chat_template is not None,
+        )
+
+    def qformer_tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """`qformer_input_ids` and `qformer_attention_mask` `(texts, longest text)` of rendered prompts.
+
+        Raises:
+            ValueError: if a text is longer than the Q-Former reads.
+        """
+        tokenizer = self.qformer_tokenizer
+        stripped = [text.strip() for text in texts]
+        tokens = tokenizer(stripped, padding="longest", padding_side="right", return_tensors="pt")
+        if tokens["input_ids"].shape[1] > tokenizer.model_max_length:
+            number = int(tokens["attention_mask"].sum(dim=1).argmax())
+            raise ValueError(
+                f"Instruction {number} of the batch has {tokens['input_ids'].shape[1]} tokens, but the Q-Former reads"
+                f" {tokenizer.model_max_length}: shorten it."
             )
-            inputs["qformer_input_ids"] = read["input_ids"]
-            inputs["qformer_attention_mask"] = read["attention_mask"]
-        return inputs
+        return {f"qformer_{name}": tokens[name] for name in ("input_ids", "attention_mask")}
 
 
-__all__ = ["VlmBlip2Processor", "VlmInstructBlipProcessor"]
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before and after a text."""
+    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    start = next(start for start in range(len(full)) if full[start : start + len(plain)] == plain)
+    return full[:start], full[start + len(plain) :]
+
+
+__all__ = ["PROMPT_TEMPLATE", "VlmBlip2Processor", "VlmInstructBlipProcessor"]

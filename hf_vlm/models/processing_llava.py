@@ -1,17 +1,11 @@
-"""Processor of LLaVA: pictures to views, conversations to tokens, placeholders for the tokens of each image."""
+"""Processor of LLaVA: images to views, conversations to tokens, placeholders for the tokens of each image."""
 
-from functools import cache
-
-import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import load_image, make_flat_list_of_images
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 
 from .anyres import anyres_layout
+from .chat_templates import IMAGE_TOKEN, as_batch, flat_content, images_of, in_form_of, loaded_images, with_image_token
 from .image_processing_vlm import VlmImageProcessor
-from .modeling_llava import VlmLlavaForConditionalGeneration
-from .processing_blip2 import IMAGE_TOKEN, with_image_token
-from .towers import count_extra_tokens
 
 # LLaVA-1.5's conversations (Vicuna v1), for tokenizers that bring no template.
 VICUNA_TEMPLATE = (
@@ -24,7 +18,6 @@ VICUNA_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-IMAGE_PARTS = ("image", "image_url")
 
 
 class VlmLlavaProcessor(ProcessorMixin):
@@ -67,7 +60,7 @@ class VlmLlavaProcessor(ProcessorMixin):
 
     @classmethod
     def from_parts(
-        cls, model: VlmLlavaForConditionalGeneration, tokenizer: str | PreTrainedTokenizerBase, **image_kwargs
+        cls, model: PreTrainedModel, tokenizer: str | PreTrainedTokenizerBase, **image_kwargs
     ) -> "VlmLlavaProcessor":
         """Builds the processor that belongs to a model of [`VlmLlavaForConditionalGeneration.from_parts`].
 
@@ -93,7 +86,7 @@ class VlmLlavaProcessor(ProcessorMixin):
             VlmImageProcessor(image_grid_pinpoints=grids, **image_kwargs),
             tokenizer,
             patch_size=vision.patch_size,
-            num_additional_image_tokens=count_extra_tokens(model.model.vision_model),
+            num_additional_image_tokens=model.base_model.num_additional_image_tokens,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
         )
         if processor.image_token_id != config.image_token_id:
@@ -110,7 +103,7 @@ class VlmLlavaProcessor(ProcessorMixin):
             ValueError: if the texts hold another number of `<image>` than there are images, or are to be cut, which
                 could cut an image.
         """
-        images = _loaded(images)
+        images = loaded_images(images)
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
             self._check_images(text, images)
@@ -156,68 +149,13 @@ class VlmLlavaProcessor(ProcessorMixin):
         Content in parts (`{"type": "image"}`, `{"type": "text", "text": ...}`) becomes one text, with `<image>` and a
         line break before the rest, as LLaVA was trained; one part of it, for a template that reads parts.
         """
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        chats = conversation if batched else [conversation]
-        images = [_images_of(chat) for chat in chats]
+        chats, batched = as_batch(conversation)
+        images = [images_of(chat) for chat in chats]
         if kwargs.get("tokenize") and any(images):
             options = kwargs.get("processor_kwargs") or {}
             kwargs["processor_kwargs"] = {"images": images if batched else images[0], **options}
-        template = chat_template or self.chat_template
-        in_parts = isinstance(template, str) and reads_parts(template)
-        flat = [
-            [
-                {**message, "content": [{"type": "text", "text": text}] if in_parts else text}
-                for message in chat
-                for text in [flat_content(message["content"])]
-            ]
-            for chat in chats
-        ]
+        flat = in_form_of(chat_template or self.chat_template, chats, flat_content)
         return super().apply_chat_template(flat if batched else flat[0], chat_template, **kwargs)
 
 
-def flat_content(content: str | list[dict]) -> str:
-    """A message's content as one text, with `<image>` and a line break for each image before the rest."""
-    if isinstance(content, str):
-        return content
-    num_images = sum(part["type"] in IMAGE_PARTS for part in content)
-    words = "".join(part["text"] for part in content if part["type"] == "text")
-    return f"{IMAGE_TOKEN}\n" * num_images + words
-
-
-@cache
-def reads_parts(template: str) -> bool:
-    """Whether a template reads content in parts alone, as those of llava-hf do: of a text it shows nothing."""
-    text = "a text to look for"
-    return not _shows(template, text, text) and _shows(template, [{"type": "text", "text": text}], text)
-
-
-def _shows(template: str, content: str | list[dict], text: str) -> bool:
-    messages = [{"role": "user", "content": content}]
-    try:
-        shown, _ = render_jinja_template([messages], chat_template=template, bos_token="", eos_token="")
-    except (jinja2.TemplateError, TypeError):  # such as a list put behind a text
-        return False
-    return text in shown[0]
-
-
-def _images_of(chat: list[dict]) -> list:
-    """Pictures, addresses and paths in a conversation; an image may also be named alone, to be given beside it."""
-    parts = [part for message in chat if not isinstance(message["content"], str) for part in message["content"]]
-    found = []
-    for part in parts:
-        if part["type"] == "image_url":  # as OpenAI writes it
-            part = part["image_url"] if isinstance(part["image_url"], dict) else {"url": part["image_url"]}
-        elif part["type"] != "image":
-            continue
-        found += [part[key] for key in ("image", "url", "path", "base64") if key in part]
-    return found
-
-
-def _loaded(images):
-    """Addresses, paths and base64 in any lists as pictures."""
-    if isinstance(images, (list, tuple)):
-        return [_loaded(one) for one in images]
-    return load_image(images) if isinstance(images, str) else images
-
-
-__all__ = ["VICUNA_TEMPLATE", "VlmLlavaProcessor", "flat_content", "reads_parts"]
+__all__ = ["VICUNA_TEMPLATE", "VlmLlavaProcessor"]

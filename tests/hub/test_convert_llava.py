@@ -16,7 +16,8 @@ from hf_vlm.hub.convert import (
     to_transformers,
 )
 from hf_vlm.models import with_image_token
-from hf_vlm.models.processing_llava import VICUNA_TEMPLATE, flat_content
+from hf_vlm.models.chat_templates import flat_content
+from hf_vlm.models.processing_llava import VICUNA_TEMPLATE
 from tiny_llava import GRIDS, SIZES, batch, native_inputs, pair
 
 

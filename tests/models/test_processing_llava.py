@@ -11,7 +11,8 @@ import tiny_blip2
 import tiny_llava
 from hf_vlm import VlmImageProcessor, VlmLlavaProcessor
 from hf_vlm.models import with_image_token
-from hf_vlm.models.processing_llava import VICUNA_TEMPLATE, flat_content, reads_parts
+from hf_vlm.models.chat_templates import flat_content, reads_parts
+from hf_vlm.models.processing_llava import VICUNA_TEMPLATE
 from tiny_llava import CHATML, SIZES
 
 IMAGE = tiny_blip2.IMAGE_TOKEN_ID

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import ProcessorMixin
 
 from ..sources.images import load_image
 from ..sources.rows import Rows
@@ -20,7 +20,8 @@ from .augment import Augmentation
 from .collators import ImageTextCollator
 from .pairs import Pair
 
-PROMPT_END = "\n"  # parts a prompt from the response
+PROMPT_END = "\n"
+"""What ends a prompt in the default chat template of BLIP-2's and InstructBLIP's processors."""
 
 
 class FeatureRows(Protocol):
@@ -29,75 +30,76 @@ class FeatureRows(Protocol):
     def __getitem__(self, rows: Any, /) -> torch.Tensor: ...
 
 
-class PromptTokens:
-    """Lays out the tokens of prompts and responses.
+class PromptBatches:
+    """Pads the token ids of prompts and responses, as the processor gives them, to batches.
 
     Args:
-        processor: With `tokenizer`, `image_token_id` and `num_query_tokens`.
+        processor: A [`VlmBlip2Processor`] of the second stage or a [`VlmInstructBlipProcessor`].
         is_encoder_decoder: Whether the language model has an encoder, which then reads the prompt.
+        with_qformer: Whether the Q-Former reads the prompts as well (InstructBLIP).
 
     Raises:
         ValueError: if the tokenizer has no end or no padding token.
     """
 
-    def __init__(self, processor: ProcessorMixin, is_encoder_decoder: bool = False):
-        self.tokenizer = processor.tokenizer
-        self.image_token_id = processor.image_token_id
-        self.image_tokens = [processor.image_token_id] * processor.num_query_tokens
+    def __init__(self, processor: ProcessorMixin, is_encoder_decoder: bool = False, with_qformer: bool = False):
+        self.processor = processor
         self.is_encoder_decoder = is_encoder_decoder
-        needed = {"eos_token": self.tokenizer.eos_token_id, "pad_token": self.tokenizer.pad_token_id}
-        for name, token in needed.items():
+        self.with_qformer = with_qformer
+        tokenizer = processor.tokenizer
+        for name, token in {"eos_token": tokenizer.eos_token_id, "pad_token": tokenizer.pad_token_id}.items():
             if token is None:
                 raise ValueError(f"The tokenizer has no {name}: set tokenizer.{name}.")
-        self.before, after = _added_tokens(self.tokenizer)
-        self.after = after if is_encoder_decoder else []
 
-    def prompt(self, text: str, where: str) -> list[int]:
-        """A prompt's tokens with those around it, without the image's; `text` ends as it is to end."""
-        return self.before + self._encode(text, where) + self.after
-
-    def response(self, text: str, where: str) -> list[int]:
-        """A response's tokens and the end token."""
-        tokens = self._encode(text, where) if isinstance(text, str) and text.strip() else []
-        if not tokens:
-            raise ValueError(f"{where} has an empty response: {text!r}. Remove it or give it a text.")
-        return [*tokens, self.tokenizer.eos_token_id]
-
-    def batch(
+    def to_train(
         self, prompts: Sequence[str], responses: Sequence[str], places: Sequence[str], max_length: int
     ) -> dict[str, torch.Tensor]:
-        """Right-padded `input_ids`, `attention_mask` and `labels`; places name the rows in errors."""
+        """Right-padded `input_ids`, `attention_mask` and `labels`, and the inputs of the Q-Former.
+
+        Args:
+            prompts: Rendered prompts, from the processor's `prompt_texts`.
+            responses: Rendered responses, from the processor's `answer_texts`.
+            places: Names of the rows in errors.
+            max_length: See [`PromptCollator`].
+        """
         inputs, labels = [], []
-        for text, answer, where in zip(prompts, responses, places, strict=True):
-            prompt, response = self.prompt(text, where), self.response(answer, where)
-            room = max_length + 1 if self.is_encoder_decoder else max_length
-            if len(prompt) >= room:
+        num_queries = self.processor.num_query_tokens
+        prompt_ids = self.processor.prompt_tokens(prompts, self.is_encoder_decoder, places)
+        response_ids = self.processor.answer_tokens(responses)
+        for prompt, response, text, where in zip(prompt_ids, response_ids, responses, places, strict=True):
+            if len(response) == 1:
+                raise _empty(where, text)
+            length = len(prompt) - num_queries
+            if length >= (max_length + 1 if self.is_encoder_decoder else max_length):
                 raise ValueError(
-                    f"{where}: a prompt of {len(prompt)} tokens leaves no room for a response of {len(response)} in"
+                    f"{where}: a prompt of {length} tokens leaves no room for a response of {len(response)} in"
                     f" max_length={max_length}: shorten the instruction or raise max_length."
                 )
             if self.is_encoder_decoder:
-                inputs.append(self.image_tokens + prompt)
+                inputs.append(prompt)
                 labels.append(response[:max_length])
             else:
-                response = response[: max_length - len(prompt)]
-                inputs.append(self.image_tokens + prompt + response)
-                labels.append([-100] * (len(self.image_tokens) + len(prompt)) + response)
-        return self.padded(inputs) | {"labels": _padded(labels, -100)}
+                response = response[: max_length - length]
+                inputs.append(prompt + response)
+                labels.append([-100] * len(prompt) + response)
+        return self._padded(inputs) | {"labels": _padded(labels, -100)} | self._for_qformer(prompts)
 
-    def padded(self, rows: list[list[int]], left: bool = False) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask`, which knows padding by its place: it may be the end token."""
+    def to_generate(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Left-padded `input_ids` and `attention_mask` of rendered prompts, and the inputs of the Q-Former."""
+        places = [f"instruction {number}" for number in range(len(prompts))]
+        rows = self.processor.prompt_tokens(prompts, self.is_encoder_decoder, places)
+        return self._padded(rows, left=True) | self._for_qformer(prompts)
+
+    def _padded(self, rows: list[list[int]], left: bool = False) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask`; the mask is built by position, since the padding may be the end token."""
         mask = [[1] * len(row) for row in rows]
         return {
-            "input_ids": _padded(rows, self.tokenizer.pad_token_id, left),
+            "input_ids": _padded(rows, self.processor.tokenizer.pad_token_id, left),
             "attention_mask": _padded(mask, 0, left),
         }
 
-    def _encode(self, text: str, where: str) -> list[int]:
-        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.image_token_id in tokens:
-            raise ValueError(f"{where} has the image placeholder in its text: {text!r}. Take it out; it is put before.")
-        return tokens
+    def _for_qformer(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        return self.processor.qformer_tokens(prompts) if self.with_qformer else {}
 
 
 class PromptCollator:
@@ -140,16 +142,15 @@ class PromptCollator:
         self.sources = sources or {}
         self.vision_features = vision_features
         self.max_length = max_length
-        self.with_qformer = with_qformer
-        self.tokens = PromptTokens(processor, is_encoder_decoder)
+        self.batches = PromptBatches(processor, is_encoder_decoder, with_qformer)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         instructions = [row["instruction"] for row in rows]
-        responses = [row["response"] for row in rows]
         places = [_where(row, number) for number, row in enumerate(rows)]
-        batch = self.tokens.batch([_ended(text) for text in instructions], responses, places, self.max_length)
-        if self.with_qformer:
-            batch |= _qformer_tokens(self.processor, instructions)
+        responses = [_filled(row["response"], where) for row, where in zip(rows, places, strict=True)]
+        prompts = self.processor.prompt_texts(instructions)
+        answers = self.processor.answer_texts(instructions, responses)
+        batch = self.batches.to_train(prompts, answers, places, self.max_length)
         if self.vision_features is not None:
             return batch | {"vision_features": self._features(rows, self.vision_features)}
         images = [load_image(self._image(row, where), where) for row, where in zip(rows, places, strict=True)]
@@ -206,15 +207,19 @@ class CaptionPromptCollator(ImageTextCollator):
         max_length: int = 128,
     ):
         super().__init__(processor, augmentation, vision_features=cast(torch.Tensor | None, vision_features))
-        self.prompt = _ended(prompt)
+        self.prompt = prompt
         self.max_length = max_length
-        self.tokens = PromptTokens(processor, is_encoder_decoder)
+        self.batches = PromptBatches(processor, is_encoder_decoder)
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         places = [f"row {pair['index']}" for pair in pairs]
-        parts = [self._split(pair) if self.tokens.is_encoder_decoder else ("", pair["caption"]) for pair in pairs]
-        prompts, responses = [self.prompt + first for first, _ in parts], [rest for _, rest in parts]
-        return self.tokens.batch(prompts, responses, places, self.max_length) | self.images(pairs)
+        parts = [self._split(pair) if self.batches.is_encoder_decoder else ("", pair["caption"]) for pair in pairs]
+        responses = [_filled(rest, where) for (_, rest), where in zip(parts, places, strict=True)]
+        instructions = [self.prompt] * len(pairs)
+        texts = self.processor.prompt_texts(instructions)
+        prompts = [text + first for text, (first, _) in zip(texts, parts, strict=True)]
+        answers = self.processor.answer_texts(instructions, responses)
+        return self.batches.to_train(prompts, answers, places, self.max_length) | self.images(pairs)
 
     def _split(self, pair: Pair) -> tuple[str, str]:
         words = pair["caption"].split()
@@ -238,14 +243,19 @@ def prompt_inputs(
     Raises:
         ValueError: if an instruction holds an image placeholder or is longer than the Q-Former reads.
     """
-    tokens = PromptTokens(processor, is_encoder_decoder)
-    rows = [tokens.prompt(_ended(text), f"instruction {number}") for number, text in enumerate(instructions)]
-    batch = tokens.padded([tokens.image_tokens + row for row in rows], left=True)
-    return batch | _qformer_tokens(processor, instructions) if with_qformer else batch
+    batches = PromptBatches(processor, is_encoder_decoder, with_qformer)
+    return batches.to_generate(processor.prompt_texts(instructions))
 
 
-def _ended(prompt: str) -> str:
-    return f"{prompt.rstrip()}{PROMPT_END}" if prompt.strip() else ""
+def _filled(response: Any, where: str) -> str:
+    """A response that is not empty."""
+    if isinstance(response, str) and response.strip():
+        return response
+    raise _empty(where, response)
+
+
+def _empty(where: str, response: Any) -> ValueError:
+    return ValueError(f"{where} has an empty response: {response!r}. Remove it or give it a text.")
 
 
 def _where(row: Mapping[str, Any], number: int) -> str:
@@ -258,29 +268,10 @@ def _found(known: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Any:
     return known[row["source"]]
 
 
-def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts before and after a text."""
-    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    start = next(start for start in range(len(full)) if full[start : start + len(plain)] == plain)
-    return full[:start], full[start + len(plain) :]
-
-
 def _padded(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     side = "left" if left else "right"
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-def _qformer_tokens(processor: ProcessorMixin, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
-    tokenizer = processor.qformer_tokenizer
-    tokens = tokenizer(list(instructions), padding="longest", padding_side="right", return_tensors="pt")
-    if tokens["input_ids"].shape[1] > tokenizer.model_max_length:
-        number = int(tokens["attention_mask"].sum(dim=1).argmax())
-        raise ValueError(
-            f"Instruction {number} of the batch has {tokens['input_ids'].shape[1]} tokens, but the Q-Former reads"
-            f" {tokenizer.model_max_length}: shorten it."
-        )
-    return {f"qformer_{name}": tokens[name] for name in ("input_ids", "attention_mask")}
-
-
-__all__ = ["PROMPT_END", "CaptionPromptCollator", "FeatureRows", "PromptCollator", "PromptTokens", "prompt_inputs"]
+__all__ = ["PROMPT_END", "CaptionPromptCollator", "FeatureRows", "PromptBatches", "PromptCollator", "prompt_inputs"]

@@ -7,8 +7,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from ...models.chat_templates import reads_parts
 from ...models.image_processing_vlm import VlmImageProcessor
-from ...models.processing_llava import VICUNA_TEMPLATE, VlmLlavaProcessor, reads_parts
+from ...models.processing_llava import VICUNA_TEMPLATE, VlmLlavaProcessor
 from .images import SHARED_FIELDS, from_clip_image_processor, to_clip_image_processor
 
 # What transformers' processors are given are parts, which templates of LLMs do not read.
