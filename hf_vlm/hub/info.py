@@ -24,8 +24,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..families import FAMILIES, load_class
-from .cards.card import RESULTS_NAME, eval_results, input_sizes, read_results
-from .cards.texts import ARCHITECTURES
+from .cards.card import RESULTS_NAME, card_texts, eval_results, input_sizes, read_results
 from .record import RECORD_NAME, count_parameters, read_json, read_record
 
 # All that is fetched of a repository on the Hub; of its weights, only the headers are read.
@@ -54,11 +53,11 @@ def checkpoint_info(source: str) -> Info:
     with torch.device("meta"):
         model = head_class(config, source)(config)
     parameters = count_parameters(model)
-    known = ARCHITECTURES.get(config.model_type)
+    texts = card_texts(config.model_type)
     info = {
         "checkpoint": source,
         "revision": revision,
-        "architecture": known.title if known else None,
+        "architecture": texts.title if texts else None,
         "model_type": config.model_type,
         "head": type(model).__name__,
         "parameters": {

@@ -37,8 +37,8 @@ from hf_vlm import (
 )
 from hf_vlm.data import ContrastiveCollator, PairDataset
 from hf_vlm.families import architectures
-from hf_vlm.hub.cards.card import CARD_NAME, RESULTS_NAME, escape, is_unedited, render_card, write_card
-from hf_vlm.hub.cards.texts import ARCHITECTURES, EVALUATIONS
+from hf_vlm.hub.cards.card import CARD_NAME, RESULTS_NAME, card_texts, escape, is_unedited, render_card, write_card
+from hf_vlm.hub.cards.evaluations import EVALUATIONS
 from hf_vlm.hub.record import (
     CARD_HASH,
     RECORD_NAME,
@@ -66,6 +66,7 @@ INSTRUCTED = (VlmInstructBlipModel, VlmInstructBlipForConditionalGeneration)
 TALKING = (VlmLlavaModel, VlmLlavaForConditionalGeneration)
 HEADS = {*BLIP_HEADS, *STAGE_ONE, VlmBlip2ForConditionalGeneration, *INSTRUCTED, *TALKING}
 BASE_MODELS = {VlmBlipModel, VlmBlip2Model, VlmInstructBlipModel, VlmLlavaModel}
+TEXTS = {family.model_type: card_texts(family.model_type) for family in architectures()}
 BUILDERS = {
     "vlm_clip": (tiny.clip_model, tiny.clip_processor),
     **{f"vlm_blip {head.__name__}": (partial(tiny.blip_model, head), tiny.blip_processor) for head in BLIP_HEADS},
@@ -152,10 +153,10 @@ def values(content) -> set[str]:
 
 
 def test_every_card_has_a_test():
-    assert set(ARCHITECTURES) == {name.split()[0] for name in BUILDERS}
-    heads = {name for architecture in ARCHITECTURES.values() for name in architecture.heads}
+    assert set(TEXTS) == {name.split()[0] for name in BUILDERS}
+    heads = {name for architecture in TEXTS.values() for name in architecture.heads}
     assert heads == {head.__name__ for head in HEADS - BASE_MODELS}
-    assert {family.model_type for family in architectures()} >= set(ARCHITECTURES)
+    assert {family.model_type for family in architectures()} >= set(TEXTS)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -163,7 +164,7 @@ def test_card_without_record_or_results_claims_nothing(tmp_path, name):
     """Only the config and the processor: no section of results, training or data, no index, no licence."""
     card = ModelCard.load(write_card(save(tmp_path / "model", name)))
     metadata, model_type = card.data.to_dict(), name.split()[0]
-    head = ARCHITECTURES[model_type].head({"architectures": [name.split()[min(1, len(name.split()) - 1)]]})
+    head = TEXTS[model_type].head({"architectures": [name.split()[min(1, len(name.split()) - 1)]]})
     assert "model-index" not in metadata
     assert not {"license", "datasets", "base_model"} & set(metadata)
     assert metadata["library_name"] == "transformers"
@@ -171,17 +172,17 @@ def test_card_without_record_or_results_claims_nothing(tmp_path, name):
     assert set(metadata["tags"]) >= {model_type, *head.tags}
     assert model_type in metadata["tags"]
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", card.text, flags=re.DOTALL), flags=re.MULTILINE)
-    cited = ["Citation"] if ARCHITECTURES[model_type].citation else []
+    cited = ["Citation"] if TEXTS[model_type].citation else []
     assert headings == ["model", "How to use", "Licence", "Limits", *cited]
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_usage_runs(tmp_path, name, monkeypatch, capsys):
-    """The snippet, taken out of the card and run beside the folder and a picture."""
+    """The snippet, taken out of the card and run beside the folder and an image."""
     text = write_card(save(tmp_path / "model", name)).read_text()
     (snippet,) = re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL)
     assert snippet.startswith("import hf_vlm")
-    tiny.image().save(tmp_path / "picture.png")
+    tiny.image().save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})
     printed = capsys.readouterr().out
@@ -199,7 +200,7 @@ def test_usage_runs_with_a_bert_text_tower(tmp_path, monkeypatch):
     size = {"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}
     VlmClipProcessor.from_parts(bert_tokenizer, size=size).save_pretrained(tmp_path / "model")
     (snippet,) = re.findall(r"```python\n(.*?)\n```", write_card(tmp_path / "model").read_text(), flags=re.DOTALL)
-    tiny.image().save(tmp_path / "picture.png")
+    tiny.image().save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})
 
@@ -284,8 +285,8 @@ def test_rows_of_a_blip(tmp_path):
     for line in (
         "| re-ranked by ITM | 0.710 |",
         "| by ITM | 0.810 |",
-        "| the same beside a grey picture | 0.410 |",
-        "| the same beside a grey picture |  | 0.021 |",
+        "| the same with a grey image | 0.410 |",
+        "| the same with a grey image |  | 0.021 |",
         "| most frequent training answer of the kind |  | 0.320 |",
         "| CLIP, threshold from validation |  |  | 0.631 |",
     ):
@@ -322,7 +323,7 @@ def test_rows_of_a_language_model_behind_a_qformer(tmp_path):
     ):
         section = card.text.split(f"### {title}\n")[1].split("\n#")[0]
         assert [f"{0.611 + place / 10 + row / 100:.3f}" in section for place in range(3)] == [True] * 3
-        assert "| the same beside a grey picture |" in section
+        assert "| the same with a grey image |" in section
         assert "| most frequent training answer" in section
     index = {result.dataset_name: result.metric_value for result in card.data.eval_results}
     assert list(index.values()) == pytest.approx([0.611, 0.621, 0.631, 0.641])

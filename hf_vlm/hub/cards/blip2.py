@@ -1,27 +1,26 @@
-"""What a model card says of BLIP-2 and InstructBLIP and of each of their heads."""
+"""Texts of BLIP-2's and InstructBLIP's model cards."""
 
-from .types import BLIND, POPE, QUESTIONS, RECALLS, SCENES, VQA_TASK, Architecture, Evaluation, Head
+from dataclasses import replace
 
-START = """import hf_vlm  # registers the architecture with the Auto classes
-from PIL import Image
-"""
+from .evaluations import RERANKED_RETRIEVAL
+from .types import NOT_EXAMINED, START, CardTexts, HeadTexts
 
 COMPARES = """processor = AutoProcessor.from_pretrained(CHECKPOINT)
-image, texts = Image.open("picture.png"), ["a dolphin", "a pizza"]
+image, texts = Image.open("image.png"), ["a dolphin", "a pizza"]
 outputs = model(**processor(images=[image], text=texts))
-print(outputs.itm_logits.softmax(-1)[:, 1])  # how likely each text matches the picture (ITM)
-similarity = outputs.image_embeds @ outputs.text_embeds.T  # of each query with each text (ITC), to search with
-print(similarity.amax(dim=1))  # of a picture's queries the nearest counts"""
+print(outputs.itm_logits.softmax(-1)[:, 1])  # probability that each text matches the image (ITM)
+similarity = outputs.image_embeds @ outputs.text_embeds.T  # of each query with each text (ITC), for search
+print(similarity.amax(dim=1))  # the score of an image is that of its best query"""
 
 ASKS = """from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
 processor = AutoProcessor.from_pretrained(CHECKPOINT)
-image, end = Image.open("picture.png"), processor.tokenizer.eos_token_id
+image, end = Image.open("image.png"), processor.tokenizer.eos_token_id
 """
 
 BLIP2_HEADS = {
-    "VlmBlip2ForPreTraining": Head(
+    "VlmBlip2ForPreTraining": HeadTexts(
         pipeline_tag="image-feature-extraction",
         tags=("blip-2", "image-text-matching", "image-text-retrieval"),
         usage=START
@@ -31,7 +30,7 @@ model = AutoModelForPreTraining.from_pretrained(CHECKPOINT)
 """
         + COMPARES,
     ),
-    "VlmBlip2ForImageTextRetrieval": Head(
+    "VlmBlip2ForImageTextRetrieval": HeadTexts(
         pipeline_tag="image-feature-extraction",
         tags=("blip-2", "image-text-matching", "image-text-retrieval"),
         usage=START
@@ -41,7 +40,7 @@ model = hf_vlm.VlmBlip2ForImageTextRetrieval.from_pretrained(CHECKPOINT)
 """
         + COMPARES,
     ),
-    "VlmBlip2ForConditionalGeneration": Head(
+    "VlmBlip2ForConditionalGeneration": HeadTexts(
         pipeline_tag="image-text-to-text",
         tags=("blip-2", "image-captioning", "visual-question-answering"),
         usage=START
@@ -58,7 +57,7 @@ print(processor.batch_decode(written, skip_special_tokens=True))""",
 }
 
 INSTRUCT_HEADS = {
-    "VlmInstructBlipForConditionalGeneration": Head(
+    "VlmInstructBlipForConditionalGeneration": HeadTexts(
         pipeline_tag="image-text-to-text",
         tags=("instructblip", "visual-question-answering", "image-captioning"),
         usage=START
@@ -71,93 +70,40 @@ for instruction in ["What colour is the background?", "Write a short caption for
     ),
 }
 
-MAJORITY = "most frequent training answer"
-EASY_VQA = ("easy_vqa", "easy-VQA")
-# The index keeps results of the same task apart by their data alone.
-UNSEEN_SCENES, UNSEEN_EASY_VQA = (
-    (f"{kind}_unseen_wordings", f"{name}, unseen wordings") for kind, name in (SCENES, EASY_VQA)
-)
-EASY_NOTE = (
-    "Test questions of easy-VQA, drawn at random but always the same, about pictures of one coloured shape; most ask "
-    "for yes or no."
-)
-WRITTEN = {
-    "vqa_unseen_wordings": Evaluation(
-        title="Questions in unseen wordings",
-        task=VQA_TASK,
-        dataset=UNSEEN_SCENES,
-        sizes={"questions": "questions"},
-        metrics=QUESTIONS,
-        note="The same questions about scenes, put as an instruction in words that no training used.",
-        rows={"blind": BLIND, "majority": f"{MAJORITY} of the kind"},
-    ),
-    "easy_vqa": Evaluation(
-        title="Questions of easy-VQA",
-        task=VQA_TASK,
-        dataset=EASY_VQA,
-        sizes={"questions": "questions"},
-        metrics=QUESTIONS,
-        note=EASY_NOTE,
-        rows={"blind": BLIND, "majority": MAJORITY},
-    ),
-    "easy_vqa_unseen_wordings": Evaluation(
-        title="Questions of easy-VQA in unseen wordings",
-        task=VQA_TASK,
-        dataset=UNSEEN_EASY_VQA,
-        sizes={"questions": "questions"},
-        metrics=QUESTIONS,
-        note="The same questions of easy-VQA, put as an instruction in words that no training used.",
-        rows={"blind": BLIND, "majority": MAJORITY},
-    ),
-    "pope": POPE,
-}
-
-RETRIEVAL = Evaluation(
-    title="Retrieval",
-    task=("image-text-retrieval", "Image-text retrieval"),
-    dataset=SCENES,
-    sizes={"num_images": "pictures", "num_texts": "texts"},
-    metrics=RECALLS,
-    note=(
-        "Between scenes and the captions that name all there is and the background, by embeddings (ITC; of a picture's "
-        "queries the nearest counts), and with the best candidates put in order by matching (ITM). R@k: how often a "
-        "right one is among the first k."
-    ),
-    rows={"reranked": "re-ranked by ITM", "chance": "chance"},
-    own=("reranked",),
+RETRIEVAL = replace(
+    RERANKED_RETRIEVAL,
+    note=f"{RERANKED_RETRIEVAL.note} The ITC score of an image is that of its best query.",
 )
 
-NOT_EXAMINED = "It was not examined for bias or for safety; do not use it to judge people."
-
-BLIP2 = Architecture(
+BLIP2 = CardTexts(
     title="BLIP-2",
     paper="BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models",
     arxiv="2301.12597",
     pipeline_tag="image-feature-extraction",
     tags=("blip-2",),
     description=(
-        "BLIP-2 learns to read a frozen image tower. Between the tower and language stands the Q-Former, a BERT whose "
-        "learned queries look at the picture. In the first stage it learns three objectives at once: the nearest of a "
-        "picture's queries meets its caption in one space (ITC), queries that have met a text tell whether it matches "
-        "(ITM), and a text is written after the queries (ITG). In the second stage one linear layer puts the queries "
-        "before the text of a large language model, frozen as well, which then writes about the picture."
+        "BLIP-2 connects a frozen image tower to a frozen large language model (LLM). Between them is the Q-Former, a "
+        "BERT whose learned queries attend to the image. Stage 1 trains it with three objectives: the best query of an "
+        "image is similar to its caption (ITC), queries that have attended to a text decide whether it matches (ITM), "
+        "and the text is generated from the queries (ITG). In stage 2 a linear layer puts the queries before the LLM's "
+        "text, and the LLM writes about the image."
     ),
     usage=START
     + """from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained(CHECKPOINT)
 processor = AutoProcessor.from_pretrained(CHECKPOINT)
-outputs = model(**processor(images=[Image.open("picture.png")]))
-print(outputs.last_hidden_state.shape)  # the queries that have read the picture""",
+outputs = model(**processor(images=[Image.open("image.png")]))
+print(outputs.last_hidden_state.shape)  # the queries, after cross-attention to the image""",
     limits=(
-        "A head with a language model writes what is likely beside a picture, which need not be there, and it brings "
-        "what that model knows and gets wrong.",
-        "It has learned captions: that it also answers questions is what the language model makes of them.",
-        "Matching looks at one pair at a time: for a large collection, let the embeddings choose candidates first.",
+        "A head with an LLM writes text that is plausible for the image but can be wrong, and it inherits the LLM's "
+        "errors.",
+        "It was trained on captions only; its answers to questions come from the LLM.",
+        "ITM scores one pair at a time: for a large collection, let ITC choose the candidates first.",
         NOT_EXAMINED,
     ),
     heads=BLIP2_HEADS,
-    evaluations={"retrieval": RETRIEVAL, **WRITTEN},
+    evaluations={"retrieval": RETRIEVAL},
     citation="""@inproceedings{li2023blip2,
   title     = {{BLIP-2}: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language
                Models},
@@ -169,34 +115,31 @@ print(outputs.last_hidden_state.shape)  # the queries that have read the picture
 }""",
 )
 
-INSTRUCTBLIP = Architecture(
+INSTRUCTBLIP = CardTexts(
     title="InstructBLIP",
     paper="InstructBLIP: Towards General-purpose Vision-Language Models with Instruction Tuning",
     arxiv="2305.06500",
     pipeline_tag="image-text-to-text",
     tags=("instructblip",),
     description=(
-        "InstructBLIP is a BLIP-2 that follows instructions about a picture. Its Q-Former reads the instruction too, "
-        "so that what the queries take from the frozen image tower is what is asked about; the language model then "
-        "reads queries and instruction and answers. It is tuned on many tasks put as instructions, each data set drawn "
-        "with a probability in proportion to the square root of its size, and it learns the responses alone."
+        "InstructBLIP is a BLIP-2 that follows instructions about an image. Its Q-Former reads the instruction too, so "
+        "the queries extract what the instruction asks for. The LLM then reads queries and instruction and answers. It "
+        "is tuned on many tasks written as instructions, with the loss on the responses only. Each dataset is sampled "
+        "in proportion to the square root of its size."
     ),
     usage=START
     + """from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained(CHECKPOINT)
 processor = AutoProcessor.from_pretrained(CHECKPOINT)
-inputs = processor(images=[Image.open("picture.png")], text=["<image>What colour is the background?"])
-print(model(**inputs).last_hidden_state.shape)  # states of the language model""",
+inputs = processor(images=[Image.open("image.png")], text=["<image>What colour is the background?"])
+print(model(**inputs).last_hidden_state.shape)  # hidden states of the LLM""",
     limits=(
-        "It writes what is likely beside a picture, which need not be there, and it brings what its language model "
-        "knows and gets wrong.",
-        "It answers in the manner of its training: briefly, and to one instruction about one picture, not in "
-        "conversation.",
+        "Its text is plausible for the image but can be wrong, and it inherits the LLM's errors.",
+        "It gives brief answers to one instruction about one image; it does not hold conversations.",
         NOT_EXAMINED,
     ),
     heads=INSTRUCT_HEADS,
-    evaluations=WRITTEN,
     citation="""@inproceedings{dai2023instructblip,
   title     = {{InstructBLIP}: Towards General-purpose Vision-Language Models with Instruction Tuning},
   author    = {Dai, Wenliang and Li, Junnan and Li, Dongxu and Tiong, Anthony Meng Huat and Zhao, Junqi and

@@ -15,9 +15,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ...families import FAMILIES, load_reference
 from ..record import CARD_HASH, RECORD_NAME, Record, read_json, read_record, record_text, write_record
-from .texts import ARCHITECTURES, CHECKPOINT, EVALUATIONS, TEST_SETS
-from .types import OTHER_RUNS, Architecture, Evaluation, Head
+from .evaluations import EVALUATIONS, OTHER_RUNS, TEST_SETS
+from .types import CHECKPOINT, CardTexts, Evaluation, HeadTexts
 
 logger = logging.getLogger(__name__)
 
@@ -83,25 +84,25 @@ def render_card(folder: str | Path, name: str | None = None, record: Record | No
     record = read_record(folder) if record is None else record
     config, results = read_json(folder / "config.json"), read_results(folder)
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{folder}: no card can be written for a checkpoint of type {model_type}, only for {known}.")
-    architecture = ARCHITECTURES[model_type]
-    head = architecture.head(config)
+    texts = card_texts(model_type)
+    if texts is None:
+        known = ", ".join(family.model_type for family in FAMILIES.values() if family.card)
+        raise ValueError(f"{folder}: no model card can be written for model type {model_type}, only for {known}.")
+    head = texts.head(config)
     card = ModelCard.from_template(
         card_metadata(name, model_type, head, record, results),
         template_path=str(TEMPLATE),
         title=escape(name.split("/")[-1]),
-        description=architecture.description,
-        paper=architecture.paper,
-        arxiv=architecture.arxiv,
-        facts=facts_table(folder, architecture, model_type),
+        description=texts.description,
+        paper=texts.paper,
+        arxiv=texts.arxiv,
+        facts=facts_table(folder, texts, model_type),
         usage=head.usage.replace(CHECKPOINT, json.dumps(name, ensure_ascii=False)),
         # A snippet that takes a class from the package needs the package.
         carries_code="auto_map" in config and "hf_vlm.Vlm" not in head.usage,
         results="\n\n".join(results_section(key, by_set, model_type) for key, by_set in results.items()),
-        citation=architecture.citation,
-        limits="\n".join(f"- {limit}" for limit in (*architecture.limits, *data_limits(record))),
+        citation=texts.citation,
+        limits="\n".join(f"- {limit}" for limit in (*texts.limits, *data_limits(record))),
         **training_sections(record),
     )
     return str(card).rstrip() + "\n"
@@ -128,7 +129,13 @@ def card_under_name(folder: Path, source: Path, name: str) -> dict[str, str]:
     return {CARD_NAME: text, RECORD_NAME: record_text({**record, CARD_HASH: card_hash(text)})}
 
 
-def card_metadata(name: str, model_type: str, head: Head, record: Record, results: Results) -> ModelCardData:
+def card_texts(model_type: str | None) -> CardTexts | None:
+    """The texts of a family's cards, as its row in `families.py` says; None for any other model type."""
+    family = FAMILIES.get(model_type or "")
+    return load_reference(family.card) if family is not None and family.card is not None else None
+
+
+def card_metadata(name: str, model_type: str, head: HeadTexts, record: Record, results: Results) -> ModelCardData:
     """The metadata of a card; see [`write_card`]."""
     evaluated = eval_results(results, model_type)
     return ModelCardData(
@@ -161,7 +168,8 @@ def read_results(folder: str | Path) -> Results:
 
 def evaluation_of(name: str, by_set: dict[str, dict[str, Any]], model_type: str) -> Evaluation:
     """How an evaluation is shown: as the table of texts says, else every number under its own name."""
-    known = EVALUATIONS | (ARCHITECTURES[model_type].evaluations if model_type in ARCHITECTURES else {})
+    texts = card_texts(model_type)
+    known = EVALUATIONS | (texts.evaluations if texts else {})
     if name in known:
         return known[name]
     numbers = {key: key for scores in by_set.values() for key, value in scores.items() if not isinstance(value, dict)}
@@ -299,10 +307,10 @@ def data_limits(record: Record) -> list[str]:
     return [f"All pictures of its training came from {listed}. How it fares on any other kind was not measured."]
 
 
-def facts_table(folder: Path, architecture: Architecture, model_type: str) -> str:
+def facts_table(folder: Path, texts: CardTexts, model_type: str) -> str:
     """Architecture and sizes of the inputs."""
     sizes = input_sizes(folder)
-    return table(["architecture", f"{architecture.title} ({model_type})"], [[key, sizes[key]] for key in sizes])
+    return table(["architecture", f"{texts.title} ({model_type})"], [[key, sizes[key]] for key in sizes])
 
 
 def input_sizes(folder: str | Path) -> dict[str, str]:
@@ -344,6 +352,7 @@ def escape(text: Any) -> str:
 __all__ = [
     "CARD_NAME",
     "RESULTS_NAME",
+    "card_texts",
     "card_under_name",
     "eval_results",
     "input_sizes",
