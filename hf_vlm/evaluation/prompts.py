@@ -1,4 +1,4 @@
-"""Prompts of heads with a language model: the wordings and the token layout of their training."""
+"""How heads with a language model are asked: in the words and the layout of tokens that they were trained with."""
 
 from functools import partial
 
@@ -18,11 +18,11 @@ from .chat import say
 from .writing import Chatting, Prompting
 
 BLIP2_QUESTION = "Question: {question} Short answer:"
-"""The question prompt of BLIP-2, trained on captions only (arXiv 2301.12597, section 4.1)."""
+"""BLIP-2, which has learned captions alone, is asked as in its paper (arXiv 2301.12597, section 4.1)."""
 
 
 def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting | Chatting | None:
-    """How prompts reach the language model; None for a head without one."""
+    """How the model is given its prompts, or None of a head without a language model."""
     if isinstance(model, VlmLlavaForConditionalGeneration):
         return Chatting(partial(say, model, processor))
     if not isinstance(model, VlmBlip2ForConditionalGeneration):
@@ -36,7 +36,7 @@ def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting
 
 
 def caption_prompt(model: PreTrainedModel, wordings: Wordings) -> str | None:
-    """The caption instruction of InstructBLIP and LLaVA; None for heads that caption without an instruction."""
+    """The first wording of InstructBLIP's captions, or LLaVA's; other heads write them without being told."""
     if isinstance(model, VlmLlavaForConditionalGeneration):
         return CAPTION if wordings == "train" else wordings_of("caption", wordings)[0]
     follows = isinstance(model, VlmInstructBlipForConditionalGeneration)
@@ -44,9 +44,9 @@ def caption_prompt(model: PreTrainedModel, wordings: Wordings) -> str | None:
 
 
 def question_wording(model: PreTrainedModel, wordings: Wordings) -> str:
-    """Question template: the first wording; BLIP-2's paper prompt; the bare question for BLIP.
+    """What `{question}` is put into: the first wording, BLIP-2's own for one that is seen, none of BLIP's heads.
 
-    LLaVA is asked for a short answer in every wording, because it was also trained to answer in sentences.
+    LLaVA, which answers in sentences or in a word, is asked for a word in any wording.
     """
     if isinstance(model, VlmLlavaForConditionalGeneration):
         asked = "{question}" if wordings == "train" else wordings_of("vqa", wordings)[0]

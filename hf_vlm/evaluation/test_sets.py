@@ -1,7 +1,4 @@
-"""Evaluation of a checkpoint on the built-in emoji, on scenes, on easy-VQA, or on the user's own data.
-
-`evaluate_checkpoint` is `hf-vlm evaluate`; `save_scene_report` ends a recipe.
-"""
+"""`hf-vlm evaluate`: a checkpoint on the built-in pictures, on scenes, on easy-VQA, or on data of the user's own."""
 
 import json
 import random
@@ -42,7 +39,7 @@ Report = dict[str, dict[str, Any]]
 
 
 def emoji_report(model: PreTrainedModel, processor: ProcessorMixin) -> Report:
-    """Retrieval between drawings and names on the three test sets of the built-in emoji, by test set."""
+    """Retrieval between drawings and names on the three test sets of the built-in pictures, by test set."""
     splits = load_emoji()
     return {
         name: retrieval_report(
@@ -53,7 +50,7 @@ def emoji_report(model: PreTrainedModel, processor: ProcessorMixin) -> Report:
 
 
 def scenes_report(model: PreTrainedModel, processor: ProcessorMixin, num_scenes: int) -> Report:
-    """Hard-negative accuracy on scenes of each test set, by test set."""
+    """Accuracy on captions that differ in one word, on scenes of each test set, by test set."""
     report = {}
     for name in TEST_SPLITS:
         scenes = load_scenes(name, num_scenes)
@@ -75,12 +72,7 @@ def report_on_builtin_data(folder: str, num_scenes: int) -> None:
 
 
 def emoji_reports(evaluator: Evaluator, task: str | None = None) -> Reports:
-    """The metrics of a head on the built-in emoji, by test set and task.
-
-    Args:
-        evaluator: Model and settings.
-        task: The only task to run; by default all that the head can do.
-    """
+    """The tasks that a head can do on the built-in emoji, by test set and task; all or the one named."""
     tasks = chosen_tasks(evaluator.model, EMOJI_FIELDS, task, "emoji")
     reports, emoji = {}, load_emoji()
     for split in TEST_SPLITS:
@@ -102,36 +94,31 @@ def report_on_scenes(
     aspects: Sequence[float] = (1.0,),
     settings: EvaluationSettings = DEFAULTS,
 ) -> Reports:
-    """The metrics of a head on scenes of each test set.
+    """All that a head can do, on scenes of each test set.
 
     Args:
         model: A model with a head, or the folder or Hub id of a checkpoint.
-        processor: The processor of a model; a checkpoint has its own.
-        num_scenes: Number of scenes per test set.
-        task: The only task to run; by default all that the head can do.
-        splits: Test sets, from `EMOJI_SPLITS`.
-        size: Shorter side of a scene in pixels.
-        aspects: Aspect ratios (width over height) to mix; each scene has one of them.
-        settings: Options of the evaluation.
+        processor: Of a model; a checkpoint brings its own.
+        num_scenes: Scenes of each test set.
+        task: Name of a task; all that the head can do by default.
+        splits: Test sets, of `EMOJI_SPLITS`.
+        size: Pixels of the shorter side of a scene.
+        aspects: Width over height, of which each scene has one.
+        settings: How tasks are done.
 
     Returns:
-        Metrics by test set and task, ready for JSON. A task's metrics may hold nested dicts of the same kind: `blind`
-        (with a grey image), `majority` (most frequent training answer), `reranked` and `chance` (`retrieval`), `itm`
-        and `itm_blind` (`hard_negatives`). Retrieval uses the caption that names all objects and the background; scenes
-        with equal captions share an id.
+        Metrics by test set and task, ready for JSON. Besides its own numbers a task's metrics hold dicts of the same
+        kind: `blind` (on a plain grey picture), `majority` (answers of training questions, for `vqa`), `reranked` and
+        `chance` (`retrieval`), `itm` and `itm_blind` (`hard_negatives`). Retrieval looks for the caption that names all
+        there is and the background; scenes of equal captions count as one.
 
     Raises:
         ValueError: if the head cannot do the task, or a model comes without a processor.
-
-    Example:
-
-        reports = report_on_scenes("org/clip-small", num_scenes=100, task="retrieval")
-        print(reports["unseen_style"]["retrieval"]["text_to_image_r1"])
     """
     if isinstance(model, str | Path):
         model, processor = load_checkpoint(str(model))
     if processor is None:
-        raise ValueError("A model needs its processor: pass it as well, or pass the folder of a checkpoint.")
+        raise ValueError("A model needs its processor beside it; a folder brings its own.")
     tasks = chosen_tasks(model, SCENE_FIELDS, task, "scenes")
     train_questions = None
     if not set(tasks).isdisjoint(usable_tasks(QUESTION_FIELDS)):
@@ -163,30 +150,30 @@ def report_on_easy_vqa(
     task: str | None = None,
     settings: EvaluationSettings = DEFAULTS,
 ) -> Reports:
-    """The metrics of a head on test questions of easy-VQA.
+    """Answers to test questions of easy-VQA.
 
     Args:
         model: A model that answers questions.
         processor: Its processor.
-        num_questions: Size of a fixed random sample of the questions (0: all 9,673).
-        task: `vqa` or `vqa_unseen_wordings`; by default both, if the head can do them.
-        settings: Options of the evaluation.
+        num_questions: How many, drawn at random but always the same (0: all 9,673).
+        task: `vqa` or `vqa_unseen_wordings`; all that the head can do by default.
+        settings: How tasks are done.
 
     Returns:
-        Under `test`, metrics by task as in `report_on_scenes`. The task `vqa` is called `easy_vqa` here.
+        Under `test`, for each task, metrics as of `report_on_scenes`; `easy_vqa` is `vqa` on this data.
 
     Raises:
-        ValueError: if the head does not answer questions.
+        ValueError: if the head answers no questions.
         ModuleNotFoundError: if easy-VQA is not installed.
     """
     tasks = chosen_tasks(model, QUESTION_FIELDS, task, "easy_vqa")
-    stored, questions = easy_vqa_images("test"), easy_vqa_questions("test")
+    pictures, questions = easy_vqa_images("test"), easy_vqa_questions("test")
     if 0 < num_questions < len(questions):
         questions = random.Random(0).sample(questions, num_questions)
     asked: dict[int, list[dict[str, Any]]] = {}
     for question in questions:
         asked.setdefault(question["index"], []).append(question)
-    images = [load_image(stored[index]["image"]) for index in asked]
+    images = [load_image(pictures[index]["image"]) for index in asked]
     test = TestSet(images, questions=list(asked.values()), train_questions=easy_vqa_questions("train"))
     report = run_tasks(Evaluator(model, processor, settings), tasks, test)
     return {"test": {f"{EASY_VQA}{name}": metrics for name, metrics in report.items()}}
@@ -202,17 +189,10 @@ def save_scene_report(
     aspects: Sequence[float] = (1.0,),
     beside: Mapping[str, str | None] = {},
 ) -> None:
-    """Evaluates the model of a recipe on scenes, prints the tables and writes `results.json` into the folder.
+    """The end of a recipe: all that its head can do on scenes, printed and written to `results.json` in the folder.
 
-    Args:
-        folder: Where `results.json` goes.
-        model: A model with a head.
-        processor: Its processor.
-        num_scenes: Number of scenes per test set.
-        size: Shorter side of a scene in pixels.
-        settings: Options for a head with a language model, which also answers questions of easy-VQA.
-        aspects: Aspect ratios (width over height) to mix.
-        beside: Row name -> folder of another run whose results become a row of these; skipped if it has none.
+    A head with a language model also answers questions of easy-VQA, and does all as `settings` say. The results of
+    other runs, whose folders `beside` names, become rows of these; a run that is not there is left out.
     """
     if prompting_of(model.eval(), processor) is None:
         reports = report_on_scenes(model, processor, num_scenes, size=size, aspects=aspects)
@@ -239,14 +219,15 @@ def evaluate_checkpoint(
     scene_size: int | None = None,
     scene_aspects: Sequence[float] = (1.0,),
 ) -> Reports:
-    """The reports of `hf-vlm evaluate`, by test set and task; `hf-vlm evaluate --help` explains the arguments.
+    """The reports behind `hf-vlm evaluate`, by test set and task; see the command's help for the arguments.
 
     Raises:
-        ValueError: if the architecture is unknown, the head or the data do not allow the task, or a column is missing.
+        ValueError: if the checkpoint is of another architecture, its head or the data do not serve for the task, or a
+            column is missing.
     """
     model, processor = load_checkpoint(checkpoint)
     if data == "scenes":
-        size = scene_size or min(max(processor.image_processor.size["height"], 48), 1024)  # the allowed range
+        size = scene_size or min(max(processor.image_processor.size["height"], 48), 1024)  # sides that scenes can have
         return report_on_scenes(model, processor, limit, task=task, size=size, aspects=scene_aspects, settings=settings)
     if data == "easy_vqa":
         return report_on_easy_vqa(model, processor, limit, task=task, settings=settings)
@@ -266,7 +247,7 @@ def evaluate_checkpoint(
 
 
 def own_fields(columns: Mapping[str, str], tasks: Collection[str]) -> tuple[str, ...]:
-    """The fields of `TestSet` in the user's own data: by the named columns, else by the tasks, else captions."""
+    """The fields of `TestSet` that the user's own rows fill: by the named columns, else by the tasks, else captions."""
     for role, fields in (("question", QUESTION_FIELDS), ("class", CLASS_FIELDS)):
         if role in columns or set(tasks) <= set(usable_tasks(fields)):
             return fields
@@ -274,7 +255,7 @@ def own_fields(columns: Mapping[str, str], tasks: Collection[str]) -> tuple[str,
 
 
 def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
-    """The user's own images and captions."""
+    """Images and captions of the user's own."""
     rows = _first(load_source(DataSource(data, split=split, columns=columns)), limit)
     images = [load_image(row["image"], where=f"row {i}") for i, row in enumerate(rows)]
     ids = [pair_id(row["id"]) for row in rows] if "id" in rows[0] else None
@@ -283,7 +264,7 @@ def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> 
 
 
 def own_questions(data: str, split: str, train_split: str | None, columns: dict[str, str], limit: int) -> TestSet:
-    """The user's own images, questions and answers; `train_split` gives the training questions.
+    """Images, questions and answers of the user's own; the training questions are those of `train_split`.
 
     Raises:
         ValueError: if a column is missing, or a row has no question or answer.
@@ -299,7 +280,7 @@ def own_questions(data: str, split: str, train_split: str | None, columns: dict[
 
 
 def own_classes(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
-    """The user's own images with class names. All classes of the split compete, whatever the limit.
+    """Images with a class name each, of the user's own. All classes of the split compete, whatever the limit.
 
     Args:
         data: Path or Hub id.
