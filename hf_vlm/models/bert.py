@@ -1,4 +1,9 @@
-"""Begin as a BERT: config, weights, language-modelling head, first token."""
+"""Initialisation from a BERT: config, weights, language-modelling head, first token.
+
+BLIP's text transformers and the Q-Former have BERT's shape and start from its weights.
+
+Shapes: B rows, L tokens, H hidden size.
+"""
 
 import torch
 from torch import nn
@@ -10,7 +15,7 @@ from .configuration_blip import VlmBlipTextConfig
 
 
 class VlmBlipLMHead(nn.Module):
-    """Vocabulary logits of decoder states: BERT's transform, then a matrix, the word embedding where tied."""
+    """Vocabulary logits of decoder states: BERT's transform, then a linear layer that may be the word embedding."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -24,7 +29,7 @@ class VlmBlipLMHead(nn.Module):
 
 
 def require_input_ids(input_ids: torch.Tensor | None) -> torch.Tensor:
-    """The token ids.
+    """The token ids, checked to be there.
 
     Raises:
         ValueError: if they are missing.
@@ -35,13 +40,13 @@ def require_input_ids(input_ids: torch.Tensor | None) -> torch.Tensor:
 
 
 def with_first_token(input_ids: torch.Tensor | None, token_id: int) -> torch.Tensor:
-    """Token ids with another first token: `[ENC]` or `[DEC]` in place of `[CLS]`."""
+    """Copies token ids `(B, L)` and replaces the first token, `[CLS]`, by `[ENC]` or `[DEC]`."""
     input_ids = require_input_ids(input_ids).clone()
     input_ids[:, 0] = token_id
     return input_ids
 
 
-# Ours, and what BERT calls it, within a layer.
+# The names of a layer's modules: ours, then BERT's.
 BERT_NAMES = (
     ("self_attention.proj", "attention.output.dense"),
     ("self_attention.norm", "attention.output.LayerNorm"),
@@ -52,13 +57,17 @@ BERT_NAMES = (
 
 
 def bert_text_config(bert: PreTrainedConfig, dropout: float | None = None) -> VlmBlipTextConfig:
-    """The config of a text transformer that begins as a BERT; `[DEC]` and `[ENC]` follow its vocabulary.
+    """The config of a text transformer that is initialised from a BERT.
+
+    Args:
+        bert: The BERT's config. `[DEC]` and `[ENC]` are added after its vocabulary.
+        dropout: All dropout probabilities; None keeps the BERT's.
 
     Raises:
-        ValueError: if it is the config of another architecture.
+        ValueError: if `bert` is the config of another architecture.
     """
     if bert.model_type != "bert":
-        raise ValueError(f"BLIP's text transformers begin as a BERT, not as a {bert.model_type}: choose another text.")
+        raise ValueError(f"BLIP's text transformers start from a BERT, not a {bert.model_type}: choose another text.")
     shared = "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act"
     return VlmBlipTextConfig(
         **{name: bert.to_dict()[name] for name in shared.split()},
@@ -86,7 +95,7 @@ def copy_bert_embeddings(model: PreTrainedModel, bert: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def copy_bert_layer(own: GradientCheckpointingLayer, its: GradientCheckpointingLayer, with_mlp: bool = True) -> None:
-    """Self-attention and the feed-forward layer."""
+    """Copies one layer's self-attention and, with `with_mlp`, its feed-forward layer."""
     qkv = [its.attention.self.query, its.attention.self.key, its.attention.self.value]
     own.self_attention.qkv.weight.copy_(torch.cat([part.weight for part in qkv]))
     own.self_attention.qkv.bias.copy_(torch.cat([part.bias for part in qkv]))
@@ -96,9 +105,9 @@ def copy_bert_layer(own: GradientCheckpointingLayer, its: GradientCheckpointingL
 
 
 def copy_bert(text_model: PreTrainedModel, bert: PreTrainedModel) -> None:
-    """Copies the weights of a BERT: without an image, and but for the two new words, the same function.
+    """Copies a BERT's weights into a BLIP text model, which then computes the same function for text alone.
 
-    Cross-attention stays new.
+    Cross-attention and the two added tokens keep their new weights.
     """
     if text_model.owner is text_model:
         copy_bert_embeddings(text_model, bert)
@@ -107,10 +116,16 @@ def copy_bert(text_model: PreTrainedModel, bert: PreTrainedModel) -> None:
 
 
 def bert_qformer_config(bert: PreTrainedConfig, memory_size: int, dropout: float | None = None, **fields) -> dict:
-    """Fields of the config of a Q-Former that begins as a BERT (section 3.1); `[DEC]` follows its vocabulary.
+    """Config fields of a Q-Former that is initialised from a BERT (arXiv 2301.12597, section 3.1).
+
+    Args:
+        bert: The BERT's config. `[DEC]` is added after its vocabulary.
+        memory_size: Width of the image states that the queries attend to.
+        dropout: All dropout probabilities; None keeps the BERT's.
+        **fields: Further fields of [`VlmQFormerConfig`].
 
     Raises:
-        ValueError: if it is the config of another architecture.
+        ValueError: if `bert` is the config of another architecture.
     """
     shared = bert_text_config(bert, dropout).to_dict()
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act"
@@ -120,9 +135,9 @@ def bert_qformer_config(bert: PreTrainedConfig, memory_size: int, dropout: float
 
 
 def copy_bert_to_qformer(qformer: PreTrainedModel, bert: PreTrainedModel) -> None:
-    """Copies the weights of a BERT, its feed-forward layers to queries and text alike (section 3.1).
+    """Copies a BERT's weights into a Q-Former, with its feed-forward layers for queries and text alike.
 
-    Queries and cross-attention stay new.
+    Queries and cross-attention keep their new weights.
     """
     copy_bert_embeddings(qformer, bert)
     for own, its in zip(qformer.layers, bert.encoder.layer, strict=True):

@@ -1,11 +1,11 @@
-"""Configuration of BLIP: an image tower, a text encoder and a text decoder that share what they can."""
+"""Configuration of BLIP: an image tower, and a text encoder and decoder that can share weights."""
 
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_tower import BLIP_VISION, VlmTowerConfig, as_native
+from .configuration_tower import BLIP_VISION, VlmTowerConfig, as_native, check_heads
 
 
 @strict
@@ -13,7 +13,7 @@ class VlmBlipTextConfig(PreTrainedConfig):
     """Configuration of BLIP's text transformers, which have BERT's shape. The defaults are BLIP-base.
 
     Args:
-        vocab_size: Size of the vocabulary, the two added tokens included.
+        vocab_size: Size of the vocabulary, including the two added tokens.
         hidden_size: Width of the transformer.
         intermediate_size: Width of the feed-forward layers.
         num_hidden_layers: Number of layers.
@@ -25,8 +25,8 @@ class VlmBlipTextConfig(PreTrainedConfig):
         attention_dropout: Dropout probability of the attention weights.
         pad_token_id: Id of the padding token.
         sep_token_id: Id of `[SEP]`, which ends a text.
-        bos_token_id: Id of `[DEC]`, which takes the place of `[CLS]` in the decoder.
-        enc_token_id: Id of `[ENC]`, which takes the place of `[CLS]` in the image-grounded encoder.
+        bos_token_id: Id of `[DEC]`, which replaces `[CLS]` in the decoder.
+        enc_token_id: Id of `[ENC]`, which replaces `[CLS]` in the image-grounded encoder.
         initializer_range: Standard deviation of the normal initialisation.
     """
 
@@ -51,11 +51,7 @@ class VlmBlipTextConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks that the heads divide the width and the added tokens are in the vocabulary."""
-        if self.hidden_size % self.num_attention_heads != 0:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads})."
-            )
+        check_heads(self.hidden_size, self.num_attention_heads)
         if max(self.bos_token_id, self.enc_token_id) >= self.vocab_size:
             raise ValueError(
                 f"vocab_size ({self.vocab_size}) has no room for [DEC] ({self.bos_token_id}) and [ENC] "
@@ -70,26 +66,28 @@ class VlmBlipConfig(PreTrainedConfig):
     Args:
         vision_config: Config of the image tower: a [`VlmTowerConfig`] (by default in BLIP's layout), or that of any
             vision encoder of transformers.
-        text_config: A [`VlmBlipTextConfig`], for encoder and decoder alike.
+        text_config: A [`VlmBlipTextConfig`] for both encoder and decoder.
         use_text_encoder: Whether there is a text encoder.
         use_text_decoder: Whether there is a text decoder.
-        share_encoder_decoder: Whether the two are one but for their self-attention (section 3.2 of the paper).
-        decoder_memory: What the decoder's cross-attention looks at: `"image"`, or `"question"`, the encoder's states.
-        vision_pooling: What of an image is projected: `"class"` its first token, `"mean"` the mean of all (for towers
-            without a class token).
-        tie_word_embeddings: Whether the decoder's output matrix is the word embedding. The paper's checkpoints have one
-            of its own; LAVIS and transformers tie it.
-        projection_dim: Size of the embedding that images and texts share.
-        temperature_init_value: Initial temperature, which similarities are divided by.
-        min_temperature: The temperature is clamped to at least this after each optimiser step,
-        max_temperature: and to at most this.
-        itc_weight: Weight of the image-text contrastive loss; 0 leaves it out.
-        itm_weight: Weight of the image-text matching loss; 0 leaves it out.
-        lm_weight: Weight of the language-modelling loss; 0 leaves it out.
+        share_encoder_decoder: Whether encoder and decoder share all weights except self-attention (section 3.2 of the
+            paper).
+        decoder_memory: Input of the decoder's cross-attention: `"image"` for the patch states, `"question"` for the
+            encoder's hidden states.
+        vision_pooling: The image feature that is projected: `"class"` for the first token, `"mean"` for the mean of all
+            tokens (for towers without a class token).
+        tie_word_embeddings: Whether the decoder's output matrix is the word embedding. The paper's checkpoints have a
+            separate matrix; LAVIS and transformers tie it.
+        projection_dim: Size of the shared embedding space of images and texts.
+        temperature_init_value: Initial temperature; similarities are divided by it.
+        min_temperature: Lower bound to which the temperature is clamped after each optimiser step.
+        max_temperature: Upper bound of the same.
+        itc_weight: Weight of the image-text contrastive loss; 0 disables it.
+        itm_weight: Weight of the image-text matching loss; 0 disables it.
+        lm_weight: Weight of the language-modelling loss; 0 disables it.
         label_smoothing: Label smoothing of the language-modelling loss.
-        momentum: Decay of the averaged encoders.
-        queue_size: Embeddings of earlier steps that the contrastive loss compares with; 0 for none.
-        soft_target_weight: Share of the averaged encoders' similarities in the contrastive targets.
+        momentum: Decay of the momentum encoders.
+        queue_size: Number of earlier pairs whose embeddings are further candidates of the contrastive loss; 0 for none.
+        soft_target_weight: Share of the momentum encoders' similarities in the contrastive targets.
         initializer_range: Standard deviation of the heads' initialisation.
     """
 
@@ -124,17 +122,17 @@ class VlmBlipConfig(PreTrainedConfig):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each loss, by the name that outputs call it by."""
+        """The weight of each loss, by its name in the outputs' `parts`."""
         return {"itc": self.itc_weight, "itm": self.itm_weight, "lm": self.lm_weight}
 
     def validate_parts(self):
-        """Checks that the parts fit each other."""
+        """Checks that the parts are consistent."""
         if not (self.use_text_encoder or self.use_text_decoder):
             raise ValueError("BLIP needs a text encoder or a text decoder: set use_text_encoder or use_text_decoder.")
         if self.decoder_memory == "question" and not self.use_text_encoder:
             raise ValueError('decoder_memory="question" needs the text encoder: set use_text_encoder=True.')
         if not (self.itc_weight or self.itm_weight or self.lm_weight):
-            raise ValueError("There is no loss left: set one of itc_weight, itm_weight and lm_weight.")
+            raise ValueError("All three loss weights are 0: set one of itc_weight, itm_weight and lm_weight.")
 
 
 __all__ = ["VlmBlipConfig", "VlmBlipTextConfig"]

@@ -1,4 +1,4 @@
-"""Configuration of BLIP-2: a frozen image tower, a Q-Former, and perhaps an LLM."""
+"""Configuration of BLIP-2: a frozen image tower, a Q-Former, and optionally an LLM."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -7,7 +7,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .configuration_qformer import VlmQFormerConfig
 from .configuration_tower import BLIP_VISION, VlmTowerConfig, as_native
 
-# EVA's vision transformer has the layout of BLIP's. Its last states are normalised by the model around it.
+# EVA's vision transformer has BLIP's layout. BLIP-2 has its own LayerNorm for the tower's last hidden states.
 EVA_VISION = BLIP_VISION
 
 
@@ -20,18 +20,19 @@ class VlmBlip2Config(PreTrainedConfig):
             vision encoder of transformers.
         qformer_config: A [`VlmQFormerConfig`].
         text_config: Config of the LLM, any causal or encoder-decoder one of transformers; None in the first stage.
-        image_token_id: Id of the placeholder in whose places the queries go; it may lie past the LLM's vocabulary.
-        language_model_source: `id` and `revision` of the LLM on the Hub, if it came from there.
-        excludes_language_model: Whether the checkpoint leaves the LLM's weights out and they are loaded from there.
+        image_token_id: Id of the placeholder that the queries replace; it may lie past the LLM's vocabulary.
+        language_model_source: `id` and `revision` of the LLM on the Hub, if it was loaded from there.
+        excludes_language_model: Whether the checkpoint omits the LLM's weights. They are then loaded from
+            `language_model_source`.
         vision_norm_eps: Epsilon of the LayerNorm between tower and Q-Former.
-        projection_dim: Size of the embedding that images and texts share.
-        temperature_init_value: Initial temperature, which similarities are divided by.
-        min_temperature: The temperature is clamped to at least this after each optimiser step,
-        max_temperature: and to at most this.
-        itc_weight: Weight of the image-text contrastive loss; 0 leaves it out.
-        itm_weight: Weight of the image-text matching loss; 0 leaves it out.
-        lm_weight: Weight of the image-grounded text generation loss (ITG); 0 leaves it out.
-        label_smoothing: Label smoothing of the contrastive and of the generation loss.
+        projection_dim: Size of the shared embedding space of images and texts.
+        temperature_init_value: Initial temperature; similarities are divided by it.
+        min_temperature: Lower bound to which the temperature is clamped after each optimiser step.
+        max_temperature: Upper bound of the same.
+        itc_weight: Weight of the image-text contrastive loss; 0 disables it.
+        itm_weight: Weight of the image-text matching loss; 0 disables it.
+        lm_weight: Weight of the image-grounded text generation loss (ITG); 0 disables it.
+        label_smoothing: Label smoothing of the contrastive and the generation loss.
         initializer_range: Standard deviation of the heads' initialisation.
     """
 
@@ -67,7 +68,7 @@ class VlmBlip2Config(PreTrainedConfig):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each loss, by the name that outputs call it by."""
+        """The weight of each loss, by its name in the outputs' `parts`."""
         return {"itc": self.itc_weight, "itm": self.itm_weight, "lm": self.lm_weight}
 
     def validate_parts(self):
@@ -75,11 +76,11 @@ class VlmBlip2Config(PreTrainedConfig):
         vision, qformer = self.vision_config, self.qformer_config
         if qformer.memory_size != vision.hidden_size:
             raise ValueError(
-                f"The Q-Former looks at states of width {qformer.memory_size}, but the tower's are "
-                f"{vision.hidden_size} wide: set memory_size."
+                f"The Q-Former expects image states of width {qformer.memory_size}, but the tower's are "
+                f"{vision.hidden_size} wide: set memory_size={vision.hidden_size}."
             )
         if self.text_config is not None and self.image_token_id is None:
-            raise ValueError("With an LLM there must be a placeholder for images: set image_token_id.")
+            raise ValueError("A model with an LLM needs a placeholder for images: set image_token_id.")
 
 
 __all__ = ["EVA_VISION", "VlmBlip2Config"]

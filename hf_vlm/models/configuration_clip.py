@@ -1,4 +1,4 @@
-"""Configuration of CLIP: two towers and the loss that ties them."""
+"""Configuration of CLIP: an image tower, a text tower and a contrastive loss."""
 
 from typing import Literal
 
@@ -16,9 +16,9 @@ class VlmClipConfig(PreTrainedConfig):
         vision_config: Config of the image tower: a [`VlmTowerConfig`], or that of any vision encoder of transformers.
         text_config: Config of the text tower: a [`VlmTextTowerConfig`], or that of any text encoder of transformers.
         projection_dim: Size of the shared embedding.
-        vision_pooling: What is projected: `"tower"` the tower's own pooled output, `"class"` its first token, `"mean"`
-            the mean of its tokens.
-        text_pooling: The same for texts (`"mean"` leaves padding out).
+        vision_pooling: The image feature that is projected: `"tower"` for the tower's own pooled output, `"class"` for
+            its first token, `"mean"` for the mean of its tokens.
+        text_pooling: The same for texts (`"mean"` ignores padding).
         loss_type: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP, with a learned bias).
         logit_scale_init_value: Initial log of the similarity factor; None: ln(1/0.07) for softmax, ln(10) for sigmoid.
         logit_bias_init_value: Initial bias of the sigmoid loss.

@@ -1,7 +1,9 @@
-"""Configuration of the Q-Former: learned queries that read an image, in a BERT (arXiv 2301.12597, section 3.1)."""
+"""Configuration of the Q-Former: a BERT whose learned queries attend to an image (arXiv 2301.12597, section 3.1)."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .configuration_tower import check_heads
 
 
 @strict
@@ -9,11 +11,11 @@ class VlmQFormerConfig(PreTrainedConfig):
     """Configuration of [`VlmQFormerModel`]. The defaults are BLIP-2's.
 
     Args:
-        num_query_tokens: How many queries there are.
-        memory_size: Width of the image states that the queries look at.
-        cross_attention_frequency: Queries look at the image in every so many-th layer, beginning with the first.
-        use_text: Whether there is a text branch: word and position embeddings, and feed-forward layers of its own.
-        vocab_size: Size of the vocabulary, the added `[DEC]` included.
+        num_query_tokens: Number of queries.
+        memory_size: Width of the image states that the queries attend to.
+        cross_attention_frequency: Every n-th layer, starting with the first, attends to the image.
+        use_text: Whether there is a text branch: word and position embeddings, and separate feed-forward layers.
+        vocab_size: Size of the vocabulary, including the added `[DEC]`.
         hidden_size: Width of the transformer.
         intermediate_size: Width of the feed-forward layers.
         num_hidden_layers: Number of layers.
@@ -25,7 +27,7 @@ class VlmQFormerConfig(PreTrainedConfig):
         attention_dropout: Dropout probability of the attention weights.
         pad_token_id: Id of the padding token.
         sep_token_id: Id of `[SEP]`, which ends a text.
-        bos_token_id: Id of `[DEC]`, which begins a text to be written.
+        bos_token_id: Id of `[DEC]`, the first token of a text to be generated.
         initializer_range: Standard deviation of the normal initialisation.
     """
 
@@ -52,12 +54,8 @@ class VlmQFormerConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
 
     def validate_architecture(self):
-        """Checks that the heads divide the width and that the queries look at the image at all."""
-        if self.hidden_size % self.num_attention_heads != 0:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads})."
-            )
+        """Checks that the heads divide the width and that some layer attends to the image."""
+        check_heads(self.hidden_size, self.num_attention_heads)
         if self.cross_attention_frequency < 1:
             raise ValueError(f"cross_attention_frequency must be 1 or more, not {self.cross_attention_frequency}.")
 

@@ -10,8 +10,8 @@ The CLIP, BLIP and EVA layouts of a vision transformer are options of one class,
 | `hidden_act`     | quick_gelu | gelu         | gelu         |
 | `layer_norm_eps` | 1e-5       | 1e-5         | 1e-6         |
 
-EVA has no bias on the keys. A key bias adds the same number to every score of a query, which softmax removes, so a
-zero key bias is the same function and needs no option.
+EVA has no bias on the keys. A key bias adds the same number to every score of a query, and softmax removes it. A zero
+key bias therefore computes the same function, and no option is needed.
 """
 
 from typing import Literal
@@ -20,7 +20,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 
-def _check_heads(hidden_size: int, num_attention_heads: int) -> None:
+def check_heads(hidden_size: int, num_attention_heads: int) -> None:
+    """Refuses a width that the number of heads does not divide."""
     if hidden_size % num_attention_heads != 0:
         raise ValueError(
             f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({num_attention_heads})."
@@ -42,7 +43,7 @@ class VlmTowerConfig(PreTrainedConfig):
         hidden_act: Activation of the feed-forward layers, as named in transformers' `ACT2FN`.
         layer_norm_eps: Epsilon of every LayerNorm.
         qkv_bias: Whether the query, key and value projections have biases.
-        use_class_token: Whether a learned class token is put before the patches.
+        use_class_token: Whether a learned class token precedes the patches.
         use_patch_bias: Whether the patch embedding has a bias.
         use_pre_norm: Whether a LayerNorm follows the embeddings.
         final_norm: `"pooled"` normalises only the pooled output (CLIP), `"sequence"` the whole last hidden state.
@@ -82,13 +83,13 @@ class VlmTowerConfig(PreTrainedConfig):
         return (self.image_size // self.patch_size) ** 2
 
     def validate_architecture(self):
-        """Checks that the sizes fit each other.
+        """Checks that the sizes are consistent.
 
         Raises:
             StrictDataclassError: if the heads do not divide the width, the patches do not tile the image, or the pooled
                 token does not exist.
         """
-        _check_heads(self.hidden_size, self.num_attention_heads)
+        check_heads(self.hidden_size, self.num_attention_heads)
         if self.image_size % self.patch_size != 0:
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}).")
         if self.pooling == "class" and not self.use_class_token:
@@ -110,8 +111,8 @@ class VlmTextTowerConfig(PreTrainedConfig):
         layer_norm_eps: Epsilon of every LayerNorm.
         attention_dropout: Dropout probability of the attention weights.
         bos_token_id: Id of the start-of-text token.
-        eos_token_id: Id of the end-of-text token, whose state is the text's feature.
-        pad_token_id: Id of the padding token (to the right; a causal mask keeps it from mattering).
+        eos_token_id: Id of the end-of-text token, whose hidden state is the text's pooled output.
+        pad_token_id: Id of the padding token. Padding on the right has no effect, because of the causal mask.
         initializer_range: Standard deviation of the embeddings' initialisation.
     """
 
@@ -134,17 +135,17 @@ class VlmTextTowerConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks that the heads divide the width."""
-        _check_heads(self.hidden_size, self.num_attention_heads)
+        check_heads(self.hidden_size, self.num_attention_heads)
 
 
 def as_native(config: dict | PreTrainedConfig | None, own_type: str) -> dict | PreTrainedConfig | None:
-    """A dict of one of transformers' own model types as the config of that type; anything else unchanged."""
+    """Converts a dict to a config of transformers if its `model_type` is not `own_type`; returns the rest unchanged."""
     if isinstance(config, dict) and config.get("model_type", own_type) != own_type:
         return AutoConfig.for_model(**config)
     return config
 
 
-# What sets BLIP's vision transformer apart from CLIP's, which VlmTowerConfig describes by default.
+# The options of BLIP's vision transformer that differ from VlmTowerConfig's defaults, which are CLIP's.
 BLIP_VISION = {
     "use_pre_norm": False,
     "use_patch_bias": True,
@@ -154,4 +155,4 @@ BLIP_VISION = {
 }
 
 
-__all__ = ["BLIP_VISION", "VlmTextTowerConfig", "VlmTowerConfig", "as_native"]
+__all__ = ["BLIP_VISION", "VlmTextTowerConfig", "VlmTowerConfig", "as_native", "check_heads"]

@@ -1,4 +1,7 @@
-"""Collectives with gradients. Without a process group each is a no-op."""
+"""Collectives with gradients; each is a no-op without a process group.
+
+Shapes: B rows of this rank, G = ranks x B rows, L tokens, N requested rows.
+"""
 
 import torch
 import torch.distributed as dist
@@ -17,13 +20,13 @@ def rank() -> int:
 
 
 def gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
-    """Concatenates the ranks' tensors along the first dimension, letting gradients flow back to every rank.
+    """Concatenates all ranks' tensors along the first dimension; gradients flow back to every rank.
 
     Args:
-        tensor (`torch.Tensor` of shape `(B, ...)`): The same shape on every rank.
+        tensor (`torch.Tensor` of shape `(B, ...)`): Must have the same shape on every rank.
 
     Returns:
-        `torch.Tensor` of shape `(G, ...)`; the tensor itself without a process group.
+        `torch.Tensor` of shape `(G, ...)`; without a process group, the tensor itself.
     """
     if world_size() == 1:
         return tensor
@@ -35,7 +38,7 @@ def gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows sent to and received from every rank, in the order of the ranks; gradients take the way back."""
+    """Sends rows to every rank and receives rows from every rank, ordered by rank; gradients travel back."""
 
     @staticmethod
     def forward(ctx, rows, num_sent, num_received):
@@ -53,15 +56,15 @@ class _Exchange(torch.autograd.Function):
 
 
 def fetch_rows(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the other ranks' tensors, of which only those asked for travel, with gradients back to their owners.
+    """Fetches the requested rows from other ranks; only these are sent. Gradients flow back to their owners.
 
     Args:
-        tensor (`torch.Tensor` of shape `(B, ...)`): This rank's rows; the same shape on every rank.
-        index (`torch.LongTensor` of shape `(N,)`): Rows of the global batch; as many on every rank.
+        tensor (`torch.Tensor` of shape `(B, ...)`): This rank's rows; must have the same shape on every rank.
+        index (`torch.LongTensor` of shape `(N,)`): Requested rows of the global batch; the same N on every rank.
 
     Returns:
-        This rank's rows with those fetched after them, `(B + fetched, ...)`, and the places in it of the rows asked
-        for, `(N,)`. Without a process group, the two arguments.
+        This rank's rows followed by the fetched ones, `(B + fetched, ...)`, and the positions in that tensor of the
+        requested rows, `(N,)`. Without a process group, the two arguments.
     """
     if world_size() == 1:
         return tensor, index
@@ -73,7 +76,7 @@ def fetch_rows(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor,
     remote, its_owner = travels[rank()], owner[rank()]
     num_received = torch.bincount(its_owner[remote], minlength=world_size()).tolist()
     fetched = _Exchange.apply(tensor[wanted[sent] - rank() * num_rows], sent.sum(dim=1).tolist(), num_received)
-    # They arrive by owner, and by owner in the order asked for.
+    # Rows arrive sorted by owner, and within an owner in the order of the request.
     arrival = its_owner[remote].argsort(stable=True).argsort()
     places = index - rank() * num_rows
     places[remote] = num_rows + arrival
@@ -83,7 +86,7 @@ def fetch_rows(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor,
 def gather_texts(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and masks `(G, L)` of all ranks, padded to the longest of any."""
+    """Token ids and masks `(G, L)` of all ranks, padded to the longest text of any rank."""
     longest = int(gather_with_grad(torch.tensor([input_ids.shape[1]], device=input_ids.device)).max())
     padding = (0, longest - input_ids.shape[1])
     input_ids = F.pad(input_ids, padding, value=pad_token_id)

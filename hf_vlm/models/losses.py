@@ -1,9 +1,9 @@
-"""Losses as pure functions: embeddings, similarities or states in, scalar out.
+"""Losses as pure functions: embeddings, similarities or hidden states in, scalar out.
 
 - The batch is the *global* one: every rank compares its own rows with the columns of all ranks ("local loss" of
   open_clip), so memory is O(local x global), and averaging the ranks' gradients gives exactly one process's gradient.
-- Rows with equal ids are positives of each other: a caption that fits two images of the batch is not a negative.
-- Rows are taken in blocks that are recomputed in the backward pass, so a batch of many thousands needs no full matrix.
+- Pairs with equal ids are positives of each other: a caption that fits two images of the batch is not a negative.
+- Large batches are computed in blocks of rows that are recomputed in the backward pass, so no full matrix is stored.
 
 Shapes: B local rows, G = ranks x B global rows, E embedding size.
 """
@@ -22,7 +22,7 @@ ROWS_PER_BLOCK = 128
 
 
 def positive_pairs(pair_ids: torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
-    """Which global columns are positives of which local rows, `(B, G)`: equal ids, or only the own pair without ids."""
+    """The positives among all pairs, `(B, G)`: equal ids, or without ids only each row's own pair."""
     if pair_ids is None:
         own = torch.arange(num_rows, device=device) + rank() * num_rows
         return own[:, None] == torch.arange(num_rows * world_size(), device=device)
@@ -32,7 +32,7 @@ def positive_pairs(pair_ids: torch.Tensor | None, num_rows: int, device: torch.d
 def _softmax_block(rows, columns, logit_scale, logit_bias, positives):
     """Sum over rows of the cross-entropy against the mean over each row's positives."""
     logits = (logit_scale * rows @ columns.T).float()
-    # Written with logsumexp, which makes no matrix of probabilities or targets.
+    # logsumexp avoids a matrix of probabilities and one of targets.
     positive_logits = torch.where(positives, logits, 0.0).sum(dim=-1) / positives.sum(dim=-1)
     return (logits.logsumexp(dim=-1) - positive_logits).sum()
 
@@ -71,6 +71,13 @@ def contrastive_loss(
 
     Returns:
         `torch.Tensor` of shape `()`: the mean over this rank's rows; the mean over ranks is the global loss.
+
+    Example:
+        ```python
+        >>> images, texts = torch.eye(3), torch.eye(3)
+        >>> round(contrastive_loss(images, texts, torch.tensor(10.0)).item(), 4)
+        0.0001
+        ```
     """
     positives = positive_pairs(pair_ids, len(image_embeds), image_embeds.device)
     all_images, all_texts = gather_with_grad(image_embeds), gather_with_grad(text_embeds)
@@ -98,6 +105,13 @@ def sigmoid_loss(
     Returns:
         `torch.Tensor` of shape `()`: the sum over pairs divided by this rank's rows; the mean over ranks is the global
         loss.
+
+    Example:
+        ```python
+        >>> images, texts = torch.eye(3), torch.eye(3)
+        >>> round(sigmoid_loss(images, texts, torch.tensor(10.0), torch.tensor(-5.0)).item(), 4)
+        0.0201
+        ```
     """
     positives = positive_pairs(pair_ids, len(image_embeds), image_embeds.device)
     all_texts = gather_with_grad(text_embeds)
@@ -111,10 +125,16 @@ def soft_contrastive_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.
 
     Args:
         logits (`torch.Tensor` of shape `(B, candidates)`): Similarities divided by the temperature.
-        targets (`torch.Tensor` of shape `(B, candidates)`): A distribution a row.
+        targets (`torch.Tensor` of shape `(B, candidates)`): One distribution per row.
 
     Returns:
         `torch.Tensor` of shape `()`: the mean over rows.
+
+    Example:
+        ```python
+        >>> round(soft_contrastive_loss(torch.zeros(2, 4), torch.full((2, 4), 0.25)).item(), 4)
+        1.3863
+        ```
     """
     return -(logits.log_softmax(dim=-1) * targets).sum(dim=-1).mean()
 
@@ -123,18 +143,25 @@ def soft_contrastive_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.
 def sample_negatives(
     logits: torch.Tensor, positives: torch.Tensor, seed: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws a hard negative for each row: the more similar, the more likely.
+    """Draws one hard negative for each row; more similar candidates are more likely.
 
-    With a seed, row i of the global batch draws the same whatever the number of ranks.
+    With a seed, row i of the global batch gets the same negative for any number of ranks.
 
     Args:
         logits (`torch.Tensor` of shape `(B, G)`): Similarities of this rank's rows to all ranks' candidates.
-        positives (`torch.BoolTensor` of shape `(B, G)`): What must not be drawn.
-        seed: Seed of the draw, the same on all ranks; None takes the process's own generator.
+        positives (`torch.BoolTensor` of shape `(B, G)`): Candidates that must not be drawn.
+        seed: Seed of the draw, the same on all ranks; None uses the process's own generator.
 
     Returns:
         `torch.LongTensor` of shape `(B,)`, global indices; and `torch.BoolTensor` of shape `(B,)`, False where there is
-        nothing to draw from (a batch of one, or of nothing but positives).
+        no negative (a batch of one pair, or of positives only).
+
+    Example:
+        ```python
+        >>> negatives, exists = sample_negatives(torch.zeros(2, 2), torch.eye(2, dtype=torch.bool))
+        >>> negatives.tolist(), exists.tolist()
+        ([1, 0], [True, True])
+        ```
     """
     rows, candidates = logits.shape
     weights = (logits.float().softmax(dim=-1) + 1e-4).masked_fill(positives, 0.0)
@@ -145,7 +172,7 @@ def sample_negatives(
         uniform = torch.rand(rows * world_size(), generator=generator)[rank() * rows :][:rows].to(logits.device)
     cumulative = weights.cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    # Rounding may point past the last candidate, or at one of weight zero just below the bound.
+    # Rounding may select an index past the last candidate, or a candidate of weight zero.
     last = candidates - 1 - (weights > 0).flip(-1).int().argmax(dim=-1)
     return torch.minimum(drawn, last), (weights > 0).any(dim=-1)
 
@@ -158,20 +185,28 @@ def language_modeling_loss(
     row_weights: torch.Tensor | None = None,
     tokens_per_block: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next-token cross-entropy; logits are made at supervised positions only, a block at a time.
+    """Next-token cross-entropy; logits are computed at supervised positions only, one block at a time.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(B, L, H)`): Final states.
-        labels (`torch.LongTensor` of shape `(B, L)`): Token ids in the places of the inputs (the shift happens here),
-            -100 where nothing is to be learned.
-        head: Gives logits `(tokens, vocabulary)` of states `(tokens, H)`.
+        hidden_states (`torch.Tensor` of shape `(B, L, H)`): Hidden states of the last layer.
+        labels (`torch.LongTensor` of shape `(B, L)`): Token ids at the positions of the inputs, -100 at unsupervised
+            positions. They are shifted here.
+        head: Computes logits `(tokens, vocabulary)` from states `(tokens, H)`.
         label_smoothing: Share of the target spread evenly over the vocabulary.
         row_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor on each row's loss.
         tokens_per_block: The logits of more tokens than this are recomputed in the backward pass.
 
     Returns:
-        The sum over supervised tokens and their number, both `torch.Tensor` of shape `()`. Without any, the sum is 0
-        and has a graph.
+        The sum over supervised tokens and their number, both `torch.Tensor` of shape `()`. If nothing is supervised,
+        the sum is 0 and still differentiable.
+
+    Example:
+        ```python
+        >>> states, head = torch.zeros(1, 3, 8), torch.nn.Linear(8, 4, bias=False)
+        >>> total, count = language_modeling_loss(states, torch.tensor([[0, 1, -100]]), head)
+        >>> round(total.item(), 4), count.item()
+        (1.3863, 1)
+        ```
     """
     targets = labels[:, 1:]
     supervised = targets != -100
@@ -191,22 +226,24 @@ def language_modeling_loss(
     return total, supervised.sum()
 
 
-LOGITS_PER_BLOCK = 2**22  # 16 MB of fp32
+LOGITS_PER_BLOCK = 2**22  # 16 MB in float32
 
 
 def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Cross-entropy of each token, equal to PyTorch's of fp32 logits. It can be differentiated once.
+    """Cross-entropy of each token, equal to PyTorch's for float32 logits. It can be differentiated once.
+
+    The backward pass recomputes the probabilities, so that only the logits are kept in memory.
 
     Args:
-        logits (`torch.Tensor` of shape `(tokens, vocabulary)`): Of any floating-point type.
-        targets (`torch.LongTensor` of shape `(tokens,)`): Indices of the vocabulary.
+        logits (`torch.Tensor` of shape `(tokens, vocabulary)`): Logits of any floating-point type.
+        targets (`torch.LongTensor` of shape `(tokens,)`): Indices into the vocabulary.
         label_smoothing: Share of the target spread evenly over the vocabulary.
 
     Returns:
         `torch.FloatTensor` of shape `(tokens,)`.
 
     Raises:
-        RuntimeError: if a target is not of the vocabulary; there is no index to ignore.
+        RuntimeError: if a target is outside the vocabulary; `ignore_index` is not supported.
     """
     return _TokenCrossEntropy.apply(logits, targets, label_smoothing)
 

@@ -50,7 +50,16 @@ from .pretraining import (
     unpadded_labels,
     with_count,
 )
-from .towers import build_vision_tower, config_without_path, freeze_unused, load_tower, resize_tower
+from .towers import (
+    build_vision_tower,
+    check_image_inputs,
+    config_without_path,
+    copy_vision_tower,
+    freeze_unused,
+    load_tower,
+    pool_tokens,
+    resize_tower,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -115,8 +124,7 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         Raises:
             ValueError: unless exactly one of the two is given.
         """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("Pass either pixel_values or vision_features.")
+        check_image_inputs(pixel_values, vision_features)
         if vision_features is not None:
             return vision_features
         options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
@@ -147,7 +155,7 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         """
         states = self.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         if input_ids is None:
-            pooled = states[:, 0] if self.config.vision_pooling == "class" else states.mean(dim=1)
+            pooled = pool_tokens(states, self.config.vision_pooling)
             return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
         if self.text_encoder is not None:
             text_model, token_id = self.text_encoder, self.config.text_config.enc_token_id
@@ -166,7 +174,7 @@ class VlmBlipSimilarity(VlmSimilarity):
 
     def embed_images(self, states: torch.Tensor) -> torch.Tensor:
         """L2-normalised `(I, E)` of patch states `(I, P, width)`."""
-        pooled = states[:, 0] if self.config.vision_pooling == "class" else states.mean(dim=1)
+        pooled = pool_tokens(states, self.config.vision_pooling)
         return F.normalize(self.vision_proj(pooled.to(self.vision_proj.weight.dtype)).float(), dim=-1)
 
     def forward(self, embeds: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -234,13 +242,10 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         Raises:
             ValueError: if `text` is no BERT, or a foreign tower takes images of another size.
         """
-        vision_model = load_tower(vision, "vision", vision_kwargs or {})
-        if not isinstance(vision, str):
-            vision_model = copy.deepcopy(vision_model)  # its config changes here
+        vision_model = copy_vision_tower(vision, vision_kwargs, image_size)
         bert = load_tower(text, "text", text_kwargs or {})
         if vision_model.config.model_type == VlmTowerConfig.model_type:
             vision_model.config.final_norm = "sequence"  # CLIP normalises the pooled token alone; here all are read
-        resize_tower(vision_model, image_size)
         parts = {
             "vision_config": config_without_path(vision_model),
             "text_config": bert_text_config(bert.config, dropout),

@@ -29,7 +29,7 @@ from .language_model import (
     load_language_model,
 )
 from .modeling_qformer import VlmQFormerModel
-from .towers import build_vision_tower, freeze_unused, tower_states
+from .towers import build_vision_tower, check_image_inputs, freeze_unused, tower_states
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "trust_remote_code")
 
@@ -178,8 +178,7 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         Raises:
             ValueError: unless exactly one of the two is given.
         """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("Pass either pixel_values or vision_features.")
+        check_image_inputs(pixel_values, vision_features)
         if pixel_values is not None:
             vision_features = tower_states(self.vision_model, pixel_values, interpolate_pos_encoding)
         return self.vision_norm(vision_features.to(self.vision_norm.weight.dtype))

@@ -42,7 +42,7 @@ from .pretraining import (
     unpadded_labels,
     with_count,
 )
-from .towers import config_without_path, frozen_tower, load_tower
+from .towers import config_without_path, copy_vision_tower, load_tower
 
 
 @dataclass
@@ -171,7 +171,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         Raises:
             ValueError: if `text` is no BERT, or a foreign tower takes images of another size.
         """
-        tower = frozen_tower(vision, vision_kwargs, image_size)
+        tower = copy_vision_tower(vision, vision_kwargs, image_size)
         bert = load_tower(text, "text", text_kwargs or {})
         fields = {"num_query_tokens": num_query_tokens, "cross_attention_frequency": cross_attention_frequency}
         qformer = bert_qformer_config(bert.config, tower.config.hidden_size, dropout, **fields)

@@ -26,7 +26,15 @@ from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .freezing import PartlyFrozenModel, freeze, keep_frozen_in_eval
 from .losses import contrastive_loss, sigmoid_loss
 from .modeling_tower import VlmTextTowerModel
-from .towers import build_vision_tower, config_without_path, default_pooling, freeze_unused, load_tower
+from .towers import (
+    build_vision_tower,
+    check_image_inputs,
+    config_without_path,
+    default_pooling,
+    freeze_unused,
+    load_tower,
+    pool_tokens,
+)
 
 TOWER_NAMES = ("vision", "text")
 
@@ -48,16 +56,6 @@ class VlmClipOutput(ModelOutput):
     logits_per_text: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
-
-
-def pool_tokens(last_hidden_state: torch.Tensor, mode: str, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The first token (`"class"`) or the mean of the unpadded tokens (`"mean"`) of `(B, L, H)`, as `(B, H)`."""
-    if mode == "class":
-        return last_hidden_state[:, 0]
-    if attention_mask is None:
-        return last_hidden_state.mean(dim=1)
-    weights = attention_mask.unsqueeze(-1).to(last_hidden_state.dtype)
-    return (last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
 
 
 class VlmClipSimilarity(nn.Module):
@@ -260,8 +258,7 @@ class VlmClipModel(PartlyFrozenModel):
         Raises:
             ValueError: unless exactly one of `pixel_values` and `vision_features` is given.
         """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("Pass either pixel_values or vision_features.")
+        check_image_inputs(pixel_values, vision_features)
         if pixel_values is not None:
             pooled = self.vision_pooled(pixel_values, interpolate_pos_encoding)
         elif vision_features is not None:

@@ -1,14 +1,13 @@
-"""The fusion layer: BERT's post-LayerNorm layer, with cross-attention to an image (or any other memory).
+"""The fusion layer: BERT's post-LayerNorm layer with cross-attention to an image (or to a question).
 
-Papers: BERT (arXiv 1810.04805) for the layer, BLIP (arXiv 2201.12086, section 3.1) for the cross-attention in it.
+Papers: BERT (arXiv 1810.04805) for the layer, BLIP (arXiv 2201.12086, section 3.1) for its cross-attention.
 
-- What cross-attention looks at is its *memory*: keys and values, projected once per image and handed in as tensors. All
+- The input of cross-attention is called *memory*: keys and values, projected once per image and passed as tensors. All
   passes over an image (matching, its hard negatives, language modelling, every beam) share them.
-- Rows find their image by `memory_index`. Without it, image i belongs to the i-th group of consecutive rows; a group
-  then asks its image together, as one longer row of queries, and nothing is copied.
-- Where only the first tokens are needed, a layer computes nothing else; its keys and values still come from every
-  token.
-- Self-attention can see the keys and values of tokens that went before (`prefix_key`, `prefix_value`), and gives its
+- `memory_index` gives the image of each row. Without it, image i belongs to the i-th group of consecutive rows. All
+  rows of an image are then concatenated into one query sequence, so its keys and values are not repeated.
+- With `keep`, a layer computes only the first tokens; their keys and values still come from every token.
+- Self-attention can attend to the keys and values of earlier tokens (`prefix_key`, `prefix_value`), and returns its
   own.
 
 Shapes: B rows, L tokens, H hidden size, A heads, D = H / A, I images (memories), S positions of a memory.
@@ -25,7 +24,7 @@ from transformers.utils import TransformersKwargs
 
 from .modeling_tower import attention_function
 
-# Keys and values of one layer, each of shape (I, A, S, D), and of every layer.
+# Keys and values of one layer, each (I, A, S, D); and those of all layers.
 LayerKeyValues = tuple[torch.Tensor, torch.Tensor]
 ImageKeyValues = tuple[LayerKeyValues, ...]
 
@@ -71,7 +70,7 @@ class VlmFusionSelfAttention(nn.Module):
         prefix_value: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, LayerKeyValues]:
-        """Attends from all tokens, or from the first `keep`; also returns keys and values of these tokens."""
+        """Attends from all tokens, or from the first `keep`; also returns this layer's keys and values."""
         batch, _, hidden = hidden_states.shape
         query, key, value = self._project(hidden_states, keep)
         if keep is not None:
@@ -112,11 +111,11 @@ class VlmFusionCrossAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def project(self, states: torch.Tensor) -> LayerKeyValues:
-        """Keys and values, each `(I, A, S, D)`, of states of shape `(I, S, memory_size)`."""
+        """Projects states `(I, S, memory_size)` to keys and values, each `(I, A, S, D)`."""
         key_value = self.key_value(states.to(self.key_value.weight.dtype))
         key_value = key_value.view(*states.shape[:2], 2, self.config.num_attention_heads, self.head_dim)
         key, value = key_value.permute(2, 0, 3, 1, 4)
-        if not torch.is_grad_enabled():  # every token that is written reads them
+        if not torch.is_grad_enabled():  # generation reads them for every token
             key, value = key.contiguous(), value.contiguous()
         return key, value
 
@@ -135,7 +134,7 @@ class VlmFusionCrossAttention(nn.Module):
             memory_mask = None if memory_mask is None else memory_mask[memory_index]
         images = len(key)
         if batch % images:
-            raise ValueError(f"{batch} texts cannot be shared out to {images} images: pass a multiple of them.")
+            raise ValueError(f"{batch} texts cannot be divided among {images} images: pass a multiple of {images}.")
         query = self.query(hidden_states).view(images, -1, self.config.num_attention_heads, self.head_dim)
         attend = attention_function(self.config._attn_implementation, query)
         attended, weights = attend(
@@ -169,11 +168,14 @@ class VlmFusionMLP(nn.Module):
 
 
 class VlmFusionLayer(GradientCheckpointingLayer):
-    """A layer with cross-attention where `memory_size` says how wide a memory is.
+    """A BERT layer with optional cross-attention.
 
-    With `shared`, it has only self-attention of its own and uses all else of that layer. The config is that of the
-    model it is part of; it has the fields `hidden_size`, `intermediate_size`, `num_attention_heads`, `hidden_act`,
-    `layer_norm_eps`, `hidden_dropout` and `attention_dropout`.
+    Args:
+        config: Config of the model, with the fields `hidden_size`, `intermediate_size`, `num_attention_heads`,
+            `hidden_act`, `layer_norm_eps`, `hidden_dropout` and `attention_dropout`.
+        layer_index: Index of the layer, by which the key/value cache is addressed.
+        memory_size: Width of the states that cross-attention projects; None for no cross-attention.
+        shared: A layer whose cross-attention and feed-forward layer are used; only self-attention is then new.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class VlmFusionLayer(GradientCheckpointingLayer):
     ):
         super().__init__()
         self.self_attention = VlmFusionSelfAttention(config, layer_index)
-        # In a tuple, so that the other layer's weights are not counted, saved or moved as this one's as well.
+        # A tuple keeps the other layer out of this module's parameters: they must not be saved or moved twice.
         self._shared = (shared,)
         if shared is None:
             self.cross_attention = None if memory_size is None else VlmFusionCrossAttention(config, memory_size)
@@ -193,7 +195,7 @@ class VlmFusionLayer(GradientCheckpointingLayer):
 
     @property
     def owner(self) -> "VlmFusionLayer":
-        """The layer that has the cross-attention and the feed-forward layer of this one."""
+        """The layer that owns the cross-attention and the feed-forward layer: this one or the shared one."""
         return self if self._shared[0] is None else self._shared[0]
 
     def require_cross_attention(self) -> VlmFusionCrossAttention:
@@ -223,15 +225,15 @@ class VlmFusionLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L, H)`): The tokens.
-            attention_mask (`torch.Tensor` of shape `(B, 1, L, positions)`): In the form of the attention in use.
-            memory_key (`torch.Tensor` of shape `(I, A, S, D)`): None leaves cross-attention out.
-            memory_value: The same for the values.
-            memory_index (`torch.LongTensor` of shape `(B,)`): The memory of each row; without it, B must be a multiple
+            attention_mask (`torch.Tensor` of shape `(B, 1, L, positions)`): Mask as the attention function expects it.
+            memory_key (`torch.Tensor` of shape `(I, A, S, D)`): Keys of the memory; None skips cross-attention.
+            memory_value: The values.
+            memory_index (`torch.LongTensor` of shape `(B,)`): The memory of each row. Without it, B must be a multiple
                 of I, and each memory belongs to B / I consecutive rows.
             memory_mask (`torch.BoolTensor` of shape `(I, S)`): False at padding of the memory.
-            is_causal: Whether tokens see only what precedes them.
+            is_causal: Whether tokens attend only to earlier tokens.
             first_only: Return only the first token, `(B, 1, H)`.
-            past_key_values: Cache of the self-attention.
+            past_key_values: Key/value cache of the self-attention.
         """
         hidden_states, _, _ = self.self_attention(
             hidden_states, attention_mask, is_causal, 1 if first_only else None, past_key_values, **kwargs

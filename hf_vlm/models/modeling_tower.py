@@ -2,12 +2,12 @@
 
 Papers: ViT (arXiv 2010.11929, section 3.1) and CLIP (arXiv 2103.00020, section 2.4).
 
-- One layer serves both; the layouts of CLIP, BLIP and EVA are options of the config.
-- Queries, keys and values come from one matrix product; patches are embedded by another.
-- Where only the pooled token is needed (`pooled_only`), the last layer computes nothing else: the result is the same
-  and about 10/12 of that layer's work is saved.
-- `stop_at_layer` gives an earlier hidden state and does not run the layers after it.
-- The text encoder needs no padding mask: texts are padded to the right, and a causal mask hides what follows.
+- Image and text encoder share one layer class; the layouts of CLIP, BLIP and EVA are options of the config.
+- One matrix product computes queries, keys and values; another embeds all patches.
+- With `pooled_only`, the last layer computes the pooled token only. The result is the same, and about 10/12 of that
+  layer's work is saved.
+- `stop_at_layer` returns an earlier hidden state and does not run the later layers.
+- The text encoder needs no padding mask: texts are padded on the right, and the causal mask hides later tokens.
 
 Shapes: B images or texts, N tokens (patches, plus the class token), H hidden size, A heads, D = H / A, S positions.
 """
@@ -42,7 +42,7 @@ def eager_attention(
     is_causal: bool = False,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, which also returns its weights of shape `(B, A, N, S)`."""
+    """Attention as plain matrix products; also returns the attention weights `(B, A, N, S)`."""
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is None and is_causal:
         num_queries, num_keys = weights.shape[-2:]  # cached keys come before the queries
@@ -58,10 +58,10 @@ def eager_attention(
 
 
 def attention_function(implementation: str, query: torch.Tensor) -> Callable:
-    """transformers' attention of that name, except that SDPA is written out where it is slow in bfloat16 on a CPU.
+    """transformers' attention function of a name, with one exception for SDPA in bfloat16 on a CPU.
 
-    That is in training, for its backward pass takes several times as long as the matrix products written out, and for a
-    single query.
+    There, plain matrix products are several times faster in the backward pass, and for a single query. They replace
+    SDPA in training and when there is one query.
     """
     is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if implementation == "sdpa" and is_slow and (query.requires_grad or query.shape[2] == 1):
@@ -70,7 +70,7 @@ def attention_function(implementation: str, query: torch.Tensor) -> Callable:
 
 
 def quick_gelu(hidden_states: torch.Tensor) -> torch.Tensor:
-    """`x * sigmoid(1.702 x)` in a form that keeps one tensor for the backward pass in place of two."""
+    """`x * sigmoid(1.702 x)`, written so that the backward pass needs one stored tensor instead of two."""
     return F.silu(1.702 * hidden_states) / 1.702
 
 
@@ -95,7 +95,7 @@ class VlmTowerAttention(nn.Module):
         query_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends from every token, or, with `query_index` of shape `(B,)`, from that one token of each row."""
+        """Attends from every token, or with `query_index` `(B,)` from one token of each row."""
         batch, _, hidden = hidden_states.shape
         if query_index is None:
             qkv = self.qkv(hidden_states).view(batch, -1, 3, self.num_heads, self.head_dim)
@@ -125,7 +125,7 @@ class VlmTowerAttention(nn.Module):
 
 
 class VlmTowerMLP(nn.Module):
-    """The feed-forward layer."""
+    """Feed-forward layer."""
 
     def __init__(self, config: VlmTowerConfig | VlmTextTowerConfig):
         super().__init__()
@@ -139,7 +139,7 @@ class VlmTowerMLP(nn.Module):
 
 
 class VlmDropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): drops a whole residual branch of a sample in training."""
+    """Stochastic depth (arXiv 1603.09382): drops the residual branch of random samples in training."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -199,7 +199,7 @@ class VlmTowerEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.num_patches + int(config.use_class_token), config.hidden_size)
 
     def embed_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The convolution as one matrix product, which is faster where kernel and stride are equal: `(B, N, H)`."""
+        """Patch embeddings `(B, N, H)`: the convolution as one faster matrix product, since kernel equals stride."""
         batch, channels, height, width = pixel_values.shape
         side = self.config.patch_size
         weight = self.patch_embedding.weight
@@ -208,7 +208,7 @@ class VlmTowerEmbeddings(nn.Module):
         return F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
 
     def positions(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings for an image of `height` x `width` pixels, interpolated (bicubic) where it differs."""
+        """Position embeddings for an image of `height` x `width` pixels; other sizes are interpolated (bicubic)."""
         positions = self.position_embedding.weight
         if height == width == self.config.image_size:
             return positions
@@ -282,7 +282,11 @@ class VlmTowerPreTrainedModel(PreTrainedModel):
 
 
 def resolve_layer(stop_at_layer: int | None, num_layers: int) -> int:
-    """The number of layers to run for an index into the hidden states (0 the embeddings, -1 the last layer's).
+    """The number of layers that a hidden state depends on.
+
+    Args:
+        stop_at_layer: Index into the hidden states: 0 for the embeddings, -1 for the last layer; None for all layers.
+        num_layers: Number of layers of the tower.
 
     Raises:
         ValueError: if there is no such hidden state.
@@ -313,13 +317,13 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
 
     @torch.no_grad()
     def resize_images(self, image_size: int) -> None:
-        """Takes images of another size from now on: position embeddings are interpolated, the config follows.
+        """Changes the image size: interpolates the position embeddings and updates the config.
 
         Args:
             image_size: Side of the images in pixels; a multiple of the patch size.
 
         Raises:
-            ValueError: if it is no multiple.
+            ValueError: if `image_size` is not a multiple of the patch size.
         """
         if image_size % self.config.patch_size:
             raise ValueError(f"Image side {image_size} must be a multiple of the patch size {self.config.patch_size}.")
@@ -330,7 +334,7 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
         self.config.image_size = image_size
 
     def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
-        """The pooled output of shape `(B, H)` of a last hidden state of shape `(B, N, H)`."""
+        """The pooled output `(B, H)` of a last hidden state `(B, N, H)`."""
         if self.config.pooling == "class":
             pooled = last_hidden_state[:, 0]
         else:
@@ -351,14 +355,14 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): The images.
             interpolate_pos_encoding: Accept another image size and interpolate the position embeddings.
-            stop_at_layer: Index into the hidden states (0 the embeddings, -1 the last layer's, -2 what LLaVA takes).
-                That state is returned as `last_hidden_state`, without final norm or pooled output, and the layers
-                after it are not run.
+            stop_at_layer: Index into the hidden states: 0 for the embeddings, -1 for the last layer, -2 for LLaVA's
+                choice. The state is returned as `last_hidden_state`, without final norm and pooled output. Later
+                layers are not run.
             pooled_only: Compute only the pooled output. Ignored for `pooling="mean"`, which needs every token.
 
         Returns:
-            `last_hidden_state` of shape `(batch, tokens, hidden)` (of one token with `pooled_only`) and `pooler_output`
-            of shape `(batch, hidden)`.
+            `last_hidden_state` of shape `(batch, tokens, hidden)` (one token with `pooled_only`) and `pooler_output` of
+            shape `(batch, hidden)`.
 
         Raises:
             ValueError: if the image size or the layer does not fit the tower.
@@ -381,7 +385,7 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
 
 
 class VlmTextTowerModel(VlmTowerPreTrainedModel):
-    """CLIP's causal text encoder; its feature is the state at the first end-of-text token."""
+    """CLIP's causal text encoder; its pooled output is the hidden state of the first end-of-text token."""
 
     config: VlmTextTowerConfig
     input_modalities = ("text",)
@@ -403,17 +407,17 @@ class VlmTextTowerModel(VlmTowerPreTrainedModel):
         pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """Encodes texts that are padded to the right.
+        """Encodes texts that are padded on the right.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, each row with an end-of-text token.
-            attention_mask (`torch.LongTensor` of shape `(batch, length)`): Accepted and not needed: with a causal mask,
-                padding to the right cannot change the feature.
+            attention_mask (`torch.LongTensor` of shape `(batch, length)`): Accepted but not used: with a causal mask,
+                padding on the right cannot change the pooled output.
             pooled_only: Compute only the pooled output.
 
         Returns:
-            `last_hidden_state` of shape `(batch, length, hidden)` (of one token with `pooled_only`) and `pooler_output`
-            of shape `(batch, hidden)`.
+            `last_hidden_state` of shape `(batch, length, hidden)` (one token with `pooled_only`) and `pooler_output` of
+            shape `(batch, hidden)`.
 
         Raises:
             ValueError: if the texts are longer than the position embeddings.
@@ -426,7 +430,7 @@ class VlmTextTowerModel(VlmTowerPreTrainedModel):
             config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
         )
         end = self.feature_positions(input_ids)
-        # Flash attention takes no mask of its own for the single query.
+        # Flash attention accepts no mask for the single query.
         pooled_only = pooled_only and self.config._attn_implementation in ("sdpa", "eager")
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, mask, **kwargs)
@@ -442,8 +446,8 @@ class VlmTextTowerModel(VlmTowerPreTrainedModel):
     def feature_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Position of each text's first end-of-text token, of shape `(B,)`.
 
-        OpenAI's first checkpoints say `eos_token_id=2`, which their texts do not contain; the end-of-text token is then
-        the largest id.
+        OpenAI's first checkpoints have `eos_token_id=2`, a token that their texts do not contain. Their end-of-text
+        token has the largest id.
         """
         if self.config.eos_token_id == 2:
             return input_ids.argmax(dim=-1)

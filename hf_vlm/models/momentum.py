@@ -1,8 +1,9 @@
 """Momentum encoders and the queue of their features (MoCo, arXiv 1911.05722; ALBEF, arXiv 2107.07651).
 
-Neither is part of a model's weights: they are made from the weights when training first asks for them, and only a
-checkpoint to resume from holds them. Nothing happens to them in `forward`: the trainer updates the averages before the
-first micro-batch of a step and the queue after the last.
+- Neither is part of a model's weights: both are created from the weights when training first needs them, and only
+  resume checkpoints contain them.
+- `forward` does not change them: the trainer updates the averages before the first micro-batch of a step and the queue
+  after the last.
 """
 
 import copy
@@ -16,10 +17,10 @@ from .freezing import freeze
 
 
 class FeatureQueue(nn.Module):
-    """The image and text embeddings of the latest rows of all ranks, and their ids.
+    """The image and text embeddings of the latest pairs of all ranks, and the pairs' ids.
 
     Args:
-        size: How many rows it holds.
+        size: Capacity in pairs.
         dim: Size of an embedding.
     """
 
@@ -29,17 +30,17 @@ class FeatureQueue(nn.Module):
         self.images = nn.Buffer(torch.zeros(size, dim))
         self.texts = nn.Buffer(torch.zeros(size, dim))
         self.ids = nn.Buffer(torch.zeros(size, dtype=torch.long))
-        self.end = nn.Buffer(torch.zeros((), dtype=torch.long))  # where the next row goes
-        self.count = nn.Buffer(torch.zeros((), dtype=torch.long))  # rows that hold features yet
+        self.end = nn.Buffer(torch.zeros((), dtype=torch.long))  # index of the next free row
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.long))  # number of filled rows
 
     def filled(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images and texts of shape `(count, dim)` and ids of shape `(count,)`; no empty slot among them."""
+        """The filled rows: images and texts `(count, dim)` and ids `(count,)`."""
         count = int(self.count)
         return self.images[:count], self.texts[:count], self.ids[:count]
 
     @torch.no_grad()
     def add(self, images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor) -> None:
-        """Puts any number of rows in the place of the oldest ones."""
+        """Replaces the oldest rows by any number of new ones."""
         if self.size == 0:
             return
         images, texts, ids = images[-self.size :], texts[-self.size :], ids[-self.size :]
@@ -50,7 +51,7 @@ class FeatureQueue(nn.Module):
 
 
 class MomentumEncoders(nn.Module):
-    """Averaged copies of some modules, and the queue of the features that they made.
+    """Exponential moving averages of modules, and the queue of the features that the averages computed.
 
     Args:
         modules: The modules to average, by name; the copies are frozen and in eval mode.
@@ -68,7 +69,7 @@ class MomentumEncoders(nn.Module):
 
     @torch.no_grad()
     def update(self, modules: Mapping[str, nn.Module]) -> None:
-        """Moves every average towards the current weights."""
+        """Moves the averages towards the current weights."""
         for name, module in modules.items():
             averages = dict(self.encoders[name].named_parameters())
             weights = dict(module.named_parameters())
@@ -76,14 +77,14 @@ class MomentumEncoders(nn.Module):
             torch._foreach_lerp_(list(averages.values()), current, 1 - self.decay)
 
     def keep(self, images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor) -> None:
-        """Keeps a micro-batch's features until [`enqueue`]; of rows never enqueued only the latest are kept."""
+        """Stores a micro-batch's features for [`enqueue`]; at most the latest `queue.size` rows and one batch wait."""
         rows = sum(len(kept[2]) for kept in self.waiting)
         while self.waiting and rows > self.queue.size:
             rows -= len(self.waiting.pop(0)[2])
         self.waiting.append((images.detach(), texts.detach(), ids))
 
     def enqueue(self) -> None:
-        """Puts the features of all ranks' micro-batches since the last call into the queue."""
+        """Adds to the queue the features of all ranks' micro-batches since the last call."""
         if self.waiting:
             images, texts, ids = (gather_with_grad(torch.cat(kept)) for kept in zip(*self.waiting, strict=True))
             self.queue.add(images, texts, ids)

@@ -1,4 +1,7 @@
-"""Any image tower: build, load, resize, freeze, and read one of its layers."""
+"""Image towers, ours or any vision encoder of transformers: build, load, resize, freeze, pool, read one layer.
+
+Shapes: I images, P patches (with the class token), B rows, L tokens, H hidden size.
+"""
 
 import copy
 
@@ -11,40 +14,23 @@ from .freezing import freeze
 from .modeling_tower import VlmTowerModel, resolve_layer
 
 
-def default_pooling(config: PreTrainedConfig) -> str:
-    """`"tower"` for encoders whose pooled output is trained to stand for the whole, else `"mean"`."""
-    has_trained_pooler = config.model_type.startswith(("vlm_", "clip", "siglip", "dinov2", "dinov3"))
-    return "tower" if has_trained_pooler else "mean"
-
-
 def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A new image tower: ours, or the one that `AutoModel` knows for the config."""
+    """A new image tower for a config: ours, or the class that `AutoModel` chooses."""
     if config.model_type == VlmTowerConfig.model_type:
         return VlmTowerModel._from_config(config)
     return AutoModel.from_config(config)
 
 
-def freeze_unused(tower: PreTrainedModel, uses_pooled_output: bool) -> None:
-    """Freezes a tower's mask tokens and, where only its token states are used, what its pooled output alone needs.
-
-    A trained parameter without a gradient stalls data parallelism.
-    """
-    config = tower.config
-    unused: tuple[str, ...] = () if uses_pooled_output else ("pooler.", "head.")
-    if not uses_pooled_output and config.model_type == "clip_vision_model":
-        unused += ("post_layernorm.",)
-    if not uses_pooled_output and config.model_type == VlmTowerConfig.model_type and config.final_norm == "pooled":
-        unused += ("post_norm.",)
-    for name, parameter in tower.named_parameters():
-        if name.startswith(unused) or name.endswith("mask_token"):
-            freeze(parameter)
-
-
 def load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTrainedModel:
-    """A tower from an id, a folder or an instance; of a two-tower model, the tower called `name`.
+    """Loads a tower.
+
+    Args:
+        source: Hub id, folder or instance of an encoder, or of a model with two towers.
+        name: `"vision"` or `"text"`: which of two towers to take.
+        kwargs: Options of `from_pretrained`; the default dtype is float32.
 
     Raises:
-        ValueError: if `AutoModel` could not build it again from its config, as loading the whole will have to.
+        ValueError: if `AutoModel` cannot build the tower from its config, which loading the whole model requires.
     """
     model = source
     if isinstance(source, str):
@@ -58,11 +44,40 @@ def load_tower(source: str | PreTrainedModel, name: str, kwargs: dict) -> PreTra
     return model
 
 
-def resize_tower(tower: PreTrainedModel, image_size: int | None) -> None:
-    """Makes an image tower take images of `image_size` pixels (None: as it is): one of ours interpolates its positions.
+def copy_vision_tower(source: str | PreTrainedModel, kwargs: dict | None, image_size: int | None) -> PreTrainedModel:
+    """A copy of an image tower, for images of `image_size` pixels.
+
+    Args:
+        source: Hub id, folder or instance.
+        kwargs: Options of `from_pretrained`.
+        image_size: Side of the images in pixels; None keeps the tower's own. See `resize_tower`.
 
     Raises:
-        ValueError: if a foreign tower takes images of another size.
+        ValueError: if the size differs from that of a tower of transformers.
+    """
+    tower = load_tower(source, "vision", kwargs or {})
+    if not isinstance(source, str):
+        tower = copy.deepcopy(tower)
+    resize_tower(tower, image_size)
+    return tower
+
+
+def config_without_path(tower: PreTrainedModel) -> dict:
+    """A model's config without its local path, which must not be published."""
+    config = tower.config.to_dict()
+    config.pop("_name_or_path", None)
+    return config
+
+
+def resize_tower(tower: PreTrainedModel, image_size: int | None) -> None:
+    """Changes the image size of a tower in place; its position embeddings are interpolated.
+
+    Args:
+        tower: The tower. Towers of transformers cannot be resized.
+        image_size: Side of the images in pixels; None changes nothing.
+
+    Raises:
+        ValueError: if the size differs from that of a tower of transformers.
     """
     if image_size is None or image_size == tower.config.image_size:
         return
@@ -72,17 +87,52 @@ def resize_tower(tower: PreTrainedModel, image_size: int | None) -> None:
     tower.resize_images(image_size)
 
 
-def config_without_path(tower: PreTrainedModel) -> dict:
-    """A tower's config without the folder that it was loaded from, which is nobody else's business."""
-    config = tower.config.to_dict()
-    config.pop("_name_or_path", None)
-    return config
+def default_pooling(config: PreTrainedConfig) -> str:
+    """`"tower"` for encoders whose pooled output was trained to represent the whole input, else `"mean"`."""
+    has_trained_pooler = config.model_type.startswith(("vlm_", "clip", "siglip", "dinov2", "dinov3"))
+    return "tower" if has_trained_pooler else "mean"
+
+
+def pool_tokens(last_hidden_state: torch.Tensor, mode: str, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The first token (`"class"`) or the mean of the unpadded tokens (`"mean"`) of `(B, L, H)`, as `(B, H)`."""
+    if mode == "class":
+        return last_hidden_state[:, 0]
+    if attention_mask is None:
+        return last_hidden_state.mean(dim=1)
+    weights = attention_mask.unsqueeze(-1).to(last_hidden_state.dtype)
+    return (last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+
+
+def check_image_inputs(pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> None:
+    """Refuses images and cached features together, and neither of them."""
+    if (pixel_values is None) == (vision_features is None):
+        raise ValueError("Pass either pixel_values or vision_features.")
+
+
+def freeze_unused(tower: PreTrainedModel, uses_pooled_output: bool) -> None:
+    """Freezes the parameters of a tower that no used output depends on: mask tokens, and an unused pooling head.
+
+    DDP raises (or hangs) when a trainable parameter gets no gradient.
+
+    Args:
+        tower: The tower.
+        uses_pooled_output: Whether the pooled output is used; otherwise only the token states are.
+    """
+    config = tower.config
+    unused: tuple[str, ...] = () if uses_pooled_output else ("pooler.", "head.")
+    if not uses_pooled_output and config.model_type == "clip_vision_model":
+        unused += ("post_layernorm.",)
+    if not uses_pooled_output and config.model_type == VlmTowerConfig.model_type and config.final_norm == "pooled":
+        unused += ("post_norm.",)
+    for name, parameter in tower.named_parameters():
+        if name.startswith(unused) or name.endswith("mask_token"):
+            freeze(parameter)
 
 
 def tower_states(
     tower: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
 ) -> torch.Tensor:
-    """What BLIP-2 reads of an image tower, `(I, P, width)`: its last states, ours without their final norm."""
+    """Hidden states of the last layer as BLIP-2 uses them, `(I, P, width)`; for our tower, before its final norm."""
     options: dict = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
     if tower.config.model_type == VlmTowerConfig.model_type:
         options["stop_at_layer"] = -1
@@ -90,44 +140,77 @@ def tower_states(
         return tower(pixel_values=pixel_values, **options).last_hidden_state
 
 
-def frozen_tower(source: str | PreTrainedModel, kwargs: dict | None, image_size: int | None) -> PreTrainedModel:
-    """A copy of an image tower for images of `image_size` pixels: one of ours interpolates its positions.
+def layer_states(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int) -> torch.Tensor:
+    """Hidden states of one layer, without a final norm.
+
+    Args:
+        tower: The tower.
+        pixel_values: `(I, channels, height, width)`.
+        layer: Index into the hidden states: 0 for the embeddings, -1 for the last layer, -2 for LLaVA's choice.
+
+    Returns:
+        `(I, tokens, width)`.
 
     Raises:
-        ValueError: if a foreign tower takes images of another size.
+        ValueError: if there is no such layer, or for layer 0 of a tower of transformers.
     """
-    tower = load_tower(source, "vision", kwargs or {})
-    if not isinstance(source, str):
-        tower = copy.deepcopy(tower)
-    resize_tower(tower, image_size)
-    return tower
+    if tower.config.model_type == VlmTowerConfig.model_type:
+        return tower(pixel_values=pixel_values, stop_at_layer=layer).last_hidden_state
+    count = resolve_layer(layer, tower.config.num_hidden_layers)
+    if count == 0:
+        raise ValueError("vision_feature_layer=0 is the embeddings, which only VlmTowerModel supports: use 1 or more.")
+    states = []
+    _, layers = _find_layers(tower)
+    hook = layers[count - 1].register_forward_hook(lambda module, inputs, output: states.append(output))
+    try:
+        _without_last_layers(tower, count)(pixel_values=pixel_values)
+    finally:
+        hook.remove()
+    return states[0][0] if isinstance(states[0], tuple) else states[0]
+
+
+def read_parameters(tower: PreTrainedModel, layer: int) -> list[nn.Parameter]:
+    """The parameters that `layer_states` depends on.
+
+    Only these may be trainable: DDP raises (or hangs) when a trainable parameter gets no gradient.
+    """
+    _, layers = _find_layers(tower)
+    unread = {id(parameter) for parameter in layers[resolve_layer(layer, len(layers)) :].parameters()}
+    last = next(reversed(list(layers.parameters())))
+    found = []
+    for name, parameter in tower.named_parameters():  # modules registered after the layers are called after them
+        if id(parameter) not in unread and not name.endswith("mask_token"):
+            found.append(parameter)
+        if parameter is last:
+            return found
+    return found
 
 
 def has_class_token(tower: PreTrainedModel) -> bool:
-    """Whether a tower puts a class token before the patches."""
+    """Whether a tower has a class token before the patches."""
     if tower.config.model_type == VlmTowerConfig.model_type:
         return tower.config.use_class_token
     return any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
 
 
 def count_extra_tokens(tower: PreTrainedModel) -> int:
-    """How many tokens a tower puts before the patches: a class token, registers."""
-    registers = getattr(tower.config, "num_register_tokens", 0)  # the name in all of transformers; most have none
+    """Number of tokens before the patches: the class token and registers."""
+    registers = getattr(tower.config, "num_register_tokens", 0)  # transformers' name for it; most configs have none
     return int(has_class_token(tower)) + registers
 
 
 def _find_layers(tower: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of a tower's layers, and its dotted name in the tower."""
+    """A tower's list of layers, and the list's dotted name in the tower."""
     for name, module in tower.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == tower.config.num_hidden_layers:
             return name, module
-    raise ValueError(f"A {tower.config.model_type} tower has no list of layers to choose one of: take another tower.")
+    raise ValueError(f"A {tower.config.model_type} tower has no list of layers to choose from: use another tower.")
 
 
 def _without_last_layers(tower: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A second view of a tower that runs the first `count` layers only; the modules and weights are the same objects.
+    """A view of a tower that runs only the first `count` layers, on the same layers and weights.
 
-    Only the modules that lead to the list of layers are copied (shallowly), so the tower itself does not change.
+    Only the modules above the list of layers are copied, shallowly, so the tower itself does not change.
     """
     name, layers = _find_layers(tower)
     *parents, last = name.split(".")
@@ -147,58 +230,18 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     return shallow
 
 
-def layer_states(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int) -> torch.Tensor:
-    """Hidden states of one layer, without a final norm.
-
-    Args:
-        tower: Ours or any vision encoder of transformers.
-        pixel_values: `(I, channels, height, width)`.
-        layer: Index into the hidden states (0 the embeddings, -1 the last layer's, -2 what LLaVA takes).
-
-    Returns:
-        `(I, tokens, width)`.
-
-    Raises:
-        ValueError: if there is no such layer; of a foreign tower, layer 0 cannot be had.
-    """
-    if tower.config.model_type == VlmTowerConfig.model_type:
-        return tower(pixel_values=pixel_values, stop_at_layer=layer).last_hidden_state
-    count = resolve_layer(layer, tower.config.num_hidden_layers)
-    if count == 0:
-        raise ValueError("vision_feature_layer=0 is the embeddings, which are read of our own towers only.")
-    states = []
-    _, layers = _find_layers(tower)
-    hook = layers[count - 1].register_forward_hook(lambda module, inputs, output: states.append(output))
-    try:
-        _without_last_layers(tower, count)(pixel_values=pixel_values)
-    finally:
-        hook.remove()
-    return states[0][0] if isinstance(states[0], tuple) else states[0]
-
-
-def read_parameters(tower: PreTrainedModel, layer: int) -> list[nn.Parameter]:
-    """The parameters that `layer_states` depends on: a trained one without a gradient stalls data parallelism."""
-    _, layers = _find_layers(tower)
-    unread = {id(parameter) for parameter in layers[resolve_layer(layer, len(layers)) :].parameters()}
-    last = next(reversed(list(layers.parameters())))
-    found = []
-    for name, parameter in tower.named_parameters():  # what is registered behind the layers is called behind them
-        if id(parameter) not in unread and not name.endswith("mask_token"):
-            found.append(parameter)
-        if parameter is last:
-            return found
-    return found
-
-
 __all__ = [
     "build_vision_tower",
+    "check_image_inputs",
     "config_without_path",
+    "copy_vision_tower",
     "count_extra_tokens",
+    "default_pooling",
     "freeze_unused",
-    "frozen_tower",
     "has_class_token",
     "layer_states",
     "load_tower",
+    "pool_tokens",
     "read_parameters",
     "resize_tower",
     "tower_states",

@@ -12,7 +12,7 @@ from ..data.features.cache import CachedFeatures
 from ..data.sources.load import load_source
 from ..data.sources.open import DataSource
 from ..data.sources.rows import Rows
-from ..models.towers import frozen_tower, load_tower
+from ..models.towers import copy_vision_tower, load_tower
 from .features import cached_tower_features
 
 
@@ -59,7 +59,7 @@ def load_vision(model: str, image_size: int | None) -> tuple[PreTrainedModel, An
         if "height" not in processor.size:
             raise ValueError(f"{model} sizes pictures by {', '.join(dict(processor.size))}: leave out --image-size.")
         processor.size = {"height": image_size, "width": image_size}
-        tower = frozen_tower(tower, None, image_size)
+        tower = copy_vision_tower(tower, None, image_size)
     return tower.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 

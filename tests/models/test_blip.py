@@ -521,10 +521,10 @@ def test_nucleus_sampling_is_seeded_and_looks_at_every_image() -> None:
 
 def test_texts_and_images_that_do_not_fit() -> None:
     model, inputs = tiny.blip_model(VlmBlipForConditionalGeneration), tiny.blip_inputs()
-    with pytest.raises(ValueError, match="5 texts cannot be shared out to 2 images"):
+    with pytest.raises(ValueError, match="5 texts cannot be divided among 2 images"):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:2]})
     ids = torch.full((3, 4), 7)  # 12 tokens can be halved, 3 texts cannot
-    with pytest.raises(ValueError, match="3 texts cannot be shared out to 2 images"):
+    with pytest.raises(ValueError, match="3 texts cannot be divided among 2 images"):
         model(tiny.pixels(2), ids)
     with pytest.raises(ValueError, match="Pass either pixel_values or vision_features"):
         model(input_ids=ids)
@@ -534,7 +534,7 @@ def test_texts_and_images_that_do_not_fit() -> None:
         model(tiny.pixels(3))
     with pytest.raises(ValueError, match="Texts of 17 tokens do not fit 16 positions"):
         model.generate(tiny.pixels(3), min_new_tokens=16, max_new_tokens=20)
-    with pytest.raises(StrictDataclassError, match="There is no loss left"):
+    with pytest.raises(StrictDataclassError, match="All three loss weights are 0"):
         tiny.blip_config(itc_weight=0.0, itm_weight=0.0, lm_weight=0.0)
     with pytest.raises(ValueError, match="The loss needs pairs, not 2 images and 4 texts"):
         tiny.blip_model()(tiny.pixels(2), torch.full((4, 5), 7), return_loss=True)

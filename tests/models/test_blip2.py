@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="needs the Q-Former's text branch"):
         tiny_blip2.blip2_model(qformer={"use_text": False})
     roberta = RobertaModel(RobertaConfig(vocab_size=30, **tiny.layer_sizes(24, heads=2)))
-    with pytest.raises(ValueError, match="begin as a BERT, not as a roberta"):
+    with pytest.raises(ValueError, match="start from a BERT, not a roberta"):
         VlmBlip2ForPreTraining.from_parts(tiny.clip_model(), roberta)
 
 

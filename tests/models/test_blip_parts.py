@@ -78,7 +78,7 @@ def test_dropout_is_the_berts_or_as_asked_for() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="begin as a BERT, not as a roberta"):
+    with pytest.raises(ValueError, match="start from a BERT, not a roberta"):
         from_parts(text=RobertaModel(RobertaConfig(vocab_size=30, **SIZES)))
     dino = Dinov2Model(Dinov2Config(image_size=32, patch_size=8, mlp_ratio=2, **SIZES))
     with pytest.raises(ValueError, match="takes images of 32 pixels, not of 64"):
