@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..data.builtin.table import BUILTIN
+
 index_app = typer.Typer(
     help="Search pictures and texts by text, by picture, or by both.", no_args_is_help=True, rich_markup_mode="markdown"
 )
@@ -32,7 +34,8 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         help="Folders of pictures, pictures, files of descriptions (txt: one a line; jsonl, csv: a column `text` or "
-        "`caption`, the others become metadata), parquet files, data sets saved to disk or on the Hub, or `emoji`."
+        "`caption`, the others become metadata), parquet files, datasets saved to disk or on the Hub, or "
+        f"built-in ones ({', '.join(BUILTIN)})."
     ),
 ]
 Model = Annotated[str, typer.Option(help="Folder or Hub id of the model. Default: the one the index was built with.")]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..data.builtin.table import BUILTIN
 from ..metrics.descriptions import DESCRIPTIONS
 from .index import index_app
 from .recipes import PASS_ON, recipes_app, train
@@ -36,10 +37,11 @@ class Format(StrEnum):
 
 
 SceneSize = Annotated[
-    int | None, typer.Option(min=48, max=1024, help="Pixels of a scene's shorter side; as the checkpoint has it.")
+    int | None,
+    typer.Option(min=48, max=1024, help="Shorter side of a scene in pixels; default: the checkpoint's image size."),
 ]
 SceneAspects = Annotated[
-    list[float] | None, typer.Option(help="Width over height of scenes, of which each has one; give it several times.")
+    list[float] | None, typer.Option(help="Aspect ratio (width over height) of scenes; repeat to mix several.")
 ]
 
 
@@ -65,45 +67,45 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint.")],
     data: Annotated[
         str,
-        typer.Option(help="emoji, scenes, easy_vqa, or a folder, file or Hub id of images with captions or questions."),
+        typer.Option(
+            help=f"{', '.join(BUILTIN)}, or a folder, file or Hub id of images with captions, questions or classes."
+        ),
     ] = "emoji",
     task: Annotated[
         str | None,
         typer.Option(help=f"One task: {', '.join(DESCRIPTIONS)}. Default: all that the checkpoint can do."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of a data set of your own.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of your own data.")] = "test",
     columns: Annotated[
         str,
         typer.Option(
-            help="Its columns: image=NAME and caption=NAME[,id=NAME], or question=NAME,answer=NAME, or class=NAME."
+            help="Your columns: image=NAME and caption=NAME[,id=NAME], or question=NAME,answer=NAME, or class=NAME."
         ),
     ] = "",
-    limit: Annotated[
-        int, typer.Option(help="Number of scenes, or of rows or questions of other data (0: all).")
-    ] = 1000,
+    limit: Annotated[int, typer.Option(help="Number of scenes, rows or easy-VQA questions (0: all).")] = 1000,
     scene_size: SceneSize = None,
     scene_aspects: SceneAspects = None,
-    questions: Annotated[int, typer.Option(min=0, help="Number of questions of each test set (0: all).")] = 0,
-    rerank: Annotated[int, typer.Option(help="Candidates of each query that BLIP re-ranks (0: none).")] = 32,
-    beams: Annotated[int, typer.Option(help="Beams of captions (1: greedy).")] = 3,
+    questions: Annotated[int, typer.Option(min=0, help="Number of questions per test set (0: all).")] = 0,
+    rerank: Annotated[int, typer.Option(help="Candidates per query that a matching head re-ranks (0: none).")] = 32,
+    beams: Annotated[int, typer.Option(help="Beams of caption generation (1: greedy).")] = 3,
     train_split: Annotated[
-        str | None, typer.Option(help="Split whose answers the majority row counts, in data of your own.")
+        str | None, typer.Option(help="Training split of your own data, for the majority answer and --rank-answers.")
     ] = None,
     rank_answers: Annotated[
-        bool, typer.Option("--rank-answers", help="Choose among the training answers instead of writing.")
+        bool, typer.Option("--rank-answers", help="Choose from the training answers instead of generating (BLIP).")
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Evaluate a checkpoint of any of the architectures: retrieval, hard negatives, captions, questions.
+    """Evaluate a checkpoint: retrieval, classification, hard negatives, captions, questions.
 
-    Beside every number stands what chance, the model without seeing the image, or the most frequent answer gives.
+    Every number is shown beside a baseline: chance, the same model with a grey image, or the most frequent answer.
     """
     from ..evaluation.task import EvaluationSettings
     from ..evaluation.test_sets import evaluate_checkpoint, format_reports
 
     if data != "scenes" and (scene_size or scene_aspects):
-        raise ValueError(f"--scene-size and --scene-aspects shape scenes and not {data}: leave them out.")
+        raise ValueError(f"--scene-size and --scene-aspects apply to scenes only, not to {data}: leave them out.")
     settings = EvaluationSettings(
         rerank=rerank, beams=beams, rank_answers=rank_answers, bf16=bf16, max_questions=questions
     )
@@ -117,7 +119,9 @@ def evaluate(
 def cache_features(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an image encoder, or of a checkpoint with one.")],
     output: Annotated[Path, typer.Option(help="Folder of the cache; an interrupted one is gone on with.")],
-    data: Annotated[str, typer.Option(help="scenes, or a folder, file or Hub id of images with captions.")] = "scenes",
+    data: Annotated[
+        str, typer.Option(help=f"{', '.join(BUILTIN)}, or a folder, file or Hub id of images with captions.")
+    ] = "scenes",
     split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
     limit: Annotated[int, typer.Option(help="Number of rows (0: all; scenes have no end).")] = 0,

@@ -1,24 +1,25 @@
-"""`hf-vlm evaluate`: a checkpoint on the built-in pictures, on scenes, on easy-VQA, or on data of the user's own."""
+"""Evaluation of a checkpoint on the built-in emoji, on scenes, on easy-VQA, or on the user's own data.
+
+`evaluate_checkpoint` is `hf-vlm evaluate`; `save_scene_report` ends a recipe.
+"""
 
 import json
-import random
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.batches.collators import pair_id
-from ..data.builtin.easy_vqa import easy_vqa_images, easy_vqa_questions
 from ..data.builtin.emoji import load_emoji
 from ..data.builtin.emoji_pairs import TEST_SPLITS
-from ..data.builtin.scenes import SceneStream, load_scenes
+from ..data.builtin.scenes import load_scenes
+from ..data.builtin.table import BUILTIN, BuiltinOptions
 from ..data.sources.images import load_image
 from ..data.sources.load import load_source
 from ..data.sources.open import DataSource
 from ..data.sources.questions import QuestionRows, question_source
-from ..metrics.descriptions import EASY_VQA, RECALL_RANKS
+from ..metrics.descriptions import RECALL_RANKS
 from .prompts import prompting_of
 from .reports import hard_negative_report, retrieval_report
 from .tables import add_row, by_task, describe, format_report, format_reports, report_table
@@ -26,20 +27,16 @@ from .task import DEFAULTS, EvaluationSettings, Evaluator, TestSet
 from .tasks import Reports, chosen_tasks, load_checkpoint, run_tasks, usable_tasks
 
 # The fields of `TestSet` that each kind of data fills.
-EMOJI_FIELDS = ("captions", "references", "labels")
-SCENE_FIELDS = ("captions", "references", "hard_negatives", "questions", "objects")
 CAPTION_FIELDS = ("captions", "references")
 QUESTION_FIELDS = ("questions",)
 CLASS_FIELDS = ("labels",)
-TRAIN_SCENES = 1000
-"""Number of training scenes whose questions give the majority answers."""
 AFTER_TRAINING = EvaluationSettings(beams=1, answer_tokens=8, max_questions=400)
 """How a recipe evaluates a head with a language model, which is slow."""
 Report = dict[str, dict[str, Any]]
 
 
 def emoji_report(model: PreTrainedModel, processor: ProcessorMixin) -> Report:
-    """Retrieval between drawings and names on the three test sets of the built-in pictures, by test set."""
+    """Retrieval between drawings and names on the three test sets of the built-in emoji, by test set."""
     splits = load_emoji()
     return {
         name: retrieval_report(
@@ -50,7 +47,7 @@ def emoji_report(model: PreTrainedModel, processor: ProcessorMixin) -> Report:
 
 
 def scenes_report(model: PreTrainedModel, processor: ProcessorMixin, num_scenes: int) -> Report:
-    """Accuracy on captions that differ in one word, on scenes of each test set, by test set."""
+    """Hard-negative accuracy on scenes of each test set, by test set."""
     report = {}
     for name in TEST_SPLITS:
         scenes = load_scenes(name, num_scenes)
@@ -72,14 +69,44 @@ def report_on_builtin_data(folder: str, num_scenes: int) -> None:
 
 
 def emoji_reports(evaluator: Evaluator, task: str | None = None) -> Reports:
-    """The tasks that a head can do on the built-in emoji, by test set and task; all or the one named."""
-    tasks = chosen_tasks(evaluator.model, EMOJI_FIELDS, task, "emoji")
-    reports, emoji = {}, load_emoji()
-    for split in TEST_SPLITS:
-        rows = emoji[split]
-        names, ids = list(rows["name"]), rows["emoji_id"]
-        test = TestSet(rows["image"], captions=names, references=names, ids=ids, labels=names)
-        reports[split] = run_tasks(evaluator, tasks, test)
+    """The metrics of a head on the built-in emoji, by test set and task.
+
+    Args:
+        evaluator: Model and settings.
+        task: The only task to run; by default all that the head can do.
+    """
+    return builtin_reports(evaluator, "emoji", BuiltinOptions(), task)
+
+
+def builtin_reports(
+    evaluator: Evaluator,
+    data: str,
+    options: BuiltinOptions,
+    task: str | None = None,
+    splits: Sequence[str] | None = None,
+) -> Reports:
+    """The metrics of a head on a built-in dataset, by test set and task.
+
+    Args:
+        evaluator: Model and settings.
+        data: Name of the dataset, of `BUILTIN`.
+        options: Number, size and aspect ratios of its images.
+        task: The only task to run; by default all that the head can do.
+        splits: Names of test sets; by default all of the dataset.
+
+    Raises:
+        ValueError: if the dataset has no test sets, or the head cannot do the task.
+    """
+    builtin = BUILTIN[data]
+    if builtin.test_sets is None:
+        raise ValueError(f"The built-in dataset {data} has no test sets; evaluate on another.")
+    tasks = chosen_tasks(evaluator.model, builtin.test_fields, task, data)
+    asks = not set(tasks).isdisjoint(usable_tasks(QUESTION_FIELDS))
+    train_questions = builtin.train_questions(options) if asks and builtin.train_questions else None
+    reports = {}
+    for name, fields in builtin.test_sets(options, splits):
+        report = run_tasks(evaluator, tasks, TestSet(**fields, train_questions=train_questions))
+        reports[name] = {f"{builtin.task_prefix}{done}": metrics for done, metrics in report.items()}
     return reports
 
 
@@ -94,52 +121,38 @@ def report_on_scenes(
     aspects: Sequence[float] = (1.0,),
     settings: EvaluationSettings = DEFAULTS,
 ) -> Reports:
-    """All that a head can do, on scenes of each test set.
+    """The metrics of a head on scenes of each test set.
 
     Args:
         model: A model with a head, or the folder or Hub id of a checkpoint.
-        processor: Of a model; a checkpoint brings its own.
-        num_scenes: Scenes of each test set.
-        task: Name of a task; all that the head can do by default.
-        splits: Test sets, of `EMOJI_SPLITS`.
-        size: Pixels of the shorter side of a scene.
-        aspects: Width over height, of which each scene has one.
-        settings: How tasks are done.
+        processor: The processor of a model; a checkpoint has its own.
+        num_scenes: Number of scenes per test set.
+        task: The only task to run; by default all that the head can do.
+        splits: Test sets, from `EMOJI_SPLITS`.
+        size: Shorter side of a scene in pixels.
+        aspects: Aspect ratios (width over height) to mix; each scene has one of them.
+        settings: Options of the evaluation.
 
     Returns:
-        Metrics by test set and task, ready for JSON. Besides its own numbers a task's metrics hold dicts of the same
-        kind: `blind` (on a plain grey picture), `majority` (answers of training questions, for `vqa`), `reranked` and
-        `chance` (`retrieval`), `itm` and `itm_blind` (`hard_negatives`). Retrieval looks for the caption that names all
-        there is and the background; scenes of equal captions count as one.
+        Metrics by test set and task, ready for JSON. A task's metrics may hold nested dicts of the same kind: `blind`
+        (with a grey image), `majority` (most frequent training answer), `reranked` and `chance` (`retrieval`), `itm`
+        and `itm_blind` (`hard_negatives`). Retrieval uses the caption that names all objects and the background; scenes
+        with equal captions share an id.
 
     Raises:
         ValueError: if the head cannot do the task, or a model comes without a processor.
+
+    Example:
+
+        reports = report_on_scenes("org/clip-small", num_scenes=100, task="retrieval")
+        print(reports["unseen_style"]["retrieval"]["text_to_image_r1"])
     """
     if isinstance(model, str | Path):
         model, processor = load_checkpoint(str(model))
     if processor is None:
-        raise ValueError("A model needs its processor beside it; a folder brings its own.")
-    tasks = chosen_tasks(model, SCENE_FIELDS, task, "scenes")
-    train_questions = None
-    if not set(tasks).isdisjoint(usable_tasks(QUESTION_FIELDS)):
-        stream = SceneStream("train", size=size, aspects=aspects)
-        train_questions = list(chain.from_iterable(stream.scene(i)["questions"] for i in range(TRAIN_SCENES)))
-    evaluator, reports = Evaluator(model, processor, settings), {}
-    for split in splits:
-        scenes = load_scenes(split, num_scenes, size=size, aspects=aspects)
-        captions = scenes["captions"]
-        test = TestSet(
-            images=scenes["image"],
-            captions=[texts[0] for texts in captions],
-            ids=[pair_id(texts[0]) for texts in captions],
-            references=list(captions),
-            hard_negatives=scenes["hard_negatives"],
-            questions=scenes["questions"],
-            objects=[[thing["name"] for thing in things] for things in scenes["objects"]],
-            train_questions=train_questions,
-        )
-        reports[split] = run_tasks(evaluator, tasks, test)
-    return reports
+        raise ValueError("A model needs its processor: pass it as well, or pass the folder of a checkpoint.")
+    options = BuiltinOptions(size=size, limit=num_scenes, aspects=aspects)
+    return builtin_reports(Evaluator(model, processor, settings), "scenes", options, task, splits)
 
 
 def report_on_easy_vqa(
@@ -150,33 +163,24 @@ def report_on_easy_vqa(
     task: str | None = None,
     settings: EvaluationSettings = DEFAULTS,
 ) -> Reports:
-    """Answers to test questions of easy-VQA.
+    """The metrics of a head on test questions of easy-VQA.
 
     Args:
         model: A model that answers questions.
         processor: Its processor.
-        num_questions: How many, drawn at random but always the same (0: all 9,673).
-        task: `vqa` or `vqa_unseen_wordings`; all that the head can do by default.
-        settings: How tasks are done.
+        num_questions: Size of a fixed random sample of the questions (0: all 9,673).
+        task: `vqa` or `vqa_unseen_wordings`; by default both, if the head can do them.
+        settings: Options of the evaluation.
 
     Returns:
-        Under `test`, for each task, metrics as of `report_on_scenes`; `easy_vqa` is `vqa` on this data.
+        Under `test`, metrics by task as in `report_on_scenes`. The task `vqa` is called `easy_vqa` here.
 
     Raises:
-        ValueError: if the head answers no questions.
+        ValueError: if the head does not answer questions.
         ModuleNotFoundError: if easy-VQA is not installed.
     """
-    tasks = chosen_tasks(model, QUESTION_FIELDS, task, "easy_vqa")
-    pictures, questions = easy_vqa_images("test"), easy_vqa_questions("test")
-    if 0 < num_questions < len(questions):
-        questions = random.Random(0).sample(questions, num_questions)
-    asked: dict[int, list[dict[str, Any]]] = {}
-    for question in questions:
-        asked.setdefault(question["index"], []).append(question)
-    images = [load_image(pictures[index]["image"]) for index in asked]
-    test = TestSet(images, questions=list(asked.values()), train_questions=easy_vqa_questions("train"))
-    report = run_tasks(Evaluator(model, processor, settings), tasks, test)
-    return {"test": {f"{EASY_VQA}{name}": metrics for name, metrics in report.items()}}
+    options = BuiltinOptions(split="test", limit=num_questions)
+    return builtin_reports(Evaluator(model, processor, settings), "easy_vqa", options, task)
 
 
 def save_scene_report(
@@ -189,10 +193,17 @@ def save_scene_report(
     aspects: Sequence[float] = (1.0,),
     beside: Mapping[str, str | None] = {},
 ) -> None:
-    """The end of a recipe: all that its head can do on scenes, printed and written to `results.json` in the folder.
+    """Evaluates the model of a recipe on scenes, prints the tables and writes `results.json` into the folder.
 
-    A head with a language model also answers questions of easy-VQA, and does all as `settings` say. The results of
-    other runs, whose folders `beside` names, become rows of these; a run that is not there is left out.
+    Args:
+        folder: Where `results.json` goes.
+        model: A model with a head.
+        processor: Its processor.
+        num_scenes: Number of scenes per test set.
+        size: Shorter side of a scene in pixels.
+        settings: Options for a head with a language model, which also answers questions of easy-VQA.
+        aspects: Aspect ratios (width over height) to mix.
+        beside: Row name -> folder of another run whose results become a row of these; skipped if it has none.
     """
     if prompting_of(model.eval(), processor) is None:
         reports = report_on_scenes(model, processor, num_scenes, size=size, aspects=aspects)
@@ -219,21 +230,16 @@ def evaluate_checkpoint(
     scene_size: int | None = None,
     scene_aspects: Sequence[float] = (1.0,),
 ) -> Reports:
-    """The reports behind `hf-vlm evaluate`, by test set and task; see the command's help for the arguments.
+    """The reports of `hf-vlm evaluate`, by test set and task; `hf-vlm evaluate --help` explains the arguments.
 
     Raises:
-        ValueError: if the checkpoint is of another architecture, its head or the data do not serve for the task, or a
-            column is missing.
+        ValueError: if the architecture is unknown, the head or the data do not allow the task, or a column is missing.
     """
     model, processor = load_checkpoint(checkpoint)
-    if data == "scenes":
-        size = scene_size or min(max(processor.image_processor.size["height"], 48), 1024)  # sides that scenes can have
-        return report_on_scenes(model, processor, limit, task=task, size=size, aspects=scene_aspects, settings=settings)
-    if data == "easy_vqa":
-        return report_on_easy_vqa(model, processor, limit, task=task, settings=settings)
     evaluator = Evaluator(model, processor, settings)
-    if data == "emoji":
-        return emoji_reports(evaluator, task)
+    if data in BUILTIN:
+        size = scene_size or BUILTIN[data].fit(processor.image_processor.size.get("height", 224))
+        return builtin_reports(evaluator, data, BuiltinOptions(size=size, limit=limit, aspects=scene_aspects), task)
     tasks = chosen_tasks(model, (*CAPTION_FIELDS, *QUESTION_FIELDS, *CLASS_FIELDS), task, data)
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
     fields = own_fields(mapping, tasks)
@@ -247,7 +253,7 @@ def evaluate_checkpoint(
 
 
 def own_fields(columns: Mapping[str, str], tasks: Collection[str]) -> tuple[str, ...]:
-    """The fields of `TestSet` that the user's own rows fill: by the named columns, else by the tasks, else captions."""
+    """The fields of `TestSet` in the user's own data: by the named columns, else by the tasks, else captions."""
     for role, fields in (("question", QUESTION_FIELDS), ("class", CLASS_FIELDS)):
         if role in columns or set(tasks) <= set(usable_tasks(fields)):
             return fields
@@ -255,7 +261,7 @@ def own_fields(columns: Mapping[str, str], tasks: Collection[str]) -> tuple[str,
 
 
 def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
-    """Images and captions of the user's own."""
+    """The user's own images and captions."""
     rows = _first(load_source(DataSource(data, split=split, columns=columns)), limit)
     images = [load_image(row["image"], where=f"row {i}") for i, row in enumerate(rows)]
     ids = [pair_id(row["id"]) for row in rows] if "id" in rows[0] else None
@@ -264,7 +270,7 @@ def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> 
 
 
 def own_questions(data: str, split: str, train_split: str | None, columns: dict[str, str], limit: int) -> TestSet:
-    """Images, questions and answers of the user's own; the training questions are those of `train_split`.
+    """The user's own images, questions and answers; `train_split` gives the training questions.
 
     Raises:
         ValueError: if a column is missing, or a row has no question or answer.
@@ -280,7 +286,7 @@ def own_questions(data: str, split: str, train_split: str | None, columns: dict[
 
 
 def own_classes(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
-    """Images with a class name each, of the user's own. All classes of the split compete, whatever the limit.
+    """The user's own images with class names. All classes of the split compete, whatever the limit.
 
     Args:
         data: Path or Hub id.
@@ -314,6 +320,7 @@ def _first(rows: Any, limit: int) -> list[dict[str, Any]]:
 
 __all__ = [
     "AFTER_TRAINING",
+    "builtin_reports",
     "describe",
     "emoji_report",
     "emoji_reports",

@@ -1,14 +1,12 @@
 """Provenance of a run: the data sources and pretrained parts that its record names, with their licences."""
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import RepoCard, hf_hub_download
 
-from ..data.builtin.easy_vqa import easy_vqa_questions
-from ..data.builtin.emoji import LICENCES, load_emoji
+from ..data.builtin.table import BUILTIN
 from ..data.wheels import PREFIX, WHEELS
 from ..hub.record import Record, published, read_record
 
@@ -16,24 +14,12 @@ PARTS = ("model", "vision", "text", "tokenizer", "language_model")  # the model 
 PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_FILES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tar")
-EASY_VQA = {
-    "name": "easy-VQA",
-    "licence": "MIT",
-    "credit": "easy-VQA, by Victor Zhou",
-    "source": "https://github.com/vzhou842/easy-VQA",
-}
 
 
 def builtin_data(has_easy_vqa: bool = False) -> list[Record]:
     """The vendors of the built-in emoji drawings, and easy-VQA, with their numbers of rows by split."""
-    counts = {split: Counter(rows["style"]) for split, rows in load_emoji().items()}
-    found: list[Record] = [
-        {"name": style, **LICENCES[style], "rows": {split: n[style] for split, n in counts.items() if n[style]}}
-        for style in LICENCES
-    ]
-    if has_easy_vqa:
-        found.append({**EASY_VQA, "rows": {"train": len(easy_vqa_questions("train"))}})
-    return found
+    names = ["emoji", *(["easy_vqa"] if has_easy_vqa else [])]
+    return [record for name in names for record in BUILTIN[name].provenance()]
 
 
 def own_data(sources: list[dict[str, Any]], eval_sources: list[dict[str, Any]]) -> list[Record]:

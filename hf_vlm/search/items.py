@@ -228,7 +228,9 @@ class DatasetItems:
 
     def _picture(self, row: dict[str, Any], captions: list[str], metadata: dict[str, Any], place: str) -> Item:
         cell = row[self.roles["image"]]
-        source = {"bytes": cell} if isinstance(cell, bytes) else cell if isinstance(cell, dict) else {"path": cell}
+        source: dict[str, Any] = cell if isinstance(cell, dict) else {"path": cell}
+        if isinstance(cell, bytes):
+            source = {"bytes": cell}
         path, text = source.get("path"), captions[0] if captions else ""
         if "id" in self.roles:
             identity = str(row[self.roles["id"]])

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 
-from ..data.builtin.emoji import load_emoji
+from ..data.builtin.table import BUILTIN, BuiltinOptions
 from ..data.sources.images import load_image
 from ..data.sources.open import DataSource, is_local, open_rows
 from ..data.sources.rows import OnError
@@ -78,9 +77,11 @@ def open_source(
 ) -> Sequence[Item] | DatasetItems:
     """See `open_sources`."""
     path = Path(name).expanduser()
-    if name == "emoji" and not path.exists():
-        rows = datasets.concatenate_datasets(list(load_emoji().values()))
-        return DatasetItems(rows, {"caption": "name"}, kinds, label="emoji")
+    if name in BUILTIN and not path.exists():
+        builtin = BUILTIN[name]
+        if builtin.table is None:
+            raise ValueError(f"The built-in dataset {name} cannot be indexed; name another source.")
+        return DatasetItems(builtin.table(BuiltinOptions(split)), columns or dict(builtin.columns), kinds, label=name)
     if is_local(name) and "*" not in path.name and not is_dataset(path, columns):
         return read_items(path)
     opened = open_rows(DataSource(name, split=split))

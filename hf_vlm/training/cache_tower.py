@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from ..data.builtin.scene_rows import SceneRows
-from ..data.builtin.scenes import SceneStream
+from ..data.builtin.table import BUILTIN, BuiltinOptions
 from ..data.features.cache import CachedFeatures
 from ..data.sources.load import load_source
 from ..data.sources.open import DataSource
@@ -69,12 +68,10 @@ def open_rows(data: str, split: str, seed: int, limit: int, columns: str, size: 
     Raises:
         ValueError: if there is no end to the scenes, or the data cannot be read.
     """
-    if data == "scenes":
-        if limit < 1:
-            raise ValueError("Scenes have no end: say how many, such as --limit 10000.")
-        stream = SceneStream(split, seed, min(max(size, 48), 1024))  # sides that scenes can have
-        rows = SceneRows(stream, limit)
-        return rows, rows.key
+    if data in BUILTIN and not Path(data).exists():
+        builtin = BUILTIN[data]
+        options = BuiltinOptions(split, seed, builtin.fit(size), limit)
+        return builtin.images(options), builtin.key(options)
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
     rows = load_source(DataSource(data, split=split, columns=mapping))
     if 0 < limit < len(rows):

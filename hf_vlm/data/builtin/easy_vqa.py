@@ -7,12 +7,17 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-EasyVqaSplit = Literal["train", "test"]
+LICENCE = {
+    "name": "easy-VQA",
+    "licence": "MIT",
+    "credit": "easy-VQA, by Victor Zhou",
+    "source": "https://github.com/vzhou842/easy-VQA",
+}
 
 
-def easy_vqa_questions(split: EasyVqaSplit = "train") -> list[dict[str, Any]]:
+def easy_vqa_questions(split: str = "train") -> list[dict[str, Any]]:
     """The questions of a split: 38,575 to train with, 9,673 to test.
 
     Args:
@@ -29,7 +34,7 @@ def easy_vqa_questions(split: EasyVqaSplit = "train") -> list[dict[str, Any]]:
     return [{"question": question, "answer": answer, "index": index} for question, answer, index in asked]
 
 
-def easy_vqa_images(split: EasyVqaSplit = "train") -> list[dict[str, Any]]:
+def easy_vqa_images(split: str = "train") -> list[dict[str, Any]]:
     """The pictures of a split in the order of their numbers: 4,000 to train with, 1,000 to test.
 
     Arguments and errors as of `easy_vqa_questions`.
@@ -51,4 +56,4 @@ def _folder(split: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / "data" / split
 
 
-__all__ = ["EasyVqaSplit", "easy_vqa_images", "easy_vqa_questions"]
+__all__ = ["LICENCE", "easy_vqa_images", "easy_vqa_questions"]
