@@ -16,7 +16,6 @@ from hf_vlm import VlmInstructBlipForConditionalGeneration, VlmInstructBlipProce
 from hf_vlm.data import (
     DataSource,
     PromptCollator,
-    QuestionRows,
     caption_instructions,
     easy_vqa_images,
     easy_vqa_questions,
@@ -34,6 +33,8 @@ from hf_vlm.runs.data import check_sources, open_features, scene_rows
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
 from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, add_lora, base_of, last_checkpoint, save_trained
+
+TASKS = {"caption": caption_instructions, "vqa": question_instructions}
 
 
 def build_model(args: InstructBlipModelArguments, bf16: bool) -> tuple:
@@ -56,11 +57,12 @@ def build_data(args: InstructBlipDataArguments, size: int, seed: int) -> tuple[D
     check_sources(args.sources, extra=["task"])
     tables, images = {}, {}
     for number, source in enumerate(args.sources):
-        name, is_vqa = f"{number} {source['path']}", source.get("task", "caption") == "vqa"
+        name, task = f"{number} {source['path']}", source.get("task", "caption")
+        if task not in TASKS:
+            raise ValueError(f"The source {source['path']} has the task {task!r}: use one of {', '.join(TASKS)}.")
         fields = {key: value for key, value in source.items() if key != "task"}
-        rows = load_source(question_source(fields) if is_vqa else DataSource(**fields))
-        make = question_instructions if is_vqa else caption_instructions
-        images[name], tables[name] = rows, make(QuestionRows(rows, name) if is_vqa else rows, name, seed)
+        images[name] = load_source(question_source(fields) if task == "vqa" else DataSource(**fields))
+        tables[name] = TASKS[task](images[name], name, seed)
     return mix_by_sqrt(tables, seed, args.train_rows), images
 
 

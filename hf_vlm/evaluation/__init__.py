@@ -1,16 +1,11 @@
-"""Evaluation: embeddings or scores in, a dictionary of floats out.
+"""Evaluation of models on test sets. The metrics themselves are in `hf_vlm.metrics`; their functions are exported here.
 
-- `embed`: embeddings of many images and texts by a two-tower model.
-- `retrieval`: recall at k both ways, and what chance gives.
-- `zero_shot`: classification by prompt ensembles.
-- `hard_negatives`: the true caption against one that differs in a word.
-- `filtering`: bad image-text pairs found by a score.
-- `captioning`: CIDEr, BLEU and ROUGE-L; `text`: the words that they count.
-- `vqa`: soft accuracy and exact match of answers, and the majority's answer.
-- `pope`: whether objects are said to be there that are not.
-- `matching`: scores of image-text pairs by a model that sees both; `rerank`: retrieval with them.
-- `writing`: captions and answers for a whole test set; `blocks`: what each of its images is encoded for, once.
-- `suites`: the above on whole data sets, model and data in, report out.
+- `task`: what a task is (`Task`, `TestSet`, `Evaluator`, `EvaluationSettings`); `tasks`: the tasks of the package.
+- `test_sets`: the data, and `hf-vlm evaluate`; `tables`: the reports as text.
+- `reports`: one function per task, model and data in, metrics and baselines out.
+- `embed`: embeddings of many images and texts; `matching`: scores of image-text pairs (ITM).
+- `writing`: generated captions and answers; `prompts` and `chat`: how language models are asked.
+- `blocks`: iteration that encodes every image once.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
-"""Rows about images (texts to match, questions to answer), taken so that every image is encoded once.
+"""Iteration over rows about images (texts to match, questions to answer) that encodes every image only once.
 
-- The images that rows ask about are encoded a block at a time, in their order; never more than a block is in memory.
-- By default `model` is any whose body `model.model` has `encode_images(pixel_values)`, such as BLIP's heads.
+- Images are encoded one block at a time, in order; only one block of hidden states is in memory.
+- By default the images are encoded by `model.model.encode_images(pixel_values)`, which BLIP's heads have.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 @dataclass(frozen=True)
 class Block:
-    """Rows and their images.
+    """Encoded images and the rows about them.
 
     Attributes:
         states: `(I, P, width)`, the patch states of the block's images.
-        rows: `(B,)`, numbers of the rows that ask about them.
-        places: `(B,)`, each row's image as a place in `states`, on the same device.
+        rows: `(B,)`, indices of the rows about these images.
+        places: `(B,)`, the index in `states` of each row's image, on the same device.
     """
 
     states: torch.Tensor
@@ -35,24 +35,24 @@ def image_blocks(
     batch_size: int,
     encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[Block]:
-    """The rows in the order of their images.
+    """All rows, block by block, sorted by image.
 
     Args:
-        images: anything with a length and integer indices; an image that no row asks about is not read.
-        image_of_row: `(rows,)`, which image each row asks about.
-        batch_size: images a block.
-        encode: from pixels to states; by default `model.model.encode_images`.
+        images: Any sequence of images; an image without rows is not read.
+        image_of_row: `(rows,)`, the image of each row.
+        batch_size: Images per block.
+        encode: Pixels to hidden states; by default `model.model.encode_images`.
 
     Raises:
-        ValueError: there are no rows, or a row asks about an image that is not there.
+        ValueError: if there are no rows, or a row names an image that does not exist.
     """
     wanted = torch.as_tensor(image_of_row)
     if len(wanted) == 0:
-        raise ValueError("there is nothing to ask about the images: no rows")
+        raise ValueError("No questions or texts about the images: give at least one.")
     wrong = ((wanted < 0) | (wanted >= len(images))).nonzero()
     if len(wrong) > 0:
         row = int(wrong[0])
-        raise ValueError(f"row {row} asks about image {int(wanted[row])}, and there are {len(images)}")
+        raise ValueError(f"Row {row} is about image {int(wanted[row])}, but there are only {len(images)} images.")
     order = wanted.argsort(stable=True)
     needed, counts = wanted.unique(return_counts=True)
     ends = counts.cumsum(0)

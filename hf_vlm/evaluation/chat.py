@@ -1,7 +1,7 @@
-"""How LLaVA is asked many questions: what the questions about an image have in common is read once.
+"""Batched question answering with LLaVA; the prompt prefix shared by an image's questions is encoded once.
 
-The system's words and an image's tokens are most of a short question's prompt. They go through the LLM once an image;
-the keys and values are then those of all questions about it.
+System prompt and image tokens are most of the prompt of a short question. They pass through the LLM once per image. All
+questions about the image share the resulting key/value cache.
 """
 
 import itertools
@@ -25,13 +25,13 @@ def say(
     image_of_question: Sequence[int],
     **options: Any,
 ) -> list[str]:
-    """What LLaVA answers to each question.
+    """LLaVA's answer to each question.
 
     Args:
-        images: `(I,)`, each asked about at least once.
+        images: `(I,)`, each with at least one question.
         questions: `(Q,)`.
-        image_of_question: `(Q,)`, the row of `images` that each is about.
-        **options: Of `generate`.
+        image_of_question: `(Q,)`, the index in `images` of each question's image.
+        **options: Options of `generate`.
     """
     chats = [[{"role": "user", "content": f"{IMAGE_MARK}\n{question}"}] for question in questions]
     texts = processor.apply_chat_template(chats, add_generation_prompt=True)
@@ -54,17 +54,18 @@ def shared_beginnings(
     image_of_prompt: Sequence[int],
     pad: int,
 ) -> dict[str, Any]:
-    """Reads what the prompts about each image begin with.
+    """Encodes the common prefix of each image's prompts.
 
     Args:
         prompts: `input_ids` and `attention_mask` `(Q, L)`, padded on the left.
-        seen: `(I,)`, the tokens `(tokens, H)` of each image.
-        image_of_prompt: `(Q,)`, the row of `seen` that each prompt is about.
-        pad: Token of padding.
+        seen: `(I,)`, the image tokens `(tokens, H)` of each image.
+        image_of_prompt: `(Q,)`, the index in `seen` of each prompt's image.
+        pad: Padding token.
 
     Returns:
-        `past_key_values`, and the prompts laid out anew, with padding on the left of both parts. Nothing, where the
-        template puts the image after the question, or the LLM keeps more than keys and values of all positions.
+        `past_key_values`, and new `input_ids` and `attention_mask` with prefix and rest each padded on the left.
+        Empty if the template puts the image after the question, or the LLM's cache is not only keys and values of all
+        positions.
     """
     ids, mask = prompts["input_ids"], prompts["attention_mask"].bool()
     rows = [row[there].tolist() for row, there in zip(ids, mask, strict=True)]
@@ -97,12 +98,12 @@ def shared_beginnings(
 
 
 def _can_be_shared(cache: Cache) -> bool:
-    """Whether a cache is keys and values of all positions: not of a window, no state of a recurrent layer."""
+    """Whether a cache holds keys and values of all positions: no sliding window, no recurrent state."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _common(rows: Sequence[list[int]]) -> list[int]:
-    """What all rows begin with."""
+    """The longest common prefix of all rows."""
     same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
     return [tokens[0] for tokens in same]
 

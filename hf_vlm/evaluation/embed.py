@@ -1,10 +1,10 @@
-"""Embeddings of many images or texts by a two-tower model, ready for the metrics and for search.
+"""Embeddings of many images or texts, ready for the metrics and for search.
 
-- Works with any model whose `get_image_features` and `get_text_features` return an output with the projected embedding
-  as `pooler_output`: `VlmClipModel`, transformers' own CLIP, and the heads of BLIP and BLIP-2 that compare.
-- Texts are sorted by length, so each batch is padded only to texts of about its own length, longest first, so a batch
-  that does not fit into memory fails at once; the result is in the order of the input.
-- The model is in eval mode meanwhile; afterwards every module is in the mode it had, frozen ones too.
+- Works with any model whose `get_image_features` and `get_text_features` return the projected embedding as
+  `pooler_output`: `VlmClipModel`, transformers' own CLIP, and the ITC heads of BLIP and BLIP-2.
+- Texts are batched by length, longest first. Padding stays short, and a batch that exceeds memory fails at once. The
+  result is in the order of the input.
+- The model runs in eval mode. Afterwards every module is back in its previous mode.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,19 +29,25 @@ def embed_images(
     """L2-normalised image embeddings.
 
     Args:
-        images: anything with a length and integer indices, such as a column of a data set; read a batch at a time.
-        batch_size: images a forward pass.
-        progress: show a progress bar.
-        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
+        images: Any sequence of images, such as a dataset column; read one batch at a time.
+        batch_size: Images per forward pass.
+        progress: Show a progress bar.
+        autocast_dtype: Autocast dtype, for instance `torch.bfloat16`; None: no autocast.
 
     Returns:
-        `(len(images), D)`, float32, on the CPU; `(len(images), E, D)` of a model that gives an image E embeddings.
+        `(len(images), D)`, float32, on the CPU; `(len(images), E, D)` for a model with E embeddings per image.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: if there are no images.
+
+    Example:
+
+        images = embed_images(model, processor, [image])
+        texts = embed_texts(model, processor, ["a dolphin", "a pizza"])
+        print(images @ texts.T)  # (1, 2), cosine similarities
     """
     if len(images) == 0:
-        raise ValueError("there are no images to embed")
+        raise ValueError("No images to embed: give at least one.")
     batches = []
     with evaluation_mode(model, autocast_dtype), tqdm(total=len(images), desc="images", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
@@ -65,19 +71,19 @@ def embed_texts(
     """L2-normalised text embeddings, in the order of `texts`.
 
     Args:
-        texts: cut where they exceed the length that the processor allows.
-        batch_size: texts a forward pass.
-        progress: show a progress bar.
-        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
+        texts: Truncated to the processor's maximum length.
+        batch_size: Texts per forward pass.
+        progress: Show a progress bar.
+        autocast_dtype: Autocast dtype, for instance `torch.bfloat16`; None: no autocast.
 
     Returns:
         `(len(texts), D)`, float32, on the CPU.
 
     Raises:
-        ValueError: there are no texts, or `texts` is one string.
+        ValueError: if there are no texts, or `texts` is a single string.
     """
     if isinstance(texts, str) or len(texts) == 0:
-        raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}")
+        raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}.")
     texts = list(texts)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
     batches = []
@@ -93,7 +99,8 @@ def embed_texts(
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    # Mode by mode, because model.train() would also switch towers that are kept frozen in eval mode.
+    """Eval mode, inference mode and autocast; afterwards every module is back in its previous mode."""
+    # Per module, because model.train() would also switch frozen towers, which stay in eval mode.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

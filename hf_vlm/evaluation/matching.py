@@ -1,9 +1,8 @@
-"""Scores of pairs by a model that looks at image and text together (image-text matching, ITM).
+"""Image-text matching (ITM): scores of given image-text pairs by a cross-attention model.
 
-- Works with any model that has `match(memory, input_ids, attention_mask, memory_index)` and `project_memory(states)`:
-  BLIP's and BLIP-2's heads for pretraining and retrieval.
-- Every image is encoded, and its keys and values projected, once, however many texts it is paired with. Every text is
-  tokenised once. Texts of about one length share a batch.
+- Works with BLIP's and BLIP-2's heads for pretraining and retrieval.
+- Every image is encoded, and its keys and values are projected, once for all its texts. Every text is tokenised once.
+- Texts are batched by length.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .blocks import image_blocks
 from .embed import evaluation_mode
-
-"""Matching scores that differ by no more are tied: so much depends on the batch that a pair was computed in."""
 
 
 def match_logits(
@@ -32,29 +29,33 @@ def match_logits(
     progress: bool = True,
     autocast_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Logits of no match and match of given pairs.
+    """Matching logits (no match, match) of the given pairs.
 
     Args:
-        images: anything with a length and integer indices, such as a column of a data set; read a batch at a time.
-        texts: cut where they exceed the length that the processor allows.
-        pairs: `(N, 2)`, rows of `images` and of `texts`.
-        batch_size: pairs a forward pass of the text encoder.
-        image_batch_size: images encoded together; their keys and values of all layers are held at a time.
-        progress: show a progress bar.
-        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
+        images: Any sequence of images, such as a dataset column; read one batch at a time.
+        texts: Truncated to the processor's maximum length.
+        pairs: `(N, 2)`, row in `images` and row in `texts`.
+        batch_size: Pairs per forward pass of the text encoder.
+        image_batch_size: Images encoded together. Their keys and values of all layers are in memory at the same time.
+        progress: Show a progress bar.
+        autocast_dtype: Autocast dtype, for instance `torch.bfloat16`; None: no autocast.
 
     Returns:
-        `(N, 2)`, float32, on the CPU. The difference of the two is the log-odds of a match; the second alone is what
-        BLIP re-ranks by.
+        `(N, 2)`, float32, on the CPU. Their difference is the log-odds of a match. BLIP re-ranks by the second logit.
 
     Raises:
-        ValueError: there are no pairs, they have another shape, or one names an image or a text that is not there.
+        ValueError: if there are no pairs, their shape is wrong, or an index is out of range.
+
+    Example:
+
+        logits = match_logits(model, processor, [image], ["a dolphin", "a pizza"], [(0, 0), (0, 1)])
+        print(logits.softmax(-1)[:, 1])  # probability that each text matches the image
     """
     pairs = torch.as_tensor(pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0 or pairs.is_floating_point():
-        raise ValueError(f"pairs must be integers of shape (pairs, 2), got {pairs.dtype} {tuple(pairs.shape)}")
+        raise ValueError(f"pairs must be integers of shape (pairs, 2), got {pairs.dtype} {tuple(pairs.shape)}.")
     if not 0 <= int(pairs[:, 1].min()) <= int(pairs[:, 1].max()) < len(texts):
-        raise ValueError(f"a pair names a text below 0 or above {len(texts) - 1}: there are {len(texts)} texts")
+        raise ValueError(f"A pair names a text outside 0 to {len(texts) - 1}: there are {len(texts)} texts.")
     tokenizer = processor.tokenizer
     tokens = [torch.tensor(ids) for ids in tokenizer(list(texts), truncation=True)["input_ids"]]
     lengths = torch.tensor([len(ids) for ids in tokens])

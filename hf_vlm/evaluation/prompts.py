@@ -1,4 +1,4 @@
-"""How heads with a language model are asked: in the words and the layout of tokens that they were trained with."""
+"""Prompts of heads with a language model: the wordings and the token layout of their training."""
 
 from functools import partial
 
@@ -18,11 +18,11 @@ from .chat import say
 from .writing import Chatting, Prompting
 
 BLIP2_QUESTION = "Question: {question} Short answer:"
-"""BLIP-2, which has learned captions alone, is asked as in its paper (arXiv 2301.12597, section 4.1)."""
+"""The question prompt of BLIP-2, trained on captions only (arXiv 2301.12597, section 4.1)."""
 
 
 def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting | Chatting | None:
-    """How the model is given its prompts, or None of a head without a language model."""
+    """How prompts reach the language model; None for a head without one."""
     if isinstance(model, VlmLlavaForConditionalGeneration):
         return Chatting(partial(say, model, processor))
     if not isinstance(model, VlmBlip2ForConditionalGeneration):
@@ -36,7 +36,7 @@ def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting
 
 
 def caption_prompt(model: PreTrainedModel, wordings: Wordings) -> str | None:
-    """The first wording of InstructBLIP's captions, or LLaVA's; other heads write them without being told."""
+    """The caption instruction of InstructBLIP and LLaVA; None for heads that caption without an instruction."""
     if isinstance(model, VlmLlavaForConditionalGeneration):
         return CAPTION if wordings == "train" else wordings_of("caption", wordings)[0]
     follows = isinstance(model, VlmInstructBlipForConditionalGeneration)
@@ -44,9 +44,9 @@ def caption_prompt(model: PreTrainedModel, wordings: Wordings) -> str | None:
 
 
 def question_wording(model: PreTrainedModel, wordings: Wordings) -> str:
-    """What `{question}` is put into: the first wording, BLIP-2's own for one that is seen, none of BLIP's heads.
+    """Question template: the first wording; BLIP-2's paper prompt; the bare question for BLIP.
 
-    LLaVA, which answers in sentences or in a word, is asked for a word in any wording.
+    LLaVA is asked for a short answer in every wording, because it was also trained to answer in sentences.
     """
     if isinstance(model, VlmLlavaForConditionalGeneration):
         asked = "{question}" if wordings == "train" else wordings_of("vqa", wordings)[0]

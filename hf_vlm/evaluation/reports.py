@@ -1,11 +1,10 @@
-"""Whole evaluations of a model on data: everything embedded, scored or written, beside chance and blind guessing.
+"""Reports: a model and a test set in, all metrics of one task out, with baselines beside them.
 
-- Two-tower models and the comparing heads of BLIP and BLIP-2: retrieval (with `rerank`, also re-ranked by ITM) and
-  hard negatives.
-- BLIP's writing heads, and with `prompting` models that go on with a prompt: captions and answers, of which those
-  about objects tell hallucinations (POPE).
-- **Blind rows**: the same model on a plain grey picture in place of every image. What it still gets right it took from
-  the texts alone. Retrieval needs none: on equal images nothing beats `chance`.
+- Two-tower models and the ITC heads of BLIP and BLIP-2: retrieval (with `rerank`, also re-ranked by ITM), hard
+  negatives and zero-shot classification.
+- Models that generate text: captions, answers and object hallucination (POPE).
+- **Blind rows**: the same model with a grey image in place of every image. A correct blind answer comes from the text
+  alone. Retrieval and classification need no blind row: with equal images the result is `chance`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from .matching import match_logits
 from .writing import Chatting, Prompting, answer_questions, caption_images, choose_answers
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
-"""What a blind model sees."""
+"""The image of the blind rows."""
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -49,41 +48,48 @@ def retrieval_report(
     """Retrieval both ways over one test set.
 
     Args:
-        images: `(I,)` pictures.
-        captions: `(I,)`, one caption or several of each picture; a caption that repeats within an id counts once.
-        ids: `(I,)`, pictures of equal id share their captions; by default each is its own.
-        rerank: so many candidates of each query are re-ranked by matching, which the model must be capable of.
-        ks: ranks at which recall is measured.
-        batch_size: images a forward pass.
-        progress: show progress bars.
-        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
+        images: `(I,)`.
+        captions: `(I,)`, one or several captions per image; a caption repeated within an id counts once.
+        ids: `(I,)`; images of equal id share their captions. By default every image has its own id.
+        rerank: Number of candidates per query that are re-ranked by matching; requires a matching head.
+        ks: Ranks at which recall is measured.
+        batch_size: Images per forward pass.
+        progress: Show progress bars.
+        autocast_dtype: Autocast dtype, for instance `torch.bfloat16`; None: no autocast.
 
     Returns:
-        The keys of `retrieval_metrics`, `num_images`, `num_texts`, and under `chance` the same metrics at random; with
-        `rerank` that number, and under `reranked` the metrics of `rerank_metrics`.
+        The keys of `retrieval_metrics`, `num_images`, `num_texts`, and under `chance` the metrics of random scores.
+        With `rerank` also that number, and under `reranked` the metrics of `rerank_metrics`.
 
     Raises:
-        ValueError: the lengths differ or there are no images.
+        ValueError: if the lengths differ or there are no images.
+
+    Example:
+
+        report = retrieval_report(model, processor, images, captions)
+        print(report["text_to_image_r1"], report["chance"]["text_to_image_r1"])
     """
     ids = list(range(len(images))) if ids is None else list(ids)
     if not len(images) == len(captions) == len(ids):
-        raise ValueError(f"{len(images)} images, {len(captions)} captions and {len(ids)} ids: they must be equal")
+        raise ValueError(
+            f"{len(images)} images, {len(captions)} captions and {len(ids)} ids: give one of each per image."
+        )
     pairs = {
         (image_id, text): None
         for image_id, texts in zip(ids, captions, strict=True)
         for text in ([texts] if isinstance(texts, str) else texts)
     }
     text_ids, texts = [image_id for image_id, _ in pairs], [text for _, text in pairs]
-    shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
-    image_embeds = embed_images(model, processor, images, batch_size, **shown)
-    text_embeds = embed_texts(model, processor, texts, **shown)
+    run_options: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+    image_embeds = embed_images(model, processor, images, batch_size, **run_options)
+    text_embeds = embed_texts(model, processor, texts, **run_options)
     report: dict[str, Any] = retrieval_metrics(image_embeds, text_embeds, text_ids, ids, ks=ks)
     report |= {"num_images": len(images), "num_texts": len(texts), "chance": chance(text_ids, ids, ks=ks)}
     if rerank is None:
         return report
 
     def score_pairs(candidates: torch.Tensor) -> torch.Tensor:
-        return match_logits(model, processor, images, texts, candidates, **shown)[:, 1]
+        return match_logits(model, processor, images, texts, candidates, **run_options)[:, 1]
 
     reranked = rerank_metrics(image_embeds, text_embeds, score_pairs, text_ids, ids, k=rerank, ks=ks)
     return report | {"rerank": rerank, "reranked": reranked}
@@ -100,19 +106,19 @@ def hard_negative_report(
     progress: bool = True,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """How often a picture prefers its true caption to one that differs in a word.
+    """How often the true caption of an image scores higher than one that differs in a word.
 
     Args:
-        images: `(I,)` pictures.
-        hard_negatives: `(I,)`, for each picture dicts with `caption` (true), `negative` (false) and `kind`.
-        matching: also by the log-odds of matching (ITM), which the model must be capable of.
-        batch_size: images a forward pass.
-        progress: show progress bars.
-        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
+        images: `(I,)`.
+        hard_negatives: `(I,)`, for each image dicts with `caption` (true), `negative` (false) and `kind`.
+        matching: Also score by the log-odds of a match (ITM); requires a matching head.
+        batch_size: Images per forward pass.
+        progress: Show progress bars.
+        autocast_dtype: Autocast dtype, for instance `torch.bfloat16`; None: no autocast.
 
     Returns:
-        The keys of `hard_negative_metrics` by the similarity of embeddings (ITC), under `blind` the same on grey
-        pictures; with `matching` under `itm` and `itm_blind` the same by matching. Chance is 0.5.
+        The keys of `hard_negative_metrics`, scored by embedding similarity (ITC), and under `blind` the same with a
+        grey image. With `matching`, `itm` and `itm_blind` hold the same scored by matching. Chance is 0.5.
     """
     rows = [(i, pair) for i, pairs in enumerate(hard_negatives) for pair in pairs]
     texts = sorted({pair[key] for _, pair in rows for key in ("caption", "negative")})
@@ -120,11 +126,11 @@ def hard_negative_report(
     owner = torch.tensor([i for i, _ in rows])
     true, false = (torch.tensor([position[pair[key]] for _, pair in rows]) for key in ("caption", "negative"))
     kinds = [pair["kind"] for _, pair in rows]
-    shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
-    text_embeds = embed_texts(model, processor, texts, **shown)
+    run_options: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+    text_embeds = embed_texts(model, processor, texts, **run_options)
 
     def by_embeddings(images: Sequence[Image.Image], owner: torch.Tensor) -> dict[str, float]:
-        image_embeds = unit_images(embed_images(model, processor, images, batch_size, **shown))
+        image_embeds = unit_images(embed_images(model, processor, images, batch_size, **run_options))
         pairs = (torch.stack([owner, chosen], dim=1) for chosen in (true, false))
         right, wrong = (pair_cosines(image_embeds, text_embeds, of) for of in pairs)
         return hard_negative_metrics(right, wrong, kinds, tie_tolerance=COSINE_TOLERANCE)
@@ -133,14 +139,14 @@ def hard_negative_report(
         pairs, inverse = torch.stack([owner.repeat(2), torch.cat([true, false])], dim=1).unique(
             dim=0, return_inverse=True
         )
-        logits = match_logits(model, processor, images, texts, pairs, **shown)
+        logits = match_logits(model, processor, images, texts, pairs, **run_options)
         right, wrong = (logits[:, 1] - logits[:, 0])[inverse].chunk(2)
         return hard_negative_metrics(right, wrong, kinds, tie_tolerance=MATCH_TOLERANCE)
 
-    nowhere = torch.zeros_like(owner)
-    report: dict[str, Any] = {**by_embeddings(images, owner), "blind": by_embeddings([GREY], nowhere)}
+    grey = torch.zeros_like(owner)
+    report: dict[str, Any] = {**by_embeddings(images, owner), "blind": by_embeddings([GREY], grey)}
     if matching:
-        report |= {"itm": by_matching(images, owner), "itm_blind": by_matching([GREY], nowhere)}
+        report |= {"itm": by_matching(images, owner), "itm_blind": by_matching([GREY], grey)}
     return report
 
 
@@ -157,22 +163,22 @@ def caption_report(
     progress: bool = True,
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Captions of all pictures against their references.
+    """Generated captions of all images against their references.
 
     Args:
-        images: `(I,)` pictures.
-        references: `(I,)`, one true caption or several of each.
-        prompt: text that captions begin with and that is not scored; with `prompting` the instruction.
-        prompting: as in `answer_questions`.
-        generate_options: options of transformers' `generate`.
-        batch_size, progress, autocast_dtype: as in `caption_images`.
+        images: `(I,)`.
+        references: `(I,)`, one or several true captions per image.
+        prompt: Text that captions begin with; not scored. With `prompting`, the instruction.
+        prompting: As in `answer_questions`.
+        generate_options: Options of transformers' `generate`.
+        batch_size, progress, autocast_dtype: As in `caption_images`.
 
     Returns:
-        The keys of `caption_metrics`, `images`, their number, and under `blind` the metrics of the caption that the
-        model gives a grey picture; and the captions.
+        A report and the captions. The report has the keys of `caption_metrics`, `images` (their number), and under
+        `blind` the metrics of the caption for a grey image.
 
     Raises:
-        ValueError: the lengths differ, there are no images, or an image has no reference.
+        ValueError: if the lengths differ, there are no images, or an image has no reference.
     """
     truths = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
     options: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype, **generate_options}
@@ -203,37 +209,37 @@ def vqa_report(
     progress: bool = True,
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Answers to all questions about the pictures.
+    """Answers to all questions about the images.
 
     Args:
-        images: `(I,)` pictures.
-        questions: `(I,)`, for each picture dicts with `question`, `answer` (a string, or what several people said), and
-            in all or none `kind`.
-        train_questions: questions of the training set, for the row of the majority.
-        answer_list: a closed list of answers to choose from; by default answers are written.
-        generate_options: options of transformers' `generate`, where answers are written.
-        prompting, batch_size, progress, autocast_dtype: as in `answer_questions`.
+        images: `(I,)`.
+        questions: `(I,)`, for each image dicts with `question`, `answer` (a string, or the answers of several people)
+            and, in all or none, `kind`.
+        train_questions: Questions of the training set, for the majority answer.
+        answer_list: Closed list of answers to choose from; by default answers are generated.
+        generate_options: Options of transformers' `generate`, if answers are generated.
+        prompting, batch_size, progress, autocast_dtype: As in `answer_questions`.
 
     Returns:
-        The keys of `vqa_metrics`, by kind of question where there are kinds; under `blind` the same for the questions
-        beside a grey picture; with `train_questions` under `majority` the same for the most frequent training answer,
-        of each kind where there are kinds. And the answers, picture by picture.
+        A report and the answers, image by image. The report has the keys of `vqa_metrics`, also by kind of question if
+        there are kinds. Under `blind` are the metrics with a grey image. With `train_questions`, `majority` holds the
+        metrics of the most frequent training answer (of the same kind, if there are kinds).
 
     Raises:
-        ValueError: the lengths differ, there are no questions, or a question has no answer.
+        ValueError: if the lengths differ, there are no questions, or a question has no answer.
     """
     if len(images) != len(questions):
-        raise ValueError(f"{len(images)} images and questions about {len(questions)}: they must be equal")
+        raise ValueError(f"{len(images)} images and questions about {len(questions)}: give one list per image.")
     rows = [(i, asked) for i, of_image in enumerate(questions) for asked in of_image]
     texts = [asked["question"] for _, asked in rows]
     people = [[asked["answer"]] if isinstance(asked["answer"], str) else asked["answer"] for _, asked in rows]
     kinds = [asked["kind"] for _, asked in rows] if rows and "kind" in rows[0][1] else None
-    shown: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
+    run_options: dict[str, Any] = {"progress": progress, "autocast_dtype": autocast_dtype}
 
     def answer(images: Sequence[Image.Image], texts: list[str], image_of_text: list[int]) -> list[str]:
         if answer_list is not None:
-            return choose_answers(model, processor, images, texts, image_of_text, answer_list, **shown)
-        options = {"prompting": prompting, **shown, **generate_options}
+            return choose_answers(model, processor, images, texts, image_of_text, answer_list, **run_options)
+        options = {"prompting": prompting, **run_options, **generate_options}
         return answer_questions(model, processor, images, texts, image_of_text, batch_size, **options)
 
     answers = answer(images, texts, [i for i, _ in rows])
@@ -247,7 +253,7 @@ def vqa_report(
 
 
 def _majority(train_questions: Sequence[Mapping[str, Any]], kinds: list[str] | None, count: int) -> list[str]:
-    """What the majority answers to questions of these kinds; to a kind that training has not, the answer of all."""
+    """The most frequent training answer of each question's kind; for a kind not in training, that of all questions."""
     given = [asked["answer"] for asked in train_questions]
     of_all = majority_answer(given)
     if kinds is None:
@@ -268,18 +274,18 @@ def pope_report(
     progress: bool = True,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Whether a model says that things are there which are not.
+    """Object hallucination: answers to balanced yes/no questions about object presence (POPE).
 
     Args:
-        questions: `(I,)`, for each picture dicts with `question`, `answer` ("yes" or "no") and `kind`.
+        questions: `(I,)`, for each image dicts with `question`, `answer` ("yes" or "no") and `kind`.
         The rest as in `vqa_report`.
 
     Returns:
-        The keys of `pope_metrics`; under `blind` the same beside a grey picture, under `majority` the same for yes to
-        everything.
+        The keys of `pope_metrics`; under `blind` the same with a grey image, under `majority` the same for the answer
+        yes to every question.
 
     Raises:
-        ValueError: the lengths differ, or there are no questions.
+        ValueError: if there are no questions.
     """
     rows = [(i, asked) for i, of_image in enumerate(questions) for asked in of_image]
     texts, truths, kinds = ([asked[name] for _, asked in rows] for name in ("question", "answer", "kind"))
@@ -321,17 +327,22 @@ def zero_shot_report(
         ks: Ranks at which accuracy is measured.
         batch_size: Images per forward pass.
         progress: Show progress bars.
-        autocast_dtype: Run the model under autocast to this type, for instance `torch.bfloat16`.
+        autocast_dtype: Autocast dtype, for instance `torch.bfloat16`; None: no autocast.
 
     Returns:
         The keys of `zero_shot_metrics`, `images` and `classes` (their numbers), and under `chance` the metrics of a
         random guess.
 
     Raises:
-        ValueError: the lengths differ, there are no images, or a label is not in `class_names`.
+        ValueError: if the lengths differ, there are no images, or a label is not in `class_names`.
+
+    Example:
+
+        report = zero_shot_report(model, processor, images, labels=["cat", "dog"], class_names=["cat", "dog", "cow"])
+        print(report["top1"], report["chance"]["top1"])
     """
     if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images and {len(labels)} labels: they must be equal")
+        raise ValueError(f"{len(images)} images and {len(labels)} labels: give one label per image.")
     names = list(dict.fromkeys(labels if class_names is None else class_names))
     position = {name: i for i, name in enumerate(names)}
     if unknown := set(labels) - set(names):

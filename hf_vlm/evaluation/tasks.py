@@ -104,9 +104,9 @@ def run_vqa(evaluator: Evaluator, test: TestSet, wordings: Wordings | None = Non
     settings, answers = evaluator.settings, None
     if settings.rank_answers:
         if evaluator.prompting is not None:
-            raise ValueError(f"A {type(evaluator.model).__name__} writes its answers: leave out their ranking.")
+            raise ValueError(f"A {type(evaluator.model).__name__} cannot rank answers: leave out rank_answers.")
         if test.train_questions is None:
-            raise ValueError("Ranking needs a list of answers: name the split of the training questions.")
+            raise ValueError("Ranking needs a list of answers, but there are no training questions: give train_split.")
         given = [asked["answer"] for asked in test.train_questions]
         answers = sorted({text for people in given for text in ([people] if isinstance(people, str) else people)})
     report, _ = vqa_report(
@@ -204,11 +204,11 @@ def chosen_tasks(model: PreTrainedModel, fields: Collection[str], task: str | No
     if task is not None and task not in able:
         raise ValueError(f"A {name} cannot do {task!r}; it can do {', '.join(able)}.")
     if task is not None and task not in available:
-        raise ValueError(f"There is nothing for {task!r} in {data}; it serves for {', '.join(available)}.")
+        raise ValueError(f"{data} has no data for {task!r}, only for {', '.join(available)}.")
     tasks = [known for known in available if known in able and task in (None, known)]
     if not tasks:
         raise ValueError(
-            f"A {name} can do {', '.join(able)}, but {data} serves for {', '.join(available)}: take scenes or own data."
+            f"A {name} can do {', '.join(able)}, but {data} only allows {', '.join(available)}: use other data."
         )
     return tasks
 
@@ -223,14 +223,14 @@ def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model, with the head that its config names, and processor.
 
     Raises:
-        ValueError: if the checkpoint is of another architecture, or has no head.
+        ValueError: if the architecture is unknown, or the checkpoint has no head.
     """
     config = AutoConfig.from_pretrained(checkpoint)
     name = (config.architectures or ["model without a name"])[0]
     if name not in heads():
         raise ValueError(
-            f"{checkpoint} holds a {name} of type {config.model_type}; evaluated are {', '.join(heads())}. "
-            f"If it is transformers' own CLIP or BLIP, convert it first: hf-vlm convert {checkpoint} FOLDER"
+            f"{checkpoint} is a {name} ({config.model_type}), which cannot be evaluated, only {', '.join(heads())}. "
+            f"Convert a checkpoint of transformers first: hf-vlm convert {checkpoint} FOLDER"
         )
     return load_class(name).from_pretrained(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
 

@@ -1,10 +1,11 @@
-"""What a model writes about images: captions, and answers to questions, for all rows of a test set.
+"""Generated captions and answers for a whole test set.
 
-- Captions: any model whose `generate(pixel_values, input_ids, attention_mask, ...)` returns a prompt and what follows,
-  such as `VlmBlipForConditionalGeneration`.
-- Answers: any whose `generate` and `rank_answers` take `vision_features`, such as `VlmBlipForQuestionAnswering`. An
-  image with several questions is encoded once.
-- With `Prompting` a question is a prompt that a language model goes on with, as in BLIP-2 and InstructBLIP.
+- Captions: `generate(pixel_values, input_ids, attention_mask, ...)` returns the prompt and its continuation, as in
+  `VlmBlipForConditionalGeneration`.
+- Answers: `generate` and `rank_answers` take `vision_features`, as in `VlmBlipForQuestionAnswering`. An image with
+  several questions is encoded once.
+- `Prompting`: the question is the prompt of a language model, as in BLIP-2 and InstructBLIP.
+- `Chatting`: the question is a chat message, as in LLaVA.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,17 +21,17 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .blocks import image_blocks
 from .embed import evaluation_mode
 
-RANKED_ROWS = 512  # answers compared at a time, each with logits of the whole vocabulary
+RANKED_ROWS = 512  # answers scored at a time; each has logits over the whole vocabulary
 Inputs = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """How a model is given prompts about images, where that is another way than BLIP's.
+    """How a language model receives prompts about images.
 
     Attributes:
-        inputs: from prompts to what `generate` takes for them, padded on the left; it returns what follows the prompt.
-        encode: from pixels to the `vision_features` that `generate` takes in their place.
+        inputs: Prompts to the inputs of `generate`, padded on the left. `generate` returns only the continuation.
+        encode: Pixels to the `vision_features` of `generate`.
     """
 
     inputs: Callable[[list[str]], Inputs]
@@ -39,11 +40,11 @@ class Prompting:
 
 @dataclass(frozen=True)
 class Chatting:
-    """How a model that talks is asked about images, which it may see in more than one view.
+    """How a chat model is asked about images, which may be split into several views (tiles).
 
     Attributes:
-        answer: from images, questions, the row of `images` that each question is about, and options of `generate`, to
-            what the model says to each question.
+        answer: Function of images, questions, the index in `images` of each question's image, and options of
+            `generate`. It returns the answer to each question.
     """
 
     answer: Callable[..., list[str]]
@@ -60,21 +61,25 @@ def caption_images(
     autocast_dtype: torch.dtype | None = None,
     **generate_kwargs: Any,
 ) -> list[str]:
-    """A caption of each image.
+    """A generated caption of each image.
 
     Args:
-        images: anything with a length and integer indices; read a batch at a time.
-        prompt: text that every caption begins with; it is not part of what is returned.
-        batch_size: images at a time.
-        progress: show a progress bar.
-        autocast_dtype: run the model under autocast to this type, for instance `torch.bfloat16`.
-        **generate_kwargs: options of transformers' `generate`, such as `num_beams` and `max_new_tokens`.
+        images: Any sequence of images; read one batch at a time.
+        prompt: Text that every caption begins with; removed from the result.
+        batch_size: Images per batch.
+        progress: Show a progress bar.
+        autocast_dtype: Autocast dtype, for instance `torch.bfloat16`; None: no autocast.
+        **generate_kwargs: Options of transformers' `generate`, such as `num_beams` and `max_new_tokens`.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: if there are no images.
+
+    Example:
+
+        print(caption_images(model, processor, [image], num_beams=3, max_new_tokens=20))
     """
     if len(images) == 0:
-        raise ValueError("there are no images to caption")
+        raise ValueError("No images to caption: give at least one.")
     captions: list[str] = []
     with evaluation_mode(model, autocast_dtype), tqdm(total=len(images), desc="captions", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
@@ -84,7 +89,7 @@ def caption_images(
             written = model.generate(
                 pixel_values=pixel_values.to(model.device, model.dtype), **inputs, **generate_kwargs
             )
-            # [DEC] alone, or [DEC] and the prompt; the tokenizer's [SEP] is not part of it.
+            # The output begins with [DEC], or with [DEC] and the prompt without the tokenizer's [SEP].
             width = 1 if prompt is None else inputs["input_ids"].shape[1] - 1
             captions += processor.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
             bar.update(len(batch))
@@ -104,18 +109,23 @@ def answer_questions(
     autocast_dtype: torch.dtype | None = None,
     **generate_kwargs: Any,
 ) -> list[str]:
-    """An answer to each question, written.
+    """A generated answer to each question.
 
     Args:
-        images: anything with a length and integer indices.
+        images: Any sequence of images.
         questions: `(Q,)`, in any order.
-        image_of_question: `(Q,)`, the row of `images` that each question is about.
-        batch_size: questions at a time, and images at a time.
-        prompting: how the questions are asked; by default as the processor prepares texts.
-        progress, autocast_dtype, generate_kwargs: as in `caption_images`.
+        image_of_question: `(Q,)`, the index in `images` of each question's image.
+        batch_size: Questions per batch, and images per batch.
+        prompting: How the model receives the questions; by default through the processor alone.
+        progress, autocast_dtype, generate_kwargs: As in `caption_images`.
 
     Raises:
-        ValueError: there are no questions, the lengths differ, or a question is about an image that is not there.
+        ValueError: if there are no questions, the lengths differ, or an image index is out of range.
+
+    Example:
+
+        questions = ["What colour is the cat?", "How many trees are there?"]
+        print(answer_questions(model, processor, [image], questions, [0, 0], max_new_tokens=10))
     """
 
     def write(vision_features: torch.Tensor, inputs: Inputs) -> list[str]:
@@ -141,18 +151,22 @@ def choose_answers(
     progress: bool = True,
     autocast_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """For each question the likeliest of a closed list of answers (BLIP, section 5.3).
+    """The most likely answer to each question, from a closed list (BLIP, section 5.3).
 
     Args:
-        images, questions, image_of_question, progress, autocast_dtype: as in `answer_questions`.
-        answers: the list; all questions have the same.
-        num_candidates: how many of them, those with the likeliest first token, are compared whole.
+        images, questions, image_of_question, progress, autocast_dtype: As in `answer_questions`.
+        answers: The closed list, the same for all questions.
+        num_candidates: Number of answers that are scored in full: those with the most likely first token.
 
     Raises:
-        ValueError: there are no answers, and as `answer_questions`.
+        ValueError: if there are no answers, or as in `answer_questions`.
+
+    Example:
+
+        print(choose_answers(model, processor, [image], ["What colour is the cat?"], [0], ["red", "blue"]))
     """
     if isinstance(answers, str) or len(answers) == 0:
-        raise ValueError(f"answers must be a non-empty list of strings, got {answers!r}")
+        raise ValueError(f"answers must be a non-empty list of strings, got {answers!r}.")
     listed = processor(text=list(answers)).to(model.device)
     batch_size = max(1, RANKED_ROWS // min(num_candidates, len(answers)))
 
@@ -181,7 +195,7 @@ def _answers(
     progress: bool,
     prompting: Prompting | None = None,
 ) -> list[str]:
-    """Answers in the order of the questions; `answer` gives those to a batch from its images' states, row by row."""
+    """Answers in the order of the questions; `answer` maps hidden states and inputs of a batch to its answers."""
     _check_lengths(questions, image_of_question)
     found = [""] * len(questions)
     lengths = torch.tensor([len(question) for question in questions])
@@ -189,7 +203,7 @@ def _answers(
     encode = None if prompting is None else prompting.encode
     with tqdm(total=len(questions), desc="questions", disable=not progress) as bar:
         for block in image_blocks(model, processor, images, image_of_question, batch_size, encode):
-            # Longest first, so that each batch is padded only to texts of about its own length.
+            # Sorted by length, so that padding stays short.
             for part in lengths[block.rows].argsort(descending=True, stable=True).split(batch_size):
                 rows = block.rows[part].tolist()
                 prepared = prepare([questions[row] for row in rows])
@@ -209,9 +223,9 @@ def _said(
     answer: Callable[[list[Image.Image], list[str], list[int]], list[str]],
     progress: bool,
 ) -> list[str]:
-    """Answers in the order of the questions, of a model that is asked about images in the words of a chat.
+    """Answers of a chat model, in the order of the questions.
 
-    Questions about one image stand side by side, and among them those of about the same length.
+    Batches are sorted by image, so that its questions share a prefix, then by length.
     """
     _check_lengths(questions, image_of_question)
     found = [""] * len(questions)
@@ -220,9 +234,9 @@ def _said(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             shown = list(dict.fromkeys(image_of_question[row] for row in rows))
-            pictures = [images[image] for image in shown]
+            batch = [images[image] for image in shown]
             asked, places = [questions[row] for row in rows], [shown.index(image_of_question[row]) for row in rows]
-            for row, text in zip(rows, answer(pictures, asked, places), strict=True):
+            for row, text in zip(rows, answer(batch, asked, places), strict=True):
                 found[row] = text.strip()
             bar.update(len(rows))
     return found
@@ -230,7 +244,9 @@ def _said(
 
 def _check_lengths(questions: Sequence[str], image_of_question: Sequence[int]) -> None:
     if not questions or len(questions) != len(image_of_question):
-        raise ValueError(f"{len(questions)} questions about {len(image_of_question)} images: must be equal numbers")
+        raise ValueError(
+            f"{len(questions)} questions but {len(image_of_question)} entries in image_of_question: give equal numbers."
+        )
 
 
 __all__ = ["Chatting", "Prompting", "answer_questions", "caption_images", "choose_answers"]

@@ -106,7 +106,7 @@ def load_recipes() -> list[Recipe]:
     found = {path.stem: Recipe(path) for path in sorted(Path(folder).glob("*.py")) if path.stem != "__init__"}
 
     def depth(recipe: Recipe) -> int:
-        before = {config.after.split("/")[0] for config in recipe.configs.values()} & found.keys() - {recipe.name}
+        before = {name for config in recipe.configs.values() for name in config.after.split()[:1] if name in found}
         return max((1 + depth(found[name]) for name in before), default=0)
 
     return sorted(found.values(), key=lambda recipe: (depth(recipe), recipe.name))

@@ -100,7 +100,7 @@ def test_match_logits_in_bfloat16_and_errors():
     assert 0 < (lower - exact).abs().max() < 0.2
     for pairs, message in (
         ([(0, len(TEXTS))], f"there are {len(TEXTS)} texts"),
-        ([(len(IMAGES), 0)], f"row 0 asks about image {len(IMAGES)}, and there are {len(IMAGES)}"),
+        ([(len(IMAGES), 0)], f"Row 0 is about image {len(IMAGES)}, but there are only {len(IMAGES)} images"),
         ([(0, 1, 2)], r"shape \(pairs, 2\)"),
         (torch.empty(0, 2, dtype=torch.long), r"shape \(pairs, 2\)"),
         (torch.zeros(1, 2), "must be integers"),
@@ -266,7 +266,7 @@ def test_answers_equal_those_of_one_question_at_a_time(batch_size):
     assert answers == expected
     assert len(set(answers)) > 1
     assert sum(images) == len(set(ABOUT))
-    with pytest.raises(ValueError, match="7 questions about 6 images"):
+    with pytest.raises(ValueError, match="7 questions but 6 entries in image_of_question"):
         answer_questions(model, PROCESSOR, IMAGES, QUESTIONS, ABOUT[:-1], progress=False)
 
 
@@ -384,7 +384,7 @@ def test_scenes_of_another_size_and_fewer_questions(checkpoints, monkeypatch):
 def test_only_scenes_have_a_size(checkpoints, option):
     result = CliRunner().invoke(app, ["evaluate", checkpoints[VlmBlipForQuestionAnswering], "--data", "emoji", *option])
     assert result.exit_code == 1
-    assert "shape scenes and not emoji" in str(result.exception)
+    assert "apply to scenes only, not to emoji" in str(result.exception)
 
 
 @pytest.mark.parametrize(
@@ -395,10 +395,20 @@ def test_only_scenes_have_a_size(checkpoints, option):
             VlmBlipForQuestionAnswering,
             "emoji",
             None,
-            "can do vqa, pope, but emoji serves for retrieval, caption, zero_shot: take scenes",
+            "can do vqa, pope, but emoji only allows retrieval, caption, zero_shot: use other",
         ),
-        (VlmBlipForPreTraining, "emoji", "hard_negatives", "nothing for 'hard_negatives' in emoji"),
-        (VlmBlipModel, "scenes", None, "holds a VlmBlipModel of type vlm_blip; evaluated are VlmClipModel, VlmBlipFor"),
+        (
+            VlmBlipForPreTraining,
+            "emoji",
+            "hard_negatives",
+            "emoji has no data for 'hard_negatives', only for retrieval",
+        ),
+        (
+            VlmBlipModel,
+            "scenes",
+            None,
+            "is a VlmBlipModel \\(vlm_blip\\), which cannot be evaluated, only VlmClipModel, VlmB",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line(checkpoints, head, data, task, message):
@@ -454,7 +464,7 @@ def test_own_questions_need_columns_answers_and_a_list(checkpoints, own_data, tm
     with pytest.raises(ValueError, match=r"\['caption'\] is unknown; name image, question and answer"):
         evaluate_checkpoint(model, own_data, "test", "image=image,caption=words", 0)
     ranked = EvaluationSettings(rank_answers=True, progress=False)
-    with pytest.raises(ValueError, match="name the split of the training questions"):
+    with pytest.raises(ValueError, match="there are no training questions: give train_split"):
         evaluate_checkpoint(model, own_data, "test", columns, 0, settings=ranked)
     metadata = tmp_path / "test" / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace('["cat", "cat", "dog"]', "[]", 1))

@@ -298,7 +298,7 @@ def test_both_wordings_are_measured(head, seen):
 def test_a_language_model_ranks_no_answers():
     model, processor = with_llm(BLIP2)
     ranked = Evaluator(model, processor, EvaluationSettings(rank_answers=True, progress=False))
-    with pytest.raises(ValueError, match="A VlmBlip2ForConditionalGeneration writes its answers"):
+    with pytest.raises(ValueError, match="A VlmBlip2ForConditionalGeneration cannot rank answers"):
         run_tasks(ranked, ["vqa"], TestSet(IMAGES, questions=asked_of_images()))
 
 
@@ -340,7 +340,7 @@ def test_easy_vqa_on_the_command_line(instruct_folder):
     ((answer, _),) = Counter(asked["answer"] for asked in easy_vqa_questions("train")).most_common(1)
     chosen = random.Random(0).sample(easy_vqa_questions("test"), 12)
     assert again["majority"]["exact_match"] == sum(asked["answer"] == answer for asked in chosen) / 12
-    with pytest.raises(ValueError, match="can do retrieval, hard_negatives, zero_shot, but easy_vqa serves for vqa"):
+    with pytest.raises(ValueError, match="can do retrieval, hard_negatives, zero_shot, but easy_vqa only allows vqa"):
         report_on_easy_vqa(tiny_blip2.blip2_model(), tiny_blip2.stage1_processor())
 
 
@@ -357,5 +357,5 @@ def test_captions_or_questions_of_ones_own(instruct_folder, tmp_path):
     ):
         args = (instruct_folder, str(tmp_path), "test", f"image=image,{columns}", 0)
         assert list(evaluate_checkpoint(*args, settings=QUIET)["test"]) == tasks
-    with pytest.raises(ValueError, match=r"nothing for 'caption' in .*; it serves for vqa, vqa_unseen_wordings"):
+    with pytest.raises(ValueError, match=r"has no data for 'caption', only for vqa, vqa_unseen_wordings"):
         evaluate_checkpoint(*args, task="caption", settings=QUIET)

@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -213,7 +215,9 @@ def test_every_number_was_measured(folder):
         (folder / name).unlink()
     bare = write_card(folder).read_text()
     headings = {
-        label for evaluation in EVALUATIONS.values() for label in [*evaluation.metrics.values(), evaluation.note]
+        label
+        for evaluation in EVALUATIONS.values()
+        for label in [*evaluation.description.metrics.values(), evaluation.note]
     }
     invented = numbers(body) - numbers(bare) - values(RECORD) - values(RESULTS) - numbers(" ".join(headings))
     assert not invented
@@ -233,6 +237,15 @@ def test_released_cards_are_whole(path):
     for heading in ("How to use", "Results", "Training", "Data", "Limits"):
         assert f"\n## {heading}\n" in card.text
     assert not re.search(r"(?<![\w.:/])(/[\w.]+){2,}|hf_[A-Za-z0-9]{16,}", card.text)
+
+
+def test_table_of_released_models_is_current():
+    """`docs/make_model_table.py` writes it from the cards."""
+    script = [sys.executable, str(ROOT / "docs" / "make_model_table.py"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (ROOT / "model_cards" / "README.md").read_text()
+    assert all(f"]({path.name})" in table for path in (ROOT / "model_cards").glob("[!R]*.md"))
 
 
 def test_changed_results_change_the_card(folder):

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ...families import FAMILIES, load_reference
+from ...metrics.descriptions import DESCRIPTIONS, Description
 from ..record import CARD_HASH, RECORD_NAME, Record, read_json, read_record, record_text, write_record
 from .evaluations import EVALUATIONS, OTHER_RUNS, TEST_SETS
 from .types import CHECKPOINT, CardTexts, Evaluation, HeadTexts
@@ -167,14 +168,17 @@ def read_results(folder: str | Path) -> Results:
 
 
 def evaluation_of(name: str, by_set: dict[str, dict[str, Any]], model_type: str) -> Evaluation:
-    """How an evaluation is shown: as the table of texts says, else every number under its own name."""
+    """How an evaluation is shown: as the cards' texts or the task's description say, else under its own names."""
     texts = card_texts(model_type)
     known = EVALUATIONS | (texts.evaluations if texts else {})
     if name in known:
         return known[name]
-    numbers = {key: key for scores in by_set.values() for key, value in scores.items() if not isinstance(value, dict)}
     title = name.replace("_", " ").capitalize()
-    return Evaluation(title, (name, title), (name, title), {}, numbers, "")
+    numbers = {key: key for scores in by_set.values() for key, value in scores.items() if not isinstance(value, dict)}
+    plain = Description(
+        name, title, summary="", hub_task=(name, title), primary=next(iter(numbers), ""), metrics=numbers
+    )
+    return Evaluation(DESCRIPTIONS.get(name, plain), (name, title))
 
 
 def eval_results(results: Results, model_type: str) -> list[EvalResult]:
@@ -182,15 +186,16 @@ def eval_results(results: Results, model_type: str) -> list[EvalResult]:
     found = []
     for name, by_set in results.items():
         evaluation = evaluation_of(name, by_set, model_type)
+        described = evaluation.description
         for test_set, scores in by_set.items():
-            values = [(key, label, scores.get(key)) for key, label in evaluation.metrics.items()]
-            for row in evaluation.own:
+            values = [(key, label, scores.get(key)) for key, label in described.metrics.items()]
+            for row in described.own_rows:
                 suffix, own = evaluation.rows[row], scores.get(row, {})
-                values += [(f"{row}_{k}", f"{label}, {suffix}", own.get(k)) for k, label in evaluation.metrics.items()]
+                values += [(f"{row}_{k}", f"{label}, {suffix}", own.get(k)) for k, label in described.metrics.items()]
             found += [
                 EvalResult(
-                    task_type=evaluation.task[0],
-                    task_name=evaluation.task[1],
+                    task_type=described.hub_task[0],
+                    task_name=described.hub_task[1],
                     dataset_type=evaluation.dataset[0],
                     dataset_name=evaluation.dataset[1],
                     dataset_split=test_set,
@@ -208,8 +213,8 @@ def results_section(name: str, by_set: dict[str, dict[str, Any]], model_type: st
     """One evaluation as heading, note and table; what was computed to compare with stands below each test set's row."""
     evaluation = evaluation_of(name, by_set, model_type)
     used = {key for scores in by_set.values() for key in scores}
-    sizes = {key: label for key, label in evaluation.sizes.items() if key in used}
-    metrics = {key: label for key, label in evaluation.metrics.items() if key in used}
+    sizes = {key: label for key, label in evaluation.description.sizes.items() if key in used}
+    metrics = {key: label for key, label in evaluation.description.metrics.items() if key in used}
     rows = []
     for test_set, scores in by_set.items():
         counts = [number(scores.get(key), digits=0) for key in sizes]
@@ -217,7 +222,7 @@ def results_section(name: str, by_set: dict[str, dict[str, Any]], model_type: st
         for row, label in (evaluation.rows | OTHER_RUNS).items():
             if nested := scores.get(row):
                 rows.append([label, *("" for _ in sizes), *(number(nested.get(key)) for key in metrics)])
-    heading = f"### {escape(evaluation.title)}"
+    heading = f"### {escape(evaluation.description.title)}"
     return "\n\n".join(
         filter(None, [heading, evaluation.note, table(["test set", *sizes.values(), *metrics.values()], rows)])
     )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...metrics.descriptions import Description
+
 CHECKPOINT = "CHECKPOINT"  # placeholder in a usage snippet: the name to load, quotation marks included
 START = """import hf_vlm  # registers the architecture with the Auto classes
 from PIL import Image
@@ -15,24 +17,21 @@ class Evaluation:
     """How one evaluation of `results.json` is shown.
 
     Args:
-        title: Heading of its table.
-        task: Task type and name in the model index.
+        description: Names of the task and of its metrics.
         dataset: Dataset type and name in the model index.
-        sizes: Keys that count images, texts, pairs or questions -> column headings.
-        metrics: Keys of the measured numbers -> column headings, also the names in the model index.
         note: What the numbers mean.
-        rows: Keys of nested metrics, each a row below its test set's -> names of the rows.
-        own: The keys in `rows` that describe the model itself and not a baseline. The model index lists them too.
+        labels: Names of rows, where a card needs others than the terminal's table; also further rows.
     """
 
-    title: str
-    task: tuple[str, str]
+    description: Description
     dataset: tuple[str, str]
-    sizes: dict[str, str]
-    metrics: dict[str, str]
-    note: str
-    rows: dict[str, str] = field(default_factory=lambda: {"chance": "chance"})
-    own: tuple[str, ...] = ()
+    note: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """Keys of nested metrics, each a row below its test set's -> names of the rows."""
+        return {**self.description.rows, **self.labels}
 
 
 @dataclass(frozen=True)
