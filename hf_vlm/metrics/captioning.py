@@ -1,16 +1,15 @@
-"""Caption metrics: CIDEr, BLEU-1 to 4 and ROUGE-L of one caption an image against several references.
+"""Caption metrics: CIDEr, BLEU-1 to 4 and ROUGE-L of one caption per image against several references.
 
-- The numbers are those of pycocoevalcap, the program of the COCO caption benchmark, on the same words; the words come
+- The values equal those of pycocoevalcap, the program of the COCO caption benchmark, on the same words. The words come
   from `text.ptb_tokenize`, so no Java is needed.
-- **CIDEr** (Vedantam et al., 2015) is, as in that program, CIDEr-D without stemming: clipped tf-idf, a Gaussian penalty
-  of the difference in length (counted in bigrams, so one word is as long as none), times 10. Document frequencies come
-  from the references given: scores of different test sets cannot be compared, and a test set of one image, where no
-  word is rare, always gives 0.
-- **BLEU** (Papineni et al., 2002) is of the corpus, with the reference length closest to the caption's, and that
-  program's small constants instead of smoothing: without any common 4-gram BLEU-4 is tiny, not exactly 0.
+- **CIDEr** (Vedantam et al., 2015) is CIDEr-D without stemming, as in pycocoevalcap: clipped tf-idf, a Gaussian penalty
+  on the length difference (in bigrams: one word counts like none), times 10. Document frequencies come from the
+  given references. Scores of different test sets are not comparable, and a test set of one image always gives 0.
+- **BLEU** (Papineni et al., 2002) is computed over the corpus, with the closest reference length. It uses
+  pycocoevalcap's small constants instead of smoothing: without a common 4-gram, BLEU-4 is tiny and not exactly 0.
 - **ROUGE-L** (Lin, 2004) combines the best precision and the best recall over an image's references, with beta 1.2.
 
-Shapes: I images, R references in all, S = I + R sentences, captions before references.
+Shapes: I images, R references in total, S = I + R sentences, captions before references.
 """
 
 from collections import Counter
@@ -25,7 +24,7 @@ from .text import ptb_tokenize
 ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0
 BETA = 1.2
-# What pycocoevalcap adds to the counts of BLEU.
+# The constants that pycocoevalcap adds to BLEU's counts.
 TINY, SMALL = 1e-15, 1e-9
 
 
@@ -38,16 +37,22 @@ def caption_metrics(
     """CIDEr, BLEU and ROUGE-L over all images.
 
     Args:
-        predictions: `(I,)`, one caption an image; an empty one scores 0 (ROUGE-L: 1 where a reference is empty too).
-        references: `(I,)`, for each image at least one caption with a word in it; repeated ones count again.
-        tokenize: makes words of a caption; `str.split` for captions that are words already.
+        predictions: `(I,)`, one caption per image. An empty one scores 0 (ROUGE-L: 1 if a reference is empty too).
+        references: `(I,)`, at least one caption with a word per image; repeated captions count repeatedly.
+        tokenize: Splits a caption into words; `str.split` for tokenised captions.
 
     Returns:
-        `cider`, in [0, 10] (papers print it times 100, so 1.2 is 120); `bleu_1` to `bleu_4` and `rouge_l` in [0, 1].
+        `cider`, in [0, 10] (papers report 100 times the value, so 1.2 is 120); `bleu_1` to `bleu_4` and `rouge_l` in
+        [0, 1].
 
     Raises:
-        ValueError: the lengths differ, there are no images, an image has no reference with a word, or something is no
-            string.
+        ValueError: if the lengths differ, there are no images, an image has no reference with a word, or a value is not
+            a string.
+
+    Example:
+
+        metrics = caption_metrics(["a red cat", "two dogs"], [["a red cat"], ["two small dogs", "dogs"]])
+        print(metrics["cider"], metrics["rouge_l"])
     """
     _check(predictions, references)
     captions = [tokenize(prediction) for prediction in predictions]
@@ -67,13 +72,13 @@ def caption_metrics(
 
 @dataclass(frozen=True)
 class Overlap:
-    """N-grams of one length: the sparse matrix (sentence, n-gram) -> count, and where captions and references meet.
+    """N-grams of one length: the sparse matrix (sentence, n-gram) -> count, and the matches of captions and references.
 
     Attributes:
-        sentence, gram, count: `(E,)`, the entries that are not 0, by sentence and n-gram.
-        idf: `(n-grams,)`, log of images over images whose references hold the n-gram.
-        in_reference: `(M,)`, the reference entries whose n-gram the caption of the same image holds too.
-        in_caption: `(M,)`, those entries of the captions.
+        sentence, gram, count: `(E,)`, the non-zero entries, sorted by sentence and n-gram.
+        idf: `(n-grams,)`, log of the number of images over the number of images whose references have the n-gram.
+        in_reference: `(M,)`, indices of the reference entries whose n-gram is also in the caption of the image.
+        in_caption: `(M,)`, indices of the matching caption entries.
     """
 
     sentence: np.ndarray
@@ -85,14 +90,14 @@ class Overlap:
 
 
 class Corpus:
-    """All captions and references as numbers.
+    """All captions and references as word ids.
 
     Attributes:
         num_images: I.
-        references: `(I,)`, how many each image has.
-        image: `(S,)`, the image of each sentence; those of the captions are 0, 1, ... I - 1.
-        length: `(S,)`, words of each sentence.
-        words: `(words in all,)`, their numbers, sentence by sentence.
+        references: `(I,)`, number of references per image.
+        image: `(S,)`, the image of each sentence; for captions 0, 1, ... I - 1.
+        length: `(S,)`, number of words per sentence.
+        words: `(total words,)`, word ids, sentence by sentence.
     """
 
     def __init__(self, captions: list[list[str]], truths: list[list[list[str]]]):
@@ -131,7 +136,7 @@ class Corpus:
 
 
 def _cider(corpus: Corpus, tables: list[Overlap]) -> np.ndarray:
-    """CIDEr of each image, `(I,)`: equation 4 of Vedantam et al. (2015), averaged over the lengths of n-grams."""
+    """CIDEr of each image, `(I,)`: equation 4 of Vedantam et al. (2015), averaged over n-gram lengths."""
     images, truth = corpus.image[corpus.num_images :], slice(corpus.num_images, None)
     similarity = np.zeros(len(images))
     for table in tables:
@@ -148,11 +153,11 @@ def _cider(corpus: Corpus, tables: list[Overlap]) -> np.ndarray:
 
 
 def _bleu(corpus: Corpus, tables: list[Overlap]) -> list[float]:
-    """BLEU of the corpus up to each length of n-grams."""
+    """Corpus BLEU up to each n-gram length."""
     caption_length = corpus.length[: corpus.num_images]
     lengths = corpus.length[corpus.num_images :]
     distance = np.abs(lengths - caption_length[corpus.image[corpus.num_images :]])
-    # Closest length, the shorter one of two: distance and length as one number that sorts by both.
+    # The closest length, and the shorter one of two: distance and length are encoded as one number.
     base = lengths.max() + 1
     firsts = np.cumsum(corpus.references) - corpus.references
     closest = np.minimum.reduceat(distance * base + lengths, firsts) % base
@@ -170,7 +175,7 @@ def _bleu(corpus: Corpus, tables: list[Overlap]) -> list[float]:
 
 def _rouge_l(caption: list[str], truths: list[list[str]]) -> float:
     """ROUGE-L of one image."""
-    # No words count as one empty word, which an empty reference has in common.
+    # An empty text counts as one empty word, so that it matches an empty reference.
     caption, truths = caption or [""], [truth or [""] for truth in truths]
     places: Counter[str] = Counter()
     for place, word in enumerate(caption):
@@ -184,12 +189,12 @@ def _rouge_l(caption: list[str], truths: list[list[str]]) -> float:
 
 
 def _common_subsequence(places: Counter[str], length: int, other: list[str]) -> int:
-    """Length of the longest common subsequence, a column of its table at a time in the bits of a number (Hyyrö, 2004).
+    """Length of the longest common subsequence, by bit-parallel dynamic programming (Hyyrö, 2004).
 
     Args:
-        places: for each word a number whose bits are set where the word stands in the first text.
-        length: words of the first text.
-        other: the second text.
+        places: Word -> bit mask of its positions in the first text.
+        length: Number of words of the first text.
+        other: The second text.
     """
     everywhere = (1 << length) - 1
     column = everywhere

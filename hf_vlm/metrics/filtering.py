@@ -1,11 +1,10 @@
-"""How well a score finds bad image-text pairs: at a threshold, and over all thresholds.
+"""Detection of bad image-text pairs by a score: metrics at a threshold and over all thresholds.
 
-- A pair is flagged when its score is *below* the threshold. Precision: how many of the flagged are bad; recall: how
-  many of the bad are flagged; F1: their harmonic mean.
-- Average precision (mean over the bad pairs of the precision at their score) and ROC AUC (how often a bad pair scores
-  below a good one; ties count one half) need no threshold. A score that says nothing has an average precision of the
-  share of bad pairs, and an AUC of one half.
-- For each kind of corruption the same numbers with the bad pairs of other kinds left out.
+- A pair is flagged if its score is *below* the threshold. Precision is the share of flagged pairs that are bad. Recall
+  is the share of bad pairs that are flagged. F1 is their harmonic mean.
+- Average precision and ROC AUC need no threshold. Ties count one half in the AUC. A random score has an average
+  precision equal to the share of bad pairs, and an AUC of one half.
+- The metrics are also reported per kind of corruption, without the bad pairs of other kinds.
 """
 
 from collections.abc import Sequence
@@ -18,19 +17,24 @@ GOOD = "good"
 
 
 def filter_metrics(scores: Array | Sequence[float], corruptions: Sequence[str], threshold: float) -> dict[str, float]:
-    """Precision, recall, F1, average precision and ROC AUC of finding the bad pairs.
+    """Precision, recall, F1, average precision and ROC AUC of detecting bad pairs.
 
     Args:
-        scores: `(pairs,)`, the higher the better a pair matches.
-        corruptions: `(pairs,)`, `"good"`, or what is wrong with a pair.
-        threshold: pairs that score below it are flagged.
+        scores: `(pairs,)`; a better match has a higher score.
+        corruptions: `(pairs,)`, `"good"` or the kind of corruption.
+        threshold: Pairs with a lower score are flagged.
 
     Returns:
-        `precision`, `recall`, `f1` (0 where nothing is flagged), `average_precision`, `roc_auc`, `threshold`, `pairs`,
+        `precision`, `recall`, `f1` (0 if nothing is flagged), `average_precision`, `roc_auc`, `threshold`, `pairs`,
         `bad` and `flagged` (their numbers), and for each corruption `{metric}_{corruption}` and `bad_{corruption}`.
 
     Raises:
-        ValueError: the lengths differ, a score is NaN, or there are no good or no bad pairs.
+        ValueError: if the lengths differ, a score is NaN, or there are no good or no bad pairs.
+
+    Example:
+
+        metrics = filter_metrics([0.9, 0.1], ["good", "wrong_colour"], threshold=0.5)
+        print(metrics["f1"], metrics["roc_auc"])  # 1.0 1.0
     """
     scores, bad = _checked(scores, corruptions)
     report = {**_metrics(scores, bad, threshold), "threshold": float(threshold)}
@@ -44,12 +48,12 @@ def filter_metrics(scores: Array | Sequence[float], corruptions: Sequence[str], 
 
 
 def best_threshold(scores: Array | Sequence[float], corruptions: Sequence[str]) -> float:
-    """The threshold with the highest F1 of finding the bad pairs, halfway between two scores; the lowest of several.
+    """The threshold with the highest F1, halfway between two scores; the lowest of equally good ones.
 
-    Take other pairs than those that are then measured.
+    Choose the threshold on validation pairs, not on the pairs of the final measurement.
 
     Raises:
-        ValueError: as `filter_metrics`.
+        ValueError: as in `filter_metrics`.
     """
     scores, bad = _checked(scores, corruptions)
     values, flagged_bad, flagged = _cumulative(scores, bad)
@@ -60,7 +64,7 @@ def best_threshold(scores: Array | Sequence[float], corruptions: Sequence[str]) 
 
 
 def _checked(scores: Array | Sequence[float], corruptions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores `(pairs,)` in double precision and which of them are of bad pairs."""
+    """Scores `(pairs,)` in double precision, and a mask `(pairs,)` of the bad pairs."""
     scores = torch.as_tensor(scores, dtype=torch.float64).cpu()
     if scores.shape != (len(corruptions),):
         raise ValueError(f"scores have the shape {tuple(scores.shape)} and there are {len(corruptions)} corruptions")
@@ -89,7 +93,7 @@ def _metrics(scores: torch.Tensor, bad: torch.Tensor, threshold: float) -> dict[
 
 
 def _cumulative(scores: torch.Tensor, bad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The distinct scores in order, and for each how many bad pairs and how many in all score no higher."""
+    """The distinct scores in order, and for each the number of bad pairs and of all pairs with at most this score."""
     values, place, counts = scores.unique(return_inverse=True, return_counts=True)
     bad_counts = torch.zeros(len(values), dtype=torch.float64).index_add_(0, place, bad.double())
     return values, bad_counts.cumsum(0), counts.double().cumsum(0)

@@ -1,8 +1,9 @@
-"""Hard-negative accuracy: does an image prefer its true caption to one that differs in a single word?
+"""Hard-negative accuracy: does the true caption score higher than one that differs in a single word?
 
-- A pair is right when the true caption scores higher; **a tie counts one half**, so a model that cannot tell the two
-  captions apart gets 0.5, which is chance.
-- Kinds of change (left/right, number, colour, object) are reported one by one; the macro average weighs them alike.
+- A pair is correct if the true caption scores higher. **A tie counts one half**, so a model that cannot distinguish the
+  two captions gets 0.5 (chance).
+- Accuracy is also reported per kind of change (left/right, number, colour, object). The macro average weighs all kinds
+  equally.
 """
 
 from collections.abc import Sequence
@@ -24,22 +25,27 @@ def hard_negative_metrics(
     Args:
         positive_scores: `(pairs,)`, similarity of an image and its true caption.
         negative_scores: `(pairs,)`, similarity of the same image and the changed caption.
-        kinds: `(pairs,)`, what was changed.
-        tie_tolerance: scores that differ by no more than this are tied; 1e-6 suits float32 cosines.
+        kinds: `(pairs,)`, kind of the change.
+        tie_tolerance: Scores that differ by at most this much are tied; 1e-6 suits float32 cosines.
 
     Returns:
         `accuracy`, `macro_accuracy` (mean over the kinds), `pairs` (their number), and for each kind `accuracy_{kind}`
         and `pairs_{kind}`.
 
     Raises:
-        ValueError: the lengths differ, there are no pairs, or a score is NaN.
+        ValueError: if the lengths differ, there are no pairs, or a score is NaN.
+
+    Example:
+
+        metrics = hard_negative_metrics([0.9, 0.2], [0.1, 0.2], ["colour", "number"])
+        print(metrics["accuracy"], metrics["accuracy_colour"])  # 0.75 1.0
     """
-    # In double precision, so that nothing is tied that was not.
+    # In double precision, so that the conversion creates no ties.
     positive = torch.as_tensor(positive_scores, dtype=torch.float64).cpu()
     negative = torch.as_tensor(negative_scores, dtype=torch.float64).cpu()
     if positive.shape != (len(kinds),) or negative.shape != (len(kinds),) or len(kinds) == 0:
         raise ValueError(
-            "positive_scores, negative_scores and kinds must be lists of one length, at least 1: "
+            "positive_scores, negative_scores and kinds must be non-empty lists of equal length: "
             f"got shapes {tuple(positive.shape)}, {tuple(negative.shape)} and {len(kinds)} kinds"
         )
     bad = (positive.isnan() | negative.isnan()).nonzero()

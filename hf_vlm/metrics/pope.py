@@ -1,7 +1,7 @@
-"""Hallucinated objects, asked for by yes or no (POPE, arXiv 2305.10355): accuracy, precision, recall, F1, yes rate.
+"""Object hallucination by yes/no questions (POPE, arXiv 2305.10355): accuracy, precision, recall, F1, yes rate.
 
-Half of the questions name an object that is there, so a model that says yes to everything has an accuracy of 0.5, an F1
-of 0.667 and a yes rate of 1: the yes rate belongs beside the others.
+Half of the questions name an object that is present. A model that always says yes has accuracy 0.5, F1 0.667 and yes
+rate 1, so report the yes rate beside the other metrics.
 """
 
 import re
@@ -11,27 +11,32 @@ NEGATIONS = frozenset({"no", "not"})
 
 
 def says_yes(answer: str) -> bool:
-    """Whether an answer counts as yes, as in POPE: unless `no` or `not` is in its first sentence."""
+    """Whether an answer counts as yes, as in POPE: no `no` or `not` in its first sentence."""
     return NEGATIONS.isdisjoint(_words(answer.split(".")[0]))
 
 
 def pope_metrics(
     predictions: Sequence[str], answers: Sequence[str], kinds: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """How well it is said what is there.
+    """POPE accuracy, precision, recall, F1 and yes rate.
 
     Args:
-        predictions: `(Q,)`, what a model answers.
+        predictions: `(Q,)`, the model's answers.
         answers: `(Q,)`, `"yes"` or `"no"`.
         kinds: `(Q,)`, how absent objects were chosen: in POPE `random`, `popular` or `adversarial`.
 
     Returns:
-        `pope_accuracy`; `pope_precision`, `pope_recall` and `pope_f1` of yes (0 where nothing is divided by);
-        `pope_yes_rate`, the share of answers that are yes; `pope_unclear`, the share that says neither yes nor no (POPE
-        takes these for yes); `questions`; `pope_accuracy_{kind}` and `pope_f1_{kind}`.
+        `pope_accuracy`; `pope_precision`, `pope_recall` and `pope_f1` of yes (0 if undefined); `pope_yes_rate`, the
+        share of yes answers; `pope_unclear`, the share of answers with neither yes nor no (POPE counts these as yes);
+        `questions`; `pope_accuracy_{kind}` and `pope_f1_{kind}`.
 
     Raises:
-        ValueError: the lengths differ, there are no questions, or an answer is neither yes nor no.
+        ValueError: if the lengths differ, there are no questions, or an answer is neither yes nor no.
+
+    Example:
+
+        metrics = pope_metrics(["Yes, there is.", "Yes."], ["yes", "no"])
+        print(metrics["pope_accuracy"], metrics["pope_yes_rate"])  # 0.5 1.0
     """
     kinds = kinds if kinds is not None else [""] * len(answers)
     if not len(predictions) == len(answers) == len(kinds) or len(answers) == 0:

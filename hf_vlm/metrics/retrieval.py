@@ -1,14 +1,14 @@
 """Image-text retrieval: recall at k in both directions, median rank and mean reciprocal rank.
 
-- **Several captions an image** (the protocol of Karpathy and Fei-Fei, 2015): an image is a hit when *any* of its
-  captions is among its first k texts, a caption is a hit when its image is among its first k images. Items match when
-  their ids are equal, so several images may share an id too.
+- **Several captions per image** (the protocol of Karpathy and Fei-Fei, 2015): an image is a hit if *any* caption
+  is among its first k texts. A caption is a hit if its image is among its first k images. Items match if their ids are
+  equal, so several images may share an id.
 - **Ties are broken at random, and the exact expectation is reported.** A model that gives every pair the same score
   gets exactly the recall of chance, neither 1 (ties counted as hits) nor 0.
-- **Cosines within `COSINE_TOLERANCE` are tied**: rounding makes equal embeddings differ by about 1e-7, and which of
-  them comes first would depend on the batches they were computed in.
+- **Cosines within `COSINE_TOLERANCE` are tied**: rounding makes equal embeddings differ by about 1e-7, and their order
+  would depend on the batches.
 - **An image may have several embeddings** (BLIP-2's queries): the one nearest to the text counts.
-- Similarities are computed `chunk` rows at a time; the whole matrix never exists.
+- Similarities are computed `chunk` rows at a time. The whole matrix is never built.
 
 Shapes: I images, T texts, E embeddings of an image, D embedding size, Q queries, N candidates.
 """
@@ -39,20 +39,25 @@ def retrieval_metrics(
     Args:
         image_embeds: `(I, D)` or `(I, E, D)`, any floating type, normalised here.
         text_embeds: `(T, D)`.
-        text_to_image: `(T,)`, integers: the id of the image that each text describes. Without `image_ids` the id of an
+        text_to_image: `(T,)`, integers: the id of the image that each text describes. Without `image_ids`, the id of an
             image is its row in `image_embeds`.
         image_ids: `(I,)`, integers; several images may share an id.
-        ks: the ranks at which recall is measured.
-        chunk: queries compared at a time; memory is about `16 * chunk * max(I, T)` bytes.
-        tie_tolerance: cosines that differ by no more than this count as equal.
+        ks: Ranks at which recall is measured.
+        chunk: Queries compared at a time; memory is about `16 * chunk * max(I, T)` bytes.
+        tie_tolerance: Cosines that differ by at most this much count as equal.
 
     Returns:
-        For `image_to_text` and `text_to_image`: `_r{k}` the share of queries with a match among the first k;
-        `_median_rank` the smallest k at which that share reaches one half (ranks start at 1); `_mrr` the mean of
-        1 / rank of the first match. `mean_recall` is the mean over all k and both directions.
+        For `image_to_text` and `text_to_image`: `_r{k}`, the share of queries with a match among the first k;
+        `_median_rank`, the smallest k with a share of at least one half (ranks start at 1); `_mrr`, mean of 1 / rank
+        of the first match. `mean_recall` is the mean over all k and both directions.
 
     Raises:
-        ValueError: shapes do not fit, an embedding is not finite, or an image or text has nothing that it matches.
+        ValueError: if shapes do not match, an embedding is not finite, or an image or text has no match.
+
+    Example:
+
+        metrics = retrieval_metrics(torch.eye(3), torch.eye(3), text_to_image=[0, 1, 2], ks=(1,))
+        print(metrics["text_to_image_r1"])  # 1.0
     """
     images, texts = unit_images(image_embeds), unit_rows(text_embeds, "text_embeds")
     if images.shape[-1] != texts.shape[1]:
@@ -73,16 +78,16 @@ def similarity_metrics(
     chunk: int = 256,
     tie_tolerance: float = 0.0,
 ) -> dict[str, float]:
-    """The metrics of `retrieval_metrics` for scores that are already there, such as those of a re-ranking model.
+    """The metrics of `retrieval_metrics` from given scores, such as those of a re-ranking model.
 
     Args:
         similarity: `(I, T)`, larger is more similar; `-inf` marks pairs that were not scored.
-        text_to_image, image_ids, ks, chunk, tie_tolerance: as in `retrieval_metrics`.
-        text_similarity: `(T, I)`, the scores for text-to-image where they differ from the transpose of `similarity`
-            (a re-ranker scores other pairs in each direction).
+        text_to_image, image_ids, ks, chunk, tie_tolerance: As in `retrieval_metrics`.
+        text_similarity: `(T, I)`, the scores for text-to-image if they are not the transpose of `similarity` (a
+            re-ranker scores different pairs in each direction).
 
     Raises:
-        ValueError: shapes do not fit, a score is NaN, or an image or text has nothing that it matches.
+        ValueError: if shapes do not match, a score is NaN, or an image or text has no match.
     """
     by_row = _scores(similarity, "similarity")
     by_column = by_row.T if text_similarity is None else _scores(text_similarity, "text_similarity")
@@ -100,9 +105,9 @@ def chance(
     *,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
-    """What random scores give in expectation: recall at k of a query with m matches is `1 - C(N - m, k) / C(N, k)`.
+    """The expected metrics of random scores: recall at k of a query with m matches is `1 - C(N - m, k) / C(N, k)`.
 
-    Arguments, keys and errors are those of `retrieval_metrics`; print the two side by side.
+    Arguments, keys and errors are those of `retrieval_metrics`.
     """
     text_ids = _integers(text_to_image, "text_to_image")
     num_images = int(text_ids.max()) + 1 if image_ids is None else len(image_ids)
@@ -117,20 +122,20 @@ def first_matches(
     chunk: int,
     tie_tolerance: float,
 ) -> torch.Tensor:
-    """Where the best match of each query stands among its candidates.
+    """The rank of each query's best match among its candidates, with ties.
 
     Args:
-        score_rows: gives the scores `(rows, N)` of a slice of the queries.
+        score_rows: Maps a slice of the queries to their scores `(rows, N)`.
         query_ids: `(Q,)`.
         candidate_ids: `(N,)`; a candidate matches a query of the same id.
-        chunk: length of a slice.
-        tie_tolerance: scores that differ from the best match by no more than this are tied with it.
+        chunk: Length of a slice.
+        tie_tolerance: Scores that differ from the best match by at most this much are tied with it.
 
     Returns:
-        `(Q, 3)`, int64: how many candidates score above the best match; how many are tied with it, itself included; how
-        many of the tied ones match.
+        `(Q, 3)`, int64: the number of candidates above the best match; the number tied with it, itself included; the
+        number of tied candidates that match.
     """
-    # One tensor made first: small results allocated between large buffers would keep freed memory from being reused.
+    # Allocated first: small results between large buffers would fragment memory.
     places = torch.empty(len(query_ids), 3, dtype=torch.int64)
     for start in range(0, len(query_ids), chunk):
         rows = slice(start, start + chunk)
@@ -139,11 +144,11 @@ def first_matches(
 
 
 def hit_probability(places: torch.Tensor, k: int) -> torch.Tensor:
-    """The probability that a match is among the first k when ties are broken at random.
+    """The probability that a match is among the first k if ties are broken at random.
 
     Args:
         places: `(Q, 3)`, from `first_matches`.
-        k: at least 1.
+        k: At least 1.
 
     Returns:
         `(Q,)`, float64; 0 or 1 for a query without ties.
@@ -155,7 +160,7 @@ def hit_probability(places: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def unit_rows(embeds: Array, name: str) -> torch.Tensor:
-    """The rows of `embeds`, `(rows, D)`, as float32 unit vectors on the CPU; `name` is for error messages."""
+    """The rows of `embeds`, `(rows, D)`, as float32 unit vectors on the CPU; `name` appears in error messages."""
     rows = torch.as_tensor(embeds).detach().to("cpu", torch.float32)
     if rows.ndim != 2 or len(rows) == 0:
         raise ValueError(f"{name} must have shape (rows, size) with at least one row, got {tuple(rows.shape)}")
@@ -166,7 +171,7 @@ def unit_rows(embeds: Array, name: str) -> torch.Tensor:
 
 
 def unit_images(embeds: Array) -> torch.Tensor:
-    """Embeddings of images, `(I, D)` or several of each `(I, E, D)`, as unit vectors `(I, E, D)`; see `unit_rows`."""
+    """Image embeddings `(I, D)` or `(I, E, D)` as unit vectors `(I, E, D)`; see `unit_rows`."""
     embeds = torch.as_tensor(embeds)
     if embeds.ndim != 3:
         return unit_rows(embeds, "image_embeds")[:, None]
@@ -182,7 +187,7 @@ def cosines(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
 
 
 def pair_cosines(images: torch.Tensor, texts: torch.Tensor, pairs: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
-    """`cosines` of pairs `(N, 2)`, rows of images and of texts, alone: `(N,)`."""
+    """`cosines` of the pairs `(N, 2)` (image row, text row) only: `(N,)`."""
     parts = [(images[part[:, 0]] * texts[part[:, 1], None]).sum(-1).amax(1) for part in pairs.split(chunk)]
     return torch.cat(parts)
 
@@ -214,7 +219,7 @@ def _integers(ids: Array | Sequence[int], name: str) -> torch.Tensor:
 def _matching_ids(
     text_to_image: Array | Sequence[int], image_ids: Array | Sequence[int] | None, num_images: int, num_texts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both sides' ids, `(I,)` and `(T,)`, after checking that nothing is without a match."""
+    """The ids of both sides, `(I,)` and `(T,)`, after checking that every item has a match."""
     text_ids = _integers(text_to_image, "text_to_image")
     image_ids = torch.arange(num_images) if image_ids is None else _integers(image_ids, "image_ids")
     if (len(image_ids), len(text_ids)) != (num_images, num_texts):
@@ -231,16 +236,16 @@ def _matching_ids(
 
 
 def _miss_probability(tied: torch.Tensor, matching: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """`C(tied - matching, draws) / C(tied, draws)`: the first `draws` of the tied candidates hold no match."""
+    """`C(tied - matching, draws) / C(tied, draws)`: probability of no match in the first `draws` tied candidates."""
     tied, others, draws = tied.double(), (tied - matching).double(), draws.double()
-    # Differences of neighbouring terms first: exactly 0, so exactly probability 1, when there are no draws.
+    # Differences of neighbouring terms first, so that the probability is exactly 1 without draws.
     log_ratio = torch.lgamma(others + 1) - torch.lgamma((others - draws).clamp(min=0) + 1)
     log_ratio += torch.lgamma((tied - draws).clamp(min=0) + 1) - torch.lgamma(tied + 1)
     return log_ratio.exp().masked_fill(draws > others, 0.0)
 
 
 def _all_tied(query_ids: torch.Tensor, candidate_ids: torch.Tensor) -> torch.Tensor:
-    """The `(Q, 3)` of `first_matches` when all scores are equal."""
+    """The result of `first_matches` if all scores are equal."""
     labels = torch.unique(torch.cat([query_ids, candidate_ids]), return_inverse=True)[1]
     matching = labels[len(query_ids) :].bincount(minlength=len(labels))[labels[: len(query_ids)]]
     return torch.stack([torch.zeros_like(matching), torch.full_like(matching, len(candidate_ids)), matching], dim=1)
@@ -250,7 +255,7 @@ def _median_rank(places: torch.Tensor) -> float:
     low, high = 1, int(places[:, :2].sum(dim=1).max())
     while low < high:
         middle = (low + high) // 2
-        # The slack absorbs the rounding of the logarithms of factorials.
+        # The tolerance absorbs the rounding of the log-factorials.
         if hit_probability(places, middle).mean() >= 0.5 - 1e-9:
             high = middle
         else:

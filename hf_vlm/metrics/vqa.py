@@ -1,13 +1,13 @@
-"""Visual question answering: the soft accuracy of the VQA challenge, exact match, and what blind guessing answers.
+"""Visual question answering: soft accuracy of the VQA challenge, exact match, and the majority answer as a baseline.
 
-- **Soft accuracy** (Antol et al., 2015; Goyal et al., 2017): every question has ten people's answers, and an answer is
-  right in full when at least three others gave it. It is averaged over the ten ways of leaving one person out, so 1, 2,
-  3 and 4 matches of ten give 0.3, 0.6, 0.9 and 1.
-- **Fewer answers than ten**: the same average; with less than four, all the others must agree instead of three, so that
-  the answer of everybody still scores 1. A single answer is compared exactly. (The challenge's program gives 0 there.)
-- **Both sides are normalised**, always, by the challenge's published rules. Its program leaves a question alone whose
-  ten answers are the same string, so that `Yes` is wrong there where everybody said `yes`; here it is right.
-- A **majority row** belongs beside every accuracy: `majority_answer` of the training answers.
+- **Soft accuracy** (Antol et al., 2015; Goyal et al., 2017): every question has answers from ten people. An answer
+  counts fully if at least three others gave it. The score is averaged over the ten ways of leaving one person out, so
+  1, 2, 3 and 4 matches of ten give 0.3, 0.6, 0.9 and 1.
+- **Fewer than ten answers**: the same average. With fewer than four, all others must agree instead of three, so that a
+  unanimous answer still scores 1. A single answer is compared exactly (the challenge's program gives 0).
+- **Both sides are always normalised** by the challenge's published rules. The challenge's program skips normalisation
+  if all ten answers are the same string: `Yes` is then wrong where everybody said `yes`. Here it is correct.
+- Report `majority_answer` of the training answers beside every accuracy.
 """
 
 import re
@@ -36,11 +36,11 @@ PERIOD = re.compile(r"\.(?!\d)")
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as the VQA challenge compares it (visualqa.org, "Evaluation").
+    """An answer in the normal form of the VQA challenge (visualqa.org, "Evaluation").
 
-    Punctuation but `'`, `:` and the like goes: nothing is left where it touches a space or where the answer holds a
-    number such as 1,000, else a space. Full stops go unless a digit follows. Then lower case, number words up to ten as
-    digits, no articles, and the apostrophe back into contractions that lack it (`dont`).
+    - Punctuation except `'` and `:` is removed beside a space or if the answer has a number such as 1,000; elsewhere it
+      becomes a space. Full stops are removed unless a digit follows.
+    - Then: lower case, number words up to ten as digits, no articles, missing apostrophes restored (`dont`).
     """
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     plain, grouped = text, DIGIT_COMMA.search(text) is not None
@@ -60,18 +60,23 @@ def vqa_metrics(
     """Soft accuracy and exact match over all questions, soft accuracy by type of question and of answer.
 
     Args:
-        predictions: `(Q,)`, one answer a question.
-        answers: `(Q,)`, the people's answers to each question, ten in VQA, one in many other data sets.
+        predictions: `(Q,)`, one answer per question.
+        answers: `(Q,)`, the people's answers to each question: ten in VQA, one in many other datasets.
         question_types: `(Q,)`, such as "how many".
         answer_types: `(Q,)`, such as "yes/no".
 
     Returns:
-        `vqa_accuracy`; `exact_match`, the share of questions whose prediction is the most frequent answer, or one of
-        those that share that place; `questions`, their number; for each type `vqa_accuracy_question_{type}` and
-        `questions_question_{type}`, or `_answer_` for types of answer. Shares lie in [0, 1].
+        `vqa_accuracy`; `exact_match`, the share of predictions that equal a most frequent answer; `questions`, their
+        number; for each type `vqa_accuracy_question_{type}` and `questions_question_{type}`, or `_answer_` for types of
+        answer. Shares lie in [0, 1].
 
     Raises:
-        ValueError: the lengths differ, there are no questions, a question has no answers, or something is no string.
+        ValueError: if the lengths differ, there are no questions, a question has no answers, or there is a non-string.
+
+    Example:
+
+        metrics = vqa_metrics(["a red one", "2"], [["red one"], ["two"]])
+        print(metrics["vqa_accuracy"])  # 1.0
     """
     _check(predictions, answers, {"question_types": question_types, "answer_types": answer_types})
     normal = cache(normalize_answer)
@@ -97,14 +102,13 @@ def vqa_metrics(
 
 
 def majority_answer(train_answers: Sequence[str | Sequence[str]]) -> str:
-    """The most frequent answer of a training set, normalised: what a model answers that has learnt nothing else.
+    """The most frequent answer of a training set, normalised; the alphabetically first of equally frequent ones.
 
     Args:
-        train_answers: one answer or several for each question; each counts once. Of equally frequent ones the first
-            in the alphabet is taken.
+        train_answers: One or several answers to each question; each counts once.
 
     Raises:
-        ValueError: there are no answers.
+        ValueError: if there are no answers.
     """
     normal = cache(normalize_answer)
     counts = Counter(
@@ -116,14 +120,14 @@ def majority_answer(train_answers: Sequence[str | Sequence[str]]) -> str:
 
 
 def majority_answers(train_answers: Sequence[str | Sequence[str]], question_types: Sequence[str]) -> dict[str, str]:
-    """`majority_answer` for each type of question: what a model answers that reads the question's type alone.
+    """`majority_answer` for each type of question: the baseline that knows only the question's type.
 
     Args:
-        train_answers: `(Q,)`, as for `majority_answer`.
+        train_answers: `(Q,)`, as in `majority_answer`.
         question_types: `(Q,)`.
 
     Raises:
-        ValueError: the lengths differ, or a type has no answers.
+        ValueError: if the lengths differ, or a type has no answers.
     """
     if len(train_answers) != len(question_types):
         raise ValueError(f"{len(train_answers)} train_answers and {len(question_types)} question_types: must be equal")
@@ -134,7 +138,7 @@ def majority_answers(train_answers: Sequence[str | Sequence[str]], question_type
 
 
 def _soft_accuracy(matches: int, people: int) -> float:
-    """The mean over leaving each person out of how far the others bear the prediction out, at most 1."""
+    """Mean over leaving one person out: matches among the others divided by the needed number, at most 1."""
     if people == 1:
         return float(matches)
     needed = min(3, people - 1)

@@ -1,8 +1,8 @@
-"""Zero-shot classification: classes are described in words, an image belongs to the class whose description is nearest.
+"""Zero-shot classification: an image gets the class whose text embedding is nearest.
 
-- **Prompt ensembles** (Radford et al., 2021, section 3.1.4): each class name is put into several templates, and the
-  class vector is the normalised mean of the normalised text embeddings, so an ensemble costs nothing at test time.
-- **Ties** are broken at random and the exact expectation is reported, as in `retrieval`: equal vectors give chance.
+- **Prompt ensembles** (Radford et al., 2021, section 3.1.4): each class name is put into several templates. The class
+  vector is the normalised mean of the normalised text embeddings.
+- **Ties** are broken at random, and the exact expectation is reported, as in `retrieval`: equal vectors give chance.
 
 From names to class vectors:
 
@@ -28,24 +28,24 @@ PROMPTS = (
     "a small drawing of {}",
     "a close view of {}",
 )
-"""Templates for any kind of picture: the bare name, four framings that suit photographs and drawings alike, and one for
-drawings. They have no article before the name, so names may bring their own ("an apple") or none ("rice")."""
+"""Templates for photographs and drawings. They put no article before the name, so that names may have their own ("an
+apple") or none ("rice")."""
 
 
 def class_prompts(names: Sequence[str], templates: Sequence[str] = PROMPTS) -> list[str]:
-    """Every name in every template, `C * P` strings, the prompts of a class side by side.
+    """Every name in every template: `C * P` strings, the prompts of a class in sequence.
 
     Raises:
-        ValueError: a template has no `{}` for the name.
+        ValueError: if a template has no `{}` for the name.
     """
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}} where the class name goes")
+            raise ValueError(f"template {template!r} has no {{}} for the class name: add one")
     return [template.replace("{}", name) for name in names for template in templates]
 
 
 def zero_shot_classifier(text_embeds: Array) -> torch.Tensor:
-    """One unit vector a class from the embeddings of its prompts (Radford et al., 2021, section 3.1.4).
+    """A unit vector per class, from the embeddings of its prompts (Radford et al., 2021, section 3.1.4).
 
     Args:
         text_embeds: `(C, P, D)`, any floating type, normalised here.
@@ -54,7 +54,7 @@ def zero_shot_classifier(text_embeds: Array) -> torch.Tensor:
         `(C, D)`, float32.
 
     Raises:
-        ValueError: the shape is another, or an embedding is not finite.
+        ValueError: if the shape is wrong, or an embedding is not finite.
     """
     prompts = torch.as_tensor(text_embeds)
     if prompts.ndim != 3:
@@ -71,22 +71,27 @@ def zero_shot_metrics(
     ks: Sequence[int] = (1, 5),
     chunk: int = 256,
 ) -> dict[str, float]:
-    """Accuracy of the nearest class vector by cosine.
+    """Top-k accuracy of the nearest class vectors by cosine.
 
     Args:
-        image_embeds: `(I, D)` or `(I, E, D)`, any floating type, normalised here. Of several embeddings of an image
-            (BLIP-2's queries) the nearest counts.
+        image_embeds: `(I, D)` or `(I, E, D)`, any floating type, normalised here. If an image has several embeddings
+            (BLIP-2's queries), the nearest one counts.
         class_embeds: `(C, D)`, from `zero_shot_classifier`.
         labels: `(I,)`, integers in `[0, C)`.
-        ks: a hit at k has the true class among the k nearest.
-        chunk: images compared at a time.
+        ks: A hit at k has the true class among the k nearest.
+        chunk: Images compared at a time.
 
     Returns:
-        `top{k}` for each k, and `mean_per_class_accuracy`: top-1 accuracy of each class that has images, averaged over
-        those classes.
+        `top{k}` for each k, and `mean_per_class_accuracy`: the mean over classes of their top-1 accuracy. Classes
+        without images are left out.
 
     Raises:
-        ValueError: shapes do not fit, an embedding is not finite, or a label is no class.
+        ValueError: if shapes do not match, an embedding is not finite, or a label is out of range.
+
+    Example:
+
+        metrics = zero_shot_metrics(torch.eye(3), torch.eye(3), labels=[0, 1, 1], ks=(1,))
+        print(metrics["top1"])  # 0.667
     """
     images, classes = unit_images(image_embeds), unit_rows(class_embeds, "class_embeds")
     if images.shape[-1] != classes.shape[1]:

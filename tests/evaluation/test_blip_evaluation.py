@@ -239,7 +239,7 @@ def test_caption_report_has_a_blind_row():
     assert other["blind"] == report["blind"]
     certain, _ = caption_report(model, PROCESSOR, IMAGES, [blind] * len(IMAGES), **options)
     assert certain["blind"]["rouge_l"] == pytest.approx(1)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="No images"):
         caption_images(model, PROCESSOR, [])
 
 

@@ -108,7 +108,7 @@ def test_embedding_restores_every_mode_and_gives_trainable_tensors(clip: tuple[C
 
 
 def test_embedding_refuses_nothing_and_single_strings(clip: tuple[CLIPModel, CLIPProcessor]) -> None:
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="No images"):
         embed_images(*clip, [])
     with pytest.raises(ValueError, match=r"non-empty list of strings, got \[\]"):
         embed_texts(*clip, [])
