@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from .features import cache_text_features, cache_vision_features, cached_tower_features
     from .lora import add_lora, base_of, save_trained
     from .open_parts import open_language_model
-    from .parts import Blip2Trainer, BlipTrainer, BlipTrainingArguments
     from .precision import choose_bf16
+    from .pretraining import Blip2Trainer, BlipTrainer, BlipTrainingArguments
     from .resume import last_checkpoint
     from .sft import VlmSFTConfig, VlmSFTTrainer
     from .stages import STAGES, Stage, apply_stage, stage_named

@@ -1,4 +1,4 @@
-"""Training arguments of every recipe: transformers' own, with the defaults that these models need."""
+"""Training arguments of all recipes: transformers' own, with defaults for vision-language models."""
 
 import json
 from dataclasses import dataclass, field
@@ -14,30 +14,34 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class VlmTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with `bf16="auto"` and columns left to the collator."""
+    """transformers' `TrainingArguments` with `bf16="auto"`, and all columns passed to the collator."""
 
-    bf16: str = field(  # its parser takes the type of a field by its annotation
-        default="auto", metadata={"help": "true, false, or auto: a one-second probe of this machine decides."}
+    bf16: str = field(  # the parser reads a field's type from its annotation
+        default="auto", metadata={"help": "true, false, or auto (decided by a one-second probe of this machine)."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Images need every column: leave it false."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave it false: image collators need all columns."}
+    )
     muon_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Train the matrices of the layers by Muon at this rate, all else by AdamW; default: AdamW."},
+        metadata={"help": "Learning rate of Muon for the layers' matrices, the rest uses AdamW; default: AdamW."},
     )
     learning_rates: dict | str | None = field(
         default=None,
-        metadata={"help": "Rates of modules by name, in place of learning_rate: '{\"language_projection\": 0.01}'."},
+        metadata={"help": "Learning rates by module, override learning_rate: '{\"language_projection\": 0.01}'."},
     )
-    logging_steps: float = field(default=20, metadata={"help": "Log every so many steps (a fraction below 1)."})
-    hub_strategy: str = field(default="end", metadata={"help": "Only end: push_to_hub makes one commit at the end."})
+    logging_steps: float = field(default=20, metadata={"help": "Log every N steps; below 1, a fraction of the run."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Only end is supported: push_to_hub makes one commit at the end."}
+    )
 
     def __post_init__(self):
         if self.push_to_hub and self.hub_strategy != "end":
-            raise ValueError(f"hub_strategy must be end, one commit when all is done, not {self.hub_strategy!r}.")
+            raise ValueError(f"hub_strategy is {self.hub_strategy!r}: only end (one commit at the end) is supported.")
         if isinstance(self.learning_rates, str):
             self.learning_rates = json.loads(self.learning_rates)
         if self.learning_rates and self.muon_learning_rate is not None:
-            raise ValueError("learning_rates are AdamW's: leave out muon_learning_rate.")
+            raise ValueError("learning_rates work with AdamW only: leave out muon_learning_rate.")
         choice = str(self.bf16).lower()
         if choice not in ("auto", "true", "false"):
             raise ValueError(f"bf16 must be true, false or auto, not {self.bf16!r}.")
@@ -45,7 +49,7 @@ class VlmTrainingArguments(TrainingArguments):
         if choice == "auto":
             self.bf16, reason = choose_bf16()  # type: ignore[assignment]
             logger.warning(reason)
-        # Without it transformers refuses bf16 on a machine that has no accelerator.
+        # Otherwise transformers refuses bf16 on a machine without an accelerator.
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
@@ -57,7 +61,7 @@ class ContrastiveTrainingArguments(VlmTrainingArguments):
 
     grad_cache_chunk: int | None = field(
         default=None,
-        metadata={"help": "Embed the batch this many rows at a time (GradCache): memory of a chunk, gradients of all."},
+        metadata={"help": "Rows per chunk of GradCache: memory of one chunk, gradients of the whole batch."},
     )
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""`hf-vlm cache-features`: what a frozen image tower makes of a data set, computed once."""
+"""`hf-vlm cache-features`: a frozen image tower's outputs for a dataset, computed once."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def cache_tower(
     """The cache behind `hf-vlm cache-features`; see the command's help for the arguments.
 
     Raises:
-        ValueError: if the checkpoint has no image tower, its pictures cannot be of `image_size`, the data cannot be
+        ValueError: if the checkpoint has no image tower, the tower does not support `image_size`, the data cannot be
             read, or the folder holds another cache.
     """
     tower, processor = load_vision(model, image_size)
@@ -43,30 +43,30 @@ def cache_tower(
 
 
 def load_vision(model: str, image_size: int | None) -> tuple[PreTrainedModel, Any]:
-    """Image tower, in eval mode and where there is a GPU on it, and image processor of a checkpoint.
+    """Image tower (in eval mode, on the GPU if there is one) and image processor of a checkpoint.
 
     Raises:
-        ValueError: if it has no image tower, or tower or processor cannot do with `image_size` pixels a side.
+        ValueError: if there is no image tower, or tower or processor does not support `image_size`.
     """
     tower = load_tower(model, "vision", {})
     if tower.main_input_name != "pixel_values":
         raise ValueError(
-            f"{model} is a {tower.config.model_type} model, which reads no pictures: name an image encoder."
+            f"{model} is a {tower.config.model_type} model, which does not read images: name an image encoder."
         )
     processor = AutoImageProcessor.from_pretrained(model)
     if image_size is not None:
         if "height" not in processor.size:
-            raise ValueError(f"{model} sizes pictures by {', '.join(dict(processor.size))}: leave out --image-size.")
+            raise ValueError(f"{model} sizes images by {', '.join(dict(processor.size))}: leave out --image-size.")
         processor.size = {"height": image_size, "width": image_size}
         tower = copy_vision_tower(tower, None, image_size)
     return tower.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
 def open_rows(data: str, split: str, seed: int, limit: int, columns: str, size: int) -> tuple[Rows, dict[str, Any]]:
-    """Rows with pictures, and what names them in a key.
+    """Rows with images, and their entry in the cache's key.
 
     Raises:
-        ValueError: if there is no end to the scenes, or the data cannot be read.
+        ValueError: if the number of scenes is missing, or the data cannot be read.
     """
     if data in BUILTIN and not Path(data).exists():
         builtin = BUILTIN[data]
@@ -80,7 +80,7 @@ def open_rows(data: str, split: str, seed: int, limit: int, columns: str, size: 
 
 
 def summary(output: Path, features: CachedFeatures) -> str:
-    """What a cache holds, in one line."""
+    """One line about the contents of a cache."""
     shape = f"{features.num_rows} rows of {features.tokens} x {features.width}"
     return f"{output}: {shape} in bfloat16, {features.nbytes / 1e6:.1f} MB"
 

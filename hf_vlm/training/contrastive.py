@@ -1,4 +1,4 @@
-"""Training of two-tower models: global batch, GradCache, clamped temperature, retrieval while training."""
+"""Trainer of CLIP: contrastive loss over the global batch, GradCache, clamped temperature."""
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -14,7 +14,7 @@ logger = logging.get_logger(__name__)
 
 
 class ClampTemperature(TrainerCallback):
-    """Keeps the similarity factor in bounds after every optimiser step (CLIP, section 2.5)."""
+    """Clamps the logit scale after every optimiser step (CLIP, section 2.5)."""
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Called by the Trainer after `optimizer.step()`."""
@@ -24,10 +24,11 @@ class ClampTemperature(TrainerCallback):
 class ContrastiveTrainer(VlmTrainer):
     """Trains a [`VlmClipModel`] on the batches of [`ContrastiveCollator`].
 
-    With `grad_cache_chunk` the batch is embedded that many rows at a time and the gradients are those of the whole
-    batch. `gradient_accumulation_steps` is another thing: each micro-batch is then contrasted only with itself.
+    With `grad_cache_chunk` the batch is embedded in chunks of that many rows. The gradients are those of the whole
+    batch.
+    `gradient_accumulation_steps` is different: the negatives then come from the same micro-batch only.
 
-    Evaluation hands `compute_metrics` the predictions `(image_embeds, text_embeds)`, each of shape
+    Evaluation passes `compute_metrics` the predictions `(image_embeds, text_embeds)`, each of shape
     `(rows, projection_dim)`, and `label_ids`, the pair ids.
     """
 
@@ -38,15 +39,15 @@ class ContrastiveTrainer(VlmTrainer):
         super().__init__(*args, **kwargs)
         self.add_callback(ClampTemperature())
         if self.args.grad_cache_chunk is not None and self.is_fsdp_enabled:
-            raise ValueError("grad_cache_chunk works with data parallelism (torchrun), not with FSDP: leave out one.")
+            raise ValueError("grad_cache_chunk works with data parallelism (torchrun), not with FSDP: use one of them.")
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process on {self.args.n_gpu} GPUs would contrast each GPU's part only with itself: "
-                f"start one process a GPU, with torchrun --nproc_per_node {self.args.n_gpu}."
+                f"One process on {self.args.n_gpu} GPUs would take negatives only from each GPU's part of the batch: "
+                f"start one process per GPU with torchrun --nproc_per_node {self.args.n_gpu}."
             )
         if self.args.gradient_accumulation_steps > 1:
             logger.warning(
-                "gradient_accumulation_steps=%d: each micro-batch of %d is contrasted with itself only. For the "
+                "gradient_accumulation_steps=%d: negatives come from the same micro-batch of %d only. For the "
                 "negatives of a larger batch set grad_cache_chunk instead.",
                 self.args.gradient_accumulation_steps,
                 self.args.per_device_train_batch_size,
@@ -60,7 +61,7 @@ class ContrastiveTrainer(VlmTrainer):
     def training_step(
         self, model: VlmClipModel | DistributedDataParallel, inputs: dict, num_items_in_batch=None
     ) -> torch.Tensor:
-        """One micro-batch forward and backward; its loss divided by the number of micro-batches."""
+        """Forward and backward pass of one micro-batch; returns its loss divided by the number of micro-batches."""
         self.record("temperature", self.accelerator.unwrap_model(model).similarity.temperature)
         if self.args.grad_cache_chunk is None:
             return super().training_step(model, inputs, num_items_in_batch)

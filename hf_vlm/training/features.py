@@ -1,4 +1,4 @@
-"""Cached features of a frozen tower for training: computed when first asked for, then read from disk."""
+"""Cached outputs of a frozen tower for training: computed once, then read from disk."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,20 +30,20 @@ def cached_tower_features(
     bf16: bool = False,
     **options,
 ) -> CachedFeatures:
-    """What BLIP-2's Q-Former reads of every row's image, from a folder that is filled where it is not yet.
+    """The frozen tower's hidden states of every row's image, from a folder that is filled where incomplete.
 
     Args:
-        folder: Of the cache.
+        folder: Folder of the cache.
         rows: Dicts with an `image`.
-        processor: The model's, or its image processor.
-        tower: Its frozen image tower.
-        data: All that decides which pictures the rows have, and in which order, for the cache's key; scenes know it.
-        model: Where the tower came from, to be read by people.
+        processor: The model's processor, or its image processor.
+        tower: The model's frozen image tower.
+        data: Everything that decides the rows' images and their order, for the cache's key; not needed for scenes.
+        model: Where the tower came from, for information only.
         bf16: Compute in bfloat16.
-        **options: As of `cache_features`: `batch_size`, `num_workers`, `verify`.
+        **options: Options of `cache_features`: `batch_size`, `num_workers`, `verify`.
 
     Raises:
-        ValueError: if the rows are a stream, which has no numbers to find features by.
+        ValueError: if the rows are a stream: a stream has no row numbers.
         FeatureCacheError: if the folder holds features of another tower, preprocessing or data.
     """
     if isinstance(rows, PairStream):
@@ -67,23 +67,23 @@ def cache_text_features(
     batch_size: int = 256,
     bf16: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Pooled outputs of the text tower for every different caption.
+    """Pooled outputs of the frozen text tower, by caption.
 
     Args:
-        model: A model whose text tower is locked.
-        processor: Its processor.
-        captions: Texts; repetitions cost nothing.
-        batch_size: Texts a forward pass.
-        bf16: Under bf16 autocast, as the tower would run in a training in bf16.
+        model: A model whose text tower is frozen (`lock_tower`).
+        processor: The model's processor.
+        captions: Texts; repeated ones are encoded once.
+        batch_size: Texts per forward pass.
+        bf16: Compute under bf16 autocast, as training in bf16 does.
 
     Returns:
         A float32 CPU tensor of shape `(hidden,)` by caption, for [`ContrastiveCollator`].
 
     Raises:
-        ValueError: if the text tower is not locked, since its features would change under the cache.
+        ValueError: if the text tower is trainable: its outputs would change.
     """
     _require_locked(model, "text")
-    # Similar lengths together: less padding.
+    # Sorted by length for less padding.
     unique = sorted(set(captions), key=lambda caption: (len(caption), caption))
     features: dict[str, torch.Tensor] = {}
     for start in tqdm(range(0, len(unique), batch_size), desc="Caching text features"):
@@ -99,19 +99,19 @@ def cache_text_features(
 def cache_vision_features(
     model: VlmClipModel, processor: ProcessorMixin, rows: Sequence[dict], batch_size: int = 64
 ) -> torch.Tensor:
-    """Pooled outputs of the image tower for every row of a dataset that is not augmented.
+    """Pooled outputs of the frozen image tower, for rows without augmentation.
 
     Args:
-        model: A model whose image tower is locked.
-        processor: Its processor.
+        model: A model whose image tower is frozen (`lock_tower`).
+        processor: The model's processor.
         rows: Examples with `image` and `caption`.
-        batch_size: Images a forward pass.
+        batch_size: Images per forward pass.
 
     Returns:
         A float32 CPU tensor of shape `(rows, hidden)`, for [`ContrastiveCollator`].
 
     Raises:
-        ValueError: if the image tower is not locked.
+        ValueError: if the image tower is trainable.
     """
     _require_locked(model, "vision")
     collator = ContrastiveCollator(processor)

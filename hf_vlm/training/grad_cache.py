@@ -1,8 +1,8 @@
 """GradCache: exact gradients of a large contrastive batch in the memory of a small one (arXiv 2101.06983).
 
-1. Embed the batch chunk by chunk without gradients, remembering each chunk's random state.
-2. Compute the loss of all embeddings at once; its gradients by embedding are the cache.
-3. Embed each chunk again, with the same random state and with gradients, and back-propagate its part of the cache.
+1. Embed the batch chunk by chunk without gradients, keeping each chunk's RNG state.
+2. Compute the loss of all embeddings; its gradients with respect to the embeddings are the cache.
+3. Embed each chunk again, with the same RNG state and with gradients, and back-propagate its part of the cache.
 
 Unlike gradient accumulation, every pair of the batch is compared with every other.
 """
@@ -20,7 +20,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class RandomState:
-    """The random state at its making, to be replayed: dropout must draw the same masks twice."""
+    """The RNG state when this object is created, to replay later: both passes must draw the same dropout masks."""
 
     def __init__(self, device: torch.device):
         self.devices = [device] if device.type == "cuda" else []
@@ -29,7 +29,7 @@ class RandomState:
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        """Runs its body from the remembered state, then restores the state from before."""
+        """Runs the body from the kept state, then restores the current one."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu)
             for device, state in zip(self.devices, self.cuda, strict=True):
@@ -38,7 +38,7 @@ class RandomState:
 
 
 def split_batch(batch: Batch, chunk_size: int) -> list[Batch]:
-    """Cuts every tensor of the batch into rows of `chunk_size`; the cuts are views, not copies."""
+    """Splits every tensor of the batch into chunks of `chunk_size` rows, as views."""
     size = len(next(iter(batch.values())))
     starts = range(0, size, chunk_size)
     return [{name: tensor[i : i + chunk_size] for name, tensor in batch.items()} for i in starts]
@@ -56,9 +56,9 @@ def grad_cache_backward(
     Args:
         model: A [`VlmClipModel`], or one wrapped in `DistributedDataParallel`.
         batch: Its inputs; `pair_ids` are used by the loss only.
-        chunk_size: Rows that are embedded at a time; memory grows with it, results do not depend on it.
-        backward: What runs the backward pass of a scalar (an accelerator's, or `torch.Tensor.backward`).
-        autocast: Makes the context in which embeddings are computed.
+        chunk_size: Rows per chunk; affects memory, not results.
+        backward: Runs the backward pass of a scalar (an accelerator's, or `torch.Tensor.backward`).
+        autocast: Returns the context manager in which embeddings are computed.
 
     Returns:
         `torch.Tensor` of shape `()`: the loss.
@@ -68,7 +68,7 @@ def grad_cache_backward(
     pair_ids = batch.get("pair_ids")
     chunks = split_batch({name: tensor for name, tensor in batch.items() if name != "pair_ids"}, chunk_size)
 
-    # Allocated first: small results kept between the large buffers of the chunks would keep the heap from reusing them.
+    # Allocated first: small tensors between the chunks' large buffers would fragment the heap.
     size = sum(len(next(iter(chunk.values()))) for chunk in chunks)
     image_embeds = torch.empty(size, core.config.projection_dim, device=core.device, requires_grad=True)
     text_embeds = torch.empty_like(image_embeds, requires_grad=True)
@@ -80,8 +80,8 @@ def grad_cache_backward(
             rows = slice(i * chunk_size, (i + 1) * chunk_size)
             image_embeds[rows], text_embeds[rows] = outputs.image_embeds, outputs.text_embeds
 
-    # The gradients of factor and bias join the last chunk's backward pass, the one that a distributed wrapper
-    # synchronises, so that it sees every parameter there.
+    # The gradients of logit scale and bias are part of the last chunk's backward pass: DDP synchronises only that one,
+    # and must see every parameter in it.
     head = core.similarity
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     loss = head.loss(image_embeds, text_embeds, pair_ids)

@@ -1,4 +1,4 @@
-"""LoRA: what is wrapped, what is trained in full beside it, adapters and merged models."""
+"""LoRA on the LLM, modules trained in full beside it, adapters and merged models."""
 
 import copy
 
@@ -10,12 +10,12 @@ from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model without PEFT's around it; the adapters in its layers stay."""
+    """The model inside PEFT's wrapper; LoRA layers stay in it. Other models are returned as they are."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -> PeftModel:
-    """LoRA on every linear layer of the LLM; what stands before the LLM is trained in full and saved with it.
+    """Adds LoRA to every linear layer of the LLM; the modules before the LLM are trained in full and saved too.
 
     Args:
         model: A head with an LLM.

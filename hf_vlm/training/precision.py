@@ -1,4 +1,4 @@
-"""Decides whether bf16 autocast is worth it on this machine, by measuring."""
+"""Measures whether bf16 autocast is faster on this machine."""
 
 import time
 
@@ -6,11 +6,14 @@ import torch
 
 
 def matmul_gflops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.5) -> float:
-    """GFLOP/s of the fastest of the square matrix products of `size` that the CPU does in about `seconds`.
+    """GFLOP/s of a square matrix product of `size` on the CPU, measured for about `seconds`.
 
-    The fastest and not the mean: what else the machine is doing must not decide.
+    Uses the best time, not the mean, so that background load does not matter.
     """
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)  # draws no random numbers
+    a, b = (
+        torch.ones(size, size, dtype=dtype),
+        torch.ones(size, size, dtype=dtype),
+    )  # does not use the RNG
     a @ b
     start, fastest = time.perf_counter(), float("inf")
     while time.perf_counter() - start < seconds:
@@ -21,7 +24,7 @@ def matmul_gflops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.5) ->
 
 
 def choose_bf16() -> tuple[bool, str]:
-    """Whether to train in bf16 here, and why: on CPU by a one-second probe, on CUDA by what the device supports.
+    """Whether to train in bf16, and why: a one-second probe on CPU, the device's support on CUDA.
 
     Returns:
         The decision and a sentence for the log.

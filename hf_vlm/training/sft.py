@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a model with an LLM by TRL, and LoRA on that LLM."""
+"""Supervised fine-tuning of a model with an LLM, with TRL."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,28 +23,28 @@ from .trainer import VlmTrainer
 
 @dataclass
 class VlmSFTConfig(VlmTrainingArguments, SFTConfig):  # type: ignore[misc]  # bf16 may be "auto"
-    """TRL's `SFTConfig` with the defaults of [`VlmTrainingArguments`]; rows reach the collator as they are."""
+    """TRL's `SFTConfig` with the defaults of [`VlmTrainingArguments`]; rows reach the collator unchanged."""
 
-    max_length: int | None = field(default=None, metadata={"help": "Leave it out: the collator cuts responses."})
+    max_length: int | None = field(default=None, metadata={"help": "Leave it out: the collator truncates responses."})
     dataset_kwargs: dict | None = field(
-        default_factory=lambda: {"skip_prepare_dataset": True}, metadata={"help": "Leave it: the collator tokenizes."}
+        default_factory=lambda: {"skip_prepare_dataset": True},
+        metadata={"help": "Leave it as it is: the collator tokenizes."},
     )
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # None leaves it to the newer name
-        default=None, metadata={"help": "Older name of activation_checkpointing; TRL's default would be true."}
+        default=None, metadata={"help": "Old name of activation_checkpointing; off by default, unlike TRL."}
     )
-    eos_token: str | None = field(default=None, metadata={"help": "Leave it out: the tokenizer's own."})
+    eos_token: str | None = field(default=None, metadata={"help": "Leave it out: the tokenizer's own is used."})
 
 
 class LengthSampler(LengthGroupedSampler):
-    """Rows of about the same length together, in an order of its own in each epoch.
+    """Groups rows of similar length, in a different order in each epoch.
 
-    transformers draws the order from the random numbers of the process: those of a resumed run, and of ranks of which
-    one has drawn more of them for dropout, are others.
+    transformers shuffles with the global RNG, whose state differs after a resume and between ranks.
 
     Args:
-        rows: Rows that go together.
-        lengths: Of all rows.
-        seed: Gives the seed of the epoch that begins.
+        rows: Rows per group.
+        lengths: Lengths of all rows.
+        seed: Returns the seed of the epoch that begins.
     """
 
     def __init__(self, rows: int, lengths: list[int], seed: Callable[[], int]):
@@ -57,16 +57,16 @@ class LengthSampler(LengthGroupedSampler):
 
 
 class VlmSFTTrainer(VlmTrainer, SFTTrainer):
-    """TRL's `SFTTrainer` that takes the model's own loss.
+    """TRL's `SFTTrainer` with the model's own loss.
 
-    TRL makes logits at every position where there is no Triton, image placeholders included; the model's forward makes
+    Without Triton, TRL computes logits at every position, image placeholders included. The model's forward computes
     them at supervised positions only. The loss is the same.
 
-    With `train_sampling_strategy="group_by_length"` the collator's `length` says how long a row will be, so that
-    batches which are not packed have little padding.
+    With `train_sampling_strategy="group_by_length"` the collator's `length` gives the length of a row, so that unpacked
+    batches have little padding.
 
     Raises:
-        ValueError: if the collator packs rows for an LLM whose samples would see each other (`check_packing`).
+        ValueError: if the collator packs rows and the LLM lets packed samples attend to each other (`check_packing`).
     """
 
     args: VlmSFTConfig
@@ -78,19 +78,19 @@ class VlmSFTTrainer(VlmTrainer, SFTTrainer):
                 self.lengths = row_lengths(train_dataset, kwargs["data_collator"])
             train_dataset = as_dataset(train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
-        # TRL's forward, bound to this model: of a copy, such as a merged one, it would still run this model.
+        # TRL binds its forward to this instance: a copy, such as a merged model, would still run this instance.
         vars(base_of(self.model)).pop("forward", None)
         if isinstance(self.data_collator, ConversationCollator) and self.data_collator.packed and self._can_run():
             with self.accelerator.autocast():
                 check_packing(self.model)
 
     def _can_run(self) -> bool:
-        """Whether the model can be tried before training: it is whole, and where its attention has kernels."""
+        """Whether the model can run before training: not sharded, and on a device that its attention supports."""
         needs_gpu = is_flash_attention_requested(base_of(self.model).body.language_model.config)
         return not is_deepspeed_zero3_enabled() and not (needs_gpu and self.model.device.type == "cpu")
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
-        """By the lengths that were counted; the Trainer would make every row once more to read its length."""
+        """Groups by the lengths computed before; the Trainer would compute every row again to read its length."""
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -102,15 +102,15 @@ class VlmSFTTrainer(VlmTrainer, SFTTrainer):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone: logits of a whole evaluation set are of no use."""
+        """The loss only: the logits of an evaluation set would not fit in memory."""
         return Trainer.prediction_step(self, model, inputs, True, ignore_keys)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Writes nothing. TRL's would replace the card in the output folder at every save."""
+        """Writes nothing: TRL's card would replace ours at every save."""
 
 
 def as_dataset(rows: Rows) -> datasets.Dataset:
-    """Rows that are made when they are asked for as a data set, which TRL wants: nothing is copied or stored."""
+    """Rows as a `datasets.Dataset`, which TRL needs; each row is computed on access."""
 
     def read(batch: dict[str, list[int]]) -> dict[str, list]:
         found = [rows[row] for row in batch["row"]]
@@ -121,10 +121,10 @@ def as_dataset(rows: Rows) -> datasets.Dataset:
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel | PeftModel) -> None:
-    """Tries whether an LLM keeps the samples of a packed row apart. Some, such as OPT, make no mask of the positions.
+    """Checks that an LLM keeps the samples of a packed row apart. Some, such as OPT, build no mask from position ids.
 
     Raises:
-        ValueError: if what stands before a sample in its row changes the sample's states.
+        ValueError: if an earlier sample in a row changes the hidden states of a later one.
     """
     body = base_of(model).body
     llm = body.language_model
@@ -142,7 +142,7 @@ def check_packing(model: PreTrainedModel | PeftModel) -> None:
 
 
 def row_lengths(rows: Rows, collator: ConversationCollator) -> list[int]:
-    """How many tokens each row will have, its images taken to be as large as a tile: they are not opened."""
+    """Number of tokens of each row. Images are not opened; each counts as one tile."""
     return [collator.length(rows[row]) for row in trange(len(rows), desc="lengths of the rows", unit="row")]
 
 

@@ -1,7 +1,7 @@
-"""The stages of LLaVA's training as data: which parts are trained, and at which learning rate.
+"""The stages of LLaVA's training: which modules are trained, and at which learning rate.
 
-What a stage does not name is frozen, and in eval mode whatever `train()` says. Rates are those of the papers' recipes
-(LLaVA's repository; 1.6 after its blog post); a recipe's YAML may say others.
+Modules that a stage does not name are frozen and stay in eval mode. Learning rates are those of LLaVA's repository, and
+for 1.6 those of its blog post; `learning_rates` in a recipe's YAML overrides them.
 """
 
 from collections.abc import Mapping
@@ -17,21 +17,27 @@ PARTS = ("projector", "language_model", "vision_model")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """One stage of training.
 
     Args:
-        rates: Learning rates by part, of `PARTS`; a part that is missing is frozen.
-        lora: `r`, `alpha` and `dropout` of LoRA on the LLM, in place of training it in full.
+        rates: Learning rates by module (a name in `PARTS`); modules left out are frozen.
+        lora: `r`, `alpha` and `dropout` of LoRA on the LLM; empty trains the LLM in full.
+
+    Example:
+        ```python
+        stage = stage_named("llava-1.5-lora").with_lora(r=16)
+        model = apply_stage(model, stage)
+        ```
     """
 
     rates: Mapping[str, float]
     lora: Mapping[str, float] = field(default_factory=dict)
 
     def with_lora(self, r: int | None = None, dropout: float | None = None) -> "Stage":
-        """The same with LoRA of another rank, at the same scale `alpha / r`, or of another dropout.
+        """A copy with another LoRA rank, at the same scale `alpha / r`, or with another LoRA dropout.
 
         Raises:
-            ValueError: if the stage has no LoRA, the rank is not positive, or the dropout no probability below 1.
+            ValueError: if the stage has no LoRA, the rank is not positive, or the dropout is not in [0, 1).
         """
         if r is None and dropout is None:
             return self
@@ -44,14 +50,16 @@ class Stage:
         return replace(self, lora={"r": r, "alpha": self.lora["alpha"] * r / self.lora["r"], "dropout": dropout})
 
     def with_rates(self, rates: Mapping[str, float] | None) -> "Stage":
-        """The same with other rates of some of its parts.
+        """A copy with other learning rates for some of its modules.
 
         Raises:
-            ValueError: if a part is not trained in this stage.
+            ValueError: if this stage does not train one of the modules.
         """
         if unknown := [part for part in rates or {} if part not in self.rates]:
             trained = ", ".join(self.rates)
-            raise ValueError(f"learning_rates: this stage does not train {unknown[0]!r}, but {trained}: take another.")
+            raise ValueError(
+                f"learning_rates: this stage does not train {unknown[0]!r}, but {trained}: choose another."
+            )
         return replace(self, rates={**self.rates, **(rates or {})})
 
 
@@ -72,7 +80,7 @@ def stage_named(name: str) -> Stage:
     """The stage of that name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no stage of that name.
     """
     if name not in STAGES:
         raise ValueError(f"There is no stage {name!r}; there are {', '.join(STAGES)}.")
@@ -80,23 +88,23 @@ def stage_named(name: str) -> Stage:
 
 
 def apply_stage(model: VlmLlavaForConditionalGeneration, stage: Stage) -> VlmLlavaForConditionalGeneration | PeftModel:
-    """Freezes and thaws the parts of a model, or puts LoRA on its LLM, as a stage says.
+    """Freezes and unfreezes the modules of a model, or adds LoRA to its LLM, for a stage.
 
     Args:
         model: Changed in place.
-        stage: The stage.
+        stage: The stage to apply.
 
     Returns:
-        The model; with LoRA, PEFT's around it.
+        The model; with LoRA, wrapped by PEFT.
 
     Raises:
-        ValueError: if the stage names an unknown part, or others than projector and LLM beside LoRA, whose checkpoints
-            hold just these.
+        ValueError: if the stage names an unknown module, or uses LoRA and names other modules than projector and LLM:
+            an adapter contains only these.
     """
     if unknown := [part for part in stage.rates if part not in PARTS]:
-        raise ValueError(f"{unknown[0]!r} is no part of LLaVA; there are {', '.join(PARTS)}.")
+        raise ValueError(f"{unknown[0]!r} is no part of LLaVA: use {', '.join(PARTS)}.")
     if stage.lora and "vision_model" in stage.rates:
-        raise ValueError("A stage with LoRA cannot train the image tower: its checkpoints would leave the tower out.")
+        raise ValueError("A stage with LoRA cannot train the image tower: an adapter does not contain the tower.")
     if stage.lora and set(stage.rates) != {"projector", "language_model"}:
         raise ValueError(f"A stage with LoRA trains projector and language_model, not {', '.join(stage.rates)}.")
     body = model.body

@@ -1,4 +1,4 @@
-"""What every trainer here shares: weight decay by shape, loss parts and throughput in the log, exact resume."""
+"""The base of all trainers: weight decay by shape, separate losses and throughput in the log, exact resume."""
 
 import time
 from collections import defaultdict
@@ -17,29 +17,29 @@ from .muon import MuonAdamW
 
 
 class TellEpoch(TrainerCallback):
-    """Tells the data set which epoch begins; a stream counts its passes itself.
+    """Tells the dataset which epoch begins; a stream counts its passes itself.
 
-    The Trainer's own data loaders tell only their sampler when there are several ranks or an epoch is resumed.
+    With several ranks or a resumed epoch, the Trainer tells only the sampler.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Called by the Trainer before the first batch of an epoch, or of the rest of one."""
+        """Called by the Trainer before the first batch of a new or resumed epoch."""
         if isinstance(train_dataloader.dataset, PairDataset | QuestionDataset):
             train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
 class Stopwatch(TrainerCallback):
-    """Counts steps a second from the start of a run, new or resumed, and then from one log line to the next."""
+    """Measures steps per second between log lines, starting when a run starts or resumes."""
 
     def __init__(self) -> None:
         self.last: tuple[int, float] = (0, 0.0)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Called by the Trainer when it has restored the step of a resumed run."""
+        """Called by the Trainer after it has restored the step of a resumed run."""
         self.lap(state.global_step)
 
     def lap(self, step: int) -> float:
-        """Steps a second since the last call."""
+        """Steps per second since the last call."""
         now = time.perf_counter()
         rate = (step - self.last[0]) / (now - self.last[1])
         self.last = (step, now)
@@ -47,16 +47,16 @@ class Stopwatch(TrainerCallback):
 
 
 class VlmTrainer(Trainer):
-    """transformers' Trainer for models with several parts of the loss.
+    """transformers' Trainer for models with several losses.
 
-    - Weight decay acts on matrices only: not on gains, biases, or a temperature (CLIP, appendix F).
-    - What a subclass hands to `record` is averaged over the steps between two log lines.
-    - `samples_per_second` counts the training samples of all ranks between two log lines.
-    - `push_to_hub` makes it ask for the token's owner at the start, nothing more: at the end of a recipe, when results
-      and card are there, [`~hf_vlm.hub.push.push_run`] pushes them all in one commit.
+    - Weight decay applies to matrices only: not to gains, biases or a temperature (CLIP, appendix F).
+    - Scalars that a subclass passes to `record` are averaged over the steps between two log lines.
+    - `samples_per_second` counts the training samples of all ranks.
+    - With `push_to_hub` it checks the token when training starts, and pushes nothing. At the end of a recipe
+      [`~hf_vlm.hub.push.push_run`] pushes model, results and card in one commit.
 
     Args:
-        eval_collator: Collator of the evaluation data, which is not augmented; `data_collator` by default.
+        eval_collator: Collator of the evaluation data (without augmentation); `data_collator` by default.
     """
 
     data_collator: DataCollator
@@ -71,17 +71,17 @@ class VlmTrainer(Trainer):
         self.add_callback(TellEpoch())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters with two dimensions or more."""
+        """Names of the parameters with two or more dimensions."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """The Trainer's optimiser, with `learning_rates` for parts; or [`MuonAdamW`] with `muon_learning_rate`.
+        """The Trainer's optimiser with `learning_rates` by module, or [`MuonAdamW`] with `muon_learning_rate`.
 
         Raises:
             ValueError: if both are given.
         """
         if self.args.learning_rates and self.args.muon_learning_rate is not None:
-            raise ValueError("learning_rates, which a stage may set, are AdamW's: leave out muon_learning_rate.")
+            raise ValueError("learning_rates (of a stage too) work with AdamW only: leave out muon_learning_rate.")
         if self.optimizer is None and self.args.muon_learning_rate is not None:
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             self.optimizer = MuonAdamW(
@@ -99,7 +99,7 @@ class VlmTrainer(Trainer):
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """Map-style data is shared out by the Trainer's sampler, a stream by its shards."""
+        """Splits map-style data by the Trainer's sampler, and a stream by its shards."""
         if not isinstance(self.train_dataset, PairStream):
             return super().get_train_dataloader()
         workers = self.args.dataloader_num_workers
@@ -110,11 +110,11 @@ class VlmTrainer(Trainer):
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
-            drop_last=True,  # ranks must agree on the size of a batch
+            drop_last=True,  # batches must have the same size on all ranks
         )
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """The evaluation data by its own collator, and to its last row whatever is dropped of the training data."""
+        """Uses the eval collator and never drops the last batch."""
         before = self.data_collator, self.args.dataloader_drop_last
         self.data_collator, self.args.dataloader_drop_last = self.eval_collator, False
         try:
@@ -123,31 +123,33 @@ class VlmTrainer(Trainer):
             self.data_collator, self.args.dataloader_drop_last = before
 
     def _run_epoch(self, **kwargs) -> None:
-        """Nothing where no step is left: a finished run that is started again must not do one more."""
+        """Does nothing if no step is left: a finished run that is started again must not train further."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Lets a wrong token end the run before it begins; the repository is made by the push itself."""
+        """Checks the token before training; `push_run` creates the repository."""
         if self.is_world_process_zero():
             HfApi(token=token or self.args.hub_token).whoami()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves, and never pushes."""
+        """Saves the model, and never pushes."""
         super().save_model(output_dir, _internal_call=True)
 
     def push_to_hub(self, *args, **kwargs) -> NoReturn:
-        """Refused: it would push training_args.bin, a pickle, and replace the card.
+        """Refused: transformers would push training_args.bin, a pickle, and replace the card.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("Save the model, then push its folder by hf_vlm.hub.push.push_folder or `hf-vlm push`.")
+        raise ValueError(
+            "Trainer.push_to_hub is not supported: save the model, then use hf_vlm.hub.push.push_folder or `hf-vlm push`."
+        )
 
     def record(self, name: str, value: torch.Tensor) -> None:
-        """Keeps a scalar for the next log line."""
+        """Records a scalar for the next log line."""
         self._parts[name].append(value.detach())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -162,16 +164,16 @@ class VlmTrainer(Trainer):
 
 
 def groups_by_rate(model: nn.Module, groups: list[dict], rates: dict[str, float]) -> list[dict]:
-    """An optimiser's parameter groups, each parted by the learning rates of modules.
+    """An optimiser's parameter groups, each split by the learning rates of modules.
 
     Args:
-        model: Whose parameters they are.
+        model: The model that owns the parameters.
         groups: The groups of a new optimiser.
-        rates: Learning rates by the name of a module, such as `language_projection`, wherever it is in the model; a
-            module within another one counts for itself.
+        rates: Learning rates by module name, such as `language_projection`, at any depth; the innermost named module
+            decides.
 
     Raises:
-        ValueError: if no parameter is trained in a module of that name.
+        ValueError: if a named module has no trainable parameter.
     """
     owners, found = {}, set()
     for name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ import torch
 
 from hf_vlm import VlmBlipForPreTraining, VlmBlipForQuestionAnswering
 from hf_vlm.training import last_checkpoint
-from hf_vlm.training import parts as blip
+from hf_vlm.training import pretraining as blip
 from scripts import blip_training
 from scripts.resume_runs import DieWhileAccumulating, die, die_in_optimizer, die_in_state
 

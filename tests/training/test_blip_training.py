@@ -26,7 +26,7 @@ from hf_vlm import (
 from hf_vlm.data import ContrastiveCollator, PairDataset, PairStream
 from hf_vlm.models.modeling_blip import VlmBlipHead
 from hf_vlm.training import BlipTrainer
-from hf_vlm.training.parts import MOMENTUM_NAME
+from hf_vlm.training.pretraining import MOMENTUM_NAME
 from processes import equal, relative_errors, torchrun
 from scripts import blip_resume, blip_steps, blip_training
 from scripts.blip_training import ONE_GRADIENT, SPLITS

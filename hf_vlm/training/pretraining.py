@@ -1,4 +1,4 @@
-"""Training by several losses at once, each over its own global count: what BLIP's and BLIP-2's trainers share."""
+"""Trainers of BLIP and BLIP-2: several losses at once, each averaged over its own global count."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from .trainer import VlmTrainer
 
 
 class StepCounter(TrainerCallback):
-    """Counts the micro-batches of a step, and keeps the temperature within its bounds after it."""
+    """Counts the micro-batches of a step, and clamps the temperature after the step."""
 
     def __init__(self) -> None:
         self.micro_batch = 0
@@ -38,27 +38,27 @@ class StepCounter(TrainerCallback):
         model.similarity.clamp()
 
 
-class PartsTrainer(VlmTrainer):
+class PretrainingTrainer(VlmTrainer):
     """Trains a model whose output has `parts`: sum and count `(2,)` of each loss.
 
-    - Language modelling is averaged over the supervised tokens of all micro-batches and ranks: how a batch is split
-      changes nothing.
-    - Contrastive and matching losses are averaged over ranks, with candidates from all of them. Micro-batches are
-      contrasted each for itself, since accumulation cannot do more.
+    - The language-modelling loss is averaged over the supervised tokens of all micro-batches and ranks, so it does not
+      depend on how a batch is split.
+    - Contrastive and matching losses are averaged over ranks, with negatives from all ranks. With gradient accumulation
+      the negatives come from the same micro-batch only.
 
-    Evaluation hands `compute_metrics` the predictions `(image_embeds, text_embeds)` and, as `label_ids`, the pair ids,
-    where the head contrasts; else the loss alone.
+    For contrastive heads, evaluation passes `compute_metrics` the predictions `(image_embeds, text_embeds)` and the
+    pair ids as `label_ids`. For other heads it returns only the loss.
     """
 
     loss_is_scaled_for_ga = True
-    contrasting: tuple[type[nn.Module], ...] = ()  # heads with several weighted losses
+    contrasting: tuple[type[nn.Module], ...] = ()  # heads with contrastive, matching and language-modelling losses
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process on {self.args.n_gpu} GPUs would contrast each GPU's part only with itself: "
-                f"start one process a GPU, with torchrun --nproc_per_node {self.args.n_gpu}."
+                f"One process on {self.args.n_gpu} GPUs would take negatives only from each GPU's part of the batch: "
+                f"start one process per GPU with torchrun --nproc_per_node {self.args.n_gpu}."
             )
         model = self.accelerator.unwrap_model(self.model)
         self.head: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -68,20 +68,20 @@ class PartsTrainer(VlmTrainer):
             self.add_callback(self.step_counter)
 
     def loss_options(self) -> dict:
-        """Arguments of a contrasting head's forward: a seed of the hard negatives for every micro-batch of the run."""
+        """Arguments of a contrastive head's forward: the seed of this micro-batch's hard negatives."""
         micro_batches = self.args.gradient_accumulation_steps
         seed = self.state.global_step * micro_batches + self.step_counter.micro_batch
         return {"return_loss": True, "sample_seed": 2 * (seed + self.args.seed * 2**32)}  # two draws a micro-batch
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """What the language-modelling loss of a step is divided by: tokens of all ranks."""
+        """The divisor of a step's language-modelling loss: supervised tokens of all ranks."""
         if not batch_samples:
             return None
         count = torch.tensor(sum(self.count_items(batch) for batch in batch_samples))
         return self.accelerator.gather(count.to(device).view(1)).sum().clamp(min=1)
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> int:
-        """Supervised tokens of a micro-batch; without labels every unpadded token is one."""
+        """Number of supervised tokens of a micro-batch; without labels, of unpadded tokens."""
         learned = batch["labels"] != -100 if "labels" in batch else batch["attention_mask"] != 0
         return int(learned[:, 1:].sum())
 
@@ -91,7 +91,7 @@ class PartsTrainer(VlmTrainer):
     def _parts_by_count(
         self, outputs: ModelOutput, mean_lm_count: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Each part's sum on this rank over its mean count on all, so that the mean over ranks is the global mean."""
+        """Each loss's sum on this rank over its mean count of all ranks; the mean over ranks is the global mean."""
         parts = {}
         for name, (total, count) in outputs.parts.items():
             if name != "lm" or mean_lm_count is None:
@@ -107,7 +107,7 @@ class PartsTrainer(VlmTrainer):
         return total_loss(parts, weights)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted sum of the parts, each divided by its global count and the number of micro-batches."""
+        """The weighted sum of the losses, each divided by its global count and the number of micro-batches."""
         outputs = self._forward(model, inputs)
         if num_items_in_batch is None:
             return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -122,7 +122,7 @@ class PartsTrainer(VlmTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss and, where the head contrasts, `(image_embeds, text_embeds)` and pair ids of one evaluation batch."""
+        """Loss of one evaluation batch; for contrastive heads also `(image_embeds, text_embeds)` and pair ids."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self._forward(model, inputs)
@@ -140,19 +140,19 @@ class BlipTrainingArguments(VlmTrainingArguments):
     """Arguments of [`BlipTrainer`]."""
 
     soft_target_ramp_epochs: float = field(
-        default=2.0, metadata={"help": "Epochs over which the momentum encoders' share of the targets rises from 0."}
+        default=2.0, metadata={"help": "Epochs over which the weight of the soft targets rises from 0."}
     )
     lr_decay_per_epoch: float | None = field(
         default=None,
-        metadata={"help": "Factor on the rate after each epoch (BLIP: 0.9), in place of lr_scheduler_type."},
+        metadata={"help": "Factor on the learning rate after each epoch (BLIP: 0.9); replaces lr_scheduler_type."},
     )
     min_learning_rate: float = field(
-        default=1e-6, metadata={"help": "Where lr_decay_per_epoch ends, and warm-up begins."}
+        default=1e-6, metadata={"help": "Lowest rate of lr_decay_per_epoch, and start of its warm-up."}
     )
 
 
 class MomentumStep(TrainerCallback):
-    """What happens once a step: momentum before its first micro-batch, queue after its last."""
+    """Updates the momentum encoders before a step's first micro-batch, and the queue after its last."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Called by the Trainer before the first micro-batch."""
@@ -165,11 +165,11 @@ class MomentumStep(TrainerCallback):
             model.enqueue()
 
 
-class BlipTrainer(PartsTrainer):
-    """Trains any head of BLIP on the batches of `CaptionCollator` or `QuestionCollator`; see [`PartsTrainer`].
+class BlipTrainer(PretrainingTrainer):
+    """Trains any head of BLIP on the batches of `CaptionCollator` or `QuestionCollator`; see [`PretrainingTrainer`].
 
-    - Answers to questions are averaged over questions.
-    - Momentum encoders and queue are in the checkpoints to resume from, not in the model that is saved.
+    - The loss of answers is averaged over questions.
+    - Momentum encoders and queue are saved in the checkpoints of a run, not with the final model.
     """
 
     args: BlipTrainingArguments
@@ -183,26 +183,26 @@ class BlipTrainer(PartsTrainer):
             self.add_callback(MomentumStep())
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> int:
-        """Questions, or supervised tokens, of a micro-batch."""
+        """Number of questions, or of supervised tokens, of a micro-batch."""
         if isinstance(self.head, VlmBlipForQuestionAnswering):
             return len(batch["input_ids"])
         return super().count_items(batch)
 
     def loss_options(self) -> dict:
-        """Also the momentum encoders' share of the targets, which rises from 0."""
+        """Adds the weight of the soft targets, which rises from 0."""
         ramp = self.args.soft_target_ramp_epochs
         share = min(1.0, self.state.global_step / self._steps_per_epoch / ramp) if ramp > 0 else 1.0
         return super().loss_options() | {"soft_target_weight": share * self.head.config.soft_target_weight}
 
     def set_initial_training_values(self, args, dataloader):
-        """The Trainer's, and the steps of an epoch: of a stream, its part of `max_steps` by `num_train_epochs`."""
+        """Also computes the steps of an epoch; for a stream `max_steps / num_train_epochs`."""
         values = super().set_initial_training_values(args, dataloader)
         is_stream = isinstance(self.train_dataset, PairStream)
         self._steps_per_epoch = values[-1] / args.num_train_epochs if is_stream else values[1]
         return values
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
-        """BLIP's schedule with `lr_decay_per_epoch`: linear warm-up, then a step down after each epoch."""
+        """BLIP's schedule with `lr_decay_per_epoch`: linear warm-up, then a lower rate after each epoch."""
         if self.lr_scheduler is None and self.args.lr_decay_per_epoch is not None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             lowest = self.args.min_learning_rate / self.args.learning_rate
@@ -214,7 +214,7 @@ class BlipTrainer(PartsTrainer):
                 return max(lowest, decay ** int(step / self._steps_per_epoch))
 
             optimizer = optimizer or self.optimizer
-            assert optimizer is not None  # the Trainer makes it first
+            assert optimizer is not None  # the Trainer creates it first
             self.lr_scheduler = LambdaLR(optimizer, factor)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -230,14 +230,14 @@ class BlipTrainer(PartsTrainer):
             return
         path = Path(checkpoint) / MOMENTUM_NAME
         if not path.is_file():
-            raise ValueError(f"{path} is missing: the run cannot go on without its momentum encoders and queue.")
+            raise ValueError(f"{path} is missing: the run cannot resume without its momentum encoders and queue.")
         self.head.momentum.load_state_dict(load_file(path))
 
 
-class Blip2Trainer(PartsTrainer):
-    """Trains the Q-Former on the batches of `CaptionCollator`; see [`PartsTrainer`]."""
+class Blip2Trainer(PretrainingTrainer):
+    """Trains the Q-Former on the batches of `CaptionCollator`; see [`PretrainingTrainer`]."""
 
     contrasting = (VlmBlip2ForPreTraining,)
 
 
-__all__ = ["Blip2Trainer", "BlipTrainer", "BlipTrainingArguments", "PartsTrainer", "StepCounter"]
+__all__ = ["Blip2Trainer", "BlipTrainer", "BlipTrainingArguments", "PretrainingTrainer", "StepCounter"]
