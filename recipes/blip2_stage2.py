@@ -28,7 +28,9 @@ def build_model(
     image_processor = AutoProcessor.from_pretrained(args.model).image_processor
     config = VlmBlip2ForConditionalGeneration.config_class.from_pretrained(args.model)
     num_queries = config.qformer_config.num_query_tokens
-    processor = VlmBlip2Processor.for_language_model(image_processor, tokenizer, num_queries)
+    has_encoder = language_model.config.is_encoder_decoder
+    processor = VlmBlip2Processor.for_language_model(image_processor, tokenizer, num_queries, has_encoder)
+    args.set_chat_template(processor)
     model = VlmBlip2ForConditionalGeneration.from_parts(args.model, language_model, processor.image_token_id)
     return model, processor
 

@@ -44,6 +44,7 @@ def build_model(args: InstructBlipModelArguments, bf16: bool) -> tuple:
     blip2 = AutoProcessor.from_pretrained(args.model)
     reader = AutoTokenizer.from_pretrained(resolve_part(args.text))
     processor = VlmInstructBlipProcessor.from_blip2(blip2, reader)
+    args.set_chat_template(processor)
     return add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout) if args.lora_r > 0 else model, processor
 
 

@@ -12,7 +12,6 @@ when started again.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch.utils.data import ConcatDataset
@@ -41,8 +40,7 @@ def build_model(args: LlavaInstructModelArguments) -> tuple[VlmLlavaForCondition
     processor = AutoProcessor.from_pretrained(args.model)
     if args.attn_implementation is not None:
         model.body.language_model.set_attn_implementation(args.attn_implementation)
-    if args.chat_template is not None:
-        processor.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
+    args.set_chat_template(processor)
     return model, processor
 
 

@@ -5,9 +5,11 @@ that it does not use. Defaults are those of the paper's configuration.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import ProcessorMixin
 
 NAME_HELP = "Hub id, folder or wheel:NAME"
 
@@ -76,6 +78,18 @@ class AttentionArguments:
     )
 
 
+@dataclass(kw_only=True)
+class ChatTemplateArguments:
+    """The chat template of a model with an LLM."""
+
+    chat_template: str | None = option(None, "File with a chat template; the processor's own by default.")
+
+    def set_chat_template(self, processor: ProcessorMixin) -> None:
+        """Replace the processor's chat template by the file's, if one is named; it is saved with the processor."""
+        if self.chat_template is not None:
+            processor.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+
+
 # --- models, one group a recipe
 
 
@@ -140,7 +154,7 @@ class Blip2Stage1ModelArguments(ObjectiveArguments):
 
 
 @dataclass(kw_only=True)
-class Blip2Stage2ModelArguments(DtypeArguments):
+class Blip2Stage2ModelArguments(DtypeArguments, ChatTemplateArguments):
     """A first stage of BLIP-2 and the LLM behind it."""
 
     model: str = required("First stage of BLIP-2: Hub id or folder.")
@@ -150,7 +164,7 @@ class Blip2Stage2ModelArguments(DtypeArguments):
 
 
 @dataclass(kw_only=True)
-class InstructBlipModelArguments(LoraArguments, DtypeArguments):
+class InstructBlipModelArguments(LoraArguments, DtypeArguments, ChatTemplateArguments):
     """A second stage of BLIP-2, and LoRA on its LLM if wanted."""
 
     model: str = required("Second stage of BLIP-2 with its Q-Former's text branch: Hub id or folder.")
@@ -189,14 +203,13 @@ class LlavaAlignModelArguments(DtypeArguments, AttentionArguments):
 
 
 @dataclass(kw_only=True)
-class LlavaInstructModelArguments(AttentionArguments):
+class LlavaInstructModelArguments(AttentionArguments, ChatTemplateArguments):
     """A LLaVA after its first stage, and what is trained."""
 
     model: str = required("First stage of LLaVA (or a second stage, to train on): Hub id or folder.")
     stage: str = option("llava-1.5-instruct", "Name in hf_vlm.training.STAGES: which parts are trained, and how fast.")
     lora_r: int | None = option(None, "LoRA rank; overrides the stage's and keeps alpha / r.")
     lora_dropout: float | None = option(None, "LoRA dropout; overrides the stage's.")
-    chat_template: str | None = option(None, "File with a chat template; the processor's own by default.")
 
 
 # --- pieces of data
