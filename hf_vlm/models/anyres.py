@@ -1,9 +1,10 @@
-"""Images of any resolution, as LLaVA-1.6 sees them: an overview, and the tiles of the grid that fits best.
+"""LLaVA-1.6's "anyres": an image of any resolution becomes an overview and the tiles of the best-fitting grid.
 
-One function, [`anyres_layout`], says how many tiles and tokens an image of a given size becomes; image processor,
-processor and model all ask it, so that they cannot disagree. Sizes are (height, width).
+- [`anyres_layout`] computes the number of tiles and tokens from the image size. Image processor, processor and model
+  all call it, so their counts agree.
+- A *view* is the overview or a tile. Sizes are (height, width).
 
-Source: https://llava-vl.github.io/blog/2024-01-30-llava-next; the rounding is that of the published models.
+Source: https://llava-vl.github.io/blog/2024-01-30-llava-next; rounding follows the published models.
 """
 
 import math
@@ -18,12 +19,12 @@ from transformers.image_processing_utils import select_best_resolution
 
 @dataclass(frozen=True)
 class AnyresLayout:
-    """What becomes of an image.
+    """The tiles of an image, and the patches of the grid that show the image.
 
     Args:
-        rows, columns: Tiles of the grid.
-        top, left, height, width: The part of the grid's patches that shows the image; the rest is padding.
-        side: Patches a side of a tile.
+        rows, columns: Number of tiles in each direction.
+        top, left, height, width: Rectangle of patches that shows the image; the other patches are padding.
+        side: Patches per side of a tile.
     """
 
     rows: int
@@ -36,17 +37,17 @@ class AnyresLayout:
 
     @property
     def num_views(self) -> int:
-        """Tiles, and the overview before them."""
+        """Number of tiles plus the overview."""
         return 1 + self.rows * self.columns
 
     @property
     def num_tokens(self) -> int:
-        """Patches of the overview, patches of the grid that show the image, and a newline a row."""
+        """Number of overview patches, of grid patches that show the image, and of newlines, one per row."""
         return self.side**2 + self.height * (self.width + 1)
 
 
 def grid_shape(size: tuple[int, int], grids: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The grid, in pixels, in which an image keeps most of its resolution and wastes least."""
+    """The grid, in pixels, that keeps the most resolution of an image and, among equals, has the least padding."""
     return select_best_resolution(size, grids)
 
 
@@ -68,7 +69,7 @@ def anyres_layout(size: Sequence[int], grids: Sequence[Sequence[int]], tile: int
     """The layout of an image.
 
     Args:
-        size: Its height and width in pixels.
+        size: Height and width of the image in pixels.
         grids: `image_grid_pinpoints` of the config.
         tile: Side of a tile in pixels, the tower's image size.
         patch: Side of a patch in pixels.
@@ -80,7 +81,7 @@ def anyres_layout(size: Sequence[int], grids: Sequence[Sequence[int]], tile: int
 def anyres_views(
     image: Image.Image, grids: Sequence[Sequence[int]], tile: int, resample: Image.Resampling
 ) -> list[Image.Image]:
-    """The overview and the tiles of an RGB image, row by row; the grid around the image is black."""
+    """The overview and the tiles, row by row, of an RGB image; padding is black."""
     height, width = grid_shape((image.height, image.width), grids)
     by_width, by_height = width / image.width, height / image.height
     if by_width < by_height:
@@ -99,20 +100,20 @@ def join_views(views: torch.Tensor, layout: AnyresLayout, newline: torch.Tensor)
 
     Args:
         views: `(num_views, side * side, H)`, the overview first.
-        layout: Of the image.
-        newline: `(H,)`, put after each row of patches.
+        layout: The layout of the image.
+        newline: `(H,)`, appended to each row of patches.
 
     Returns:
         `(num_tokens, H)`.
 
     Raises:
-        ValueError: if a view has another number of tokens than patches, as with a class token.
+        ValueError: if a view has more or fewer tokens than patches, for example a class token.
     """
     hidden = views.shape[-1]
     if views.shape[1] != layout.side**2:
         raise ValueError(
-            f"A view has {views.shape[1]} tokens for {layout.side}x{layout.side} patches: leave out the class token "
-            'with vision_feature_select_strategy="default", and take a tower without registers.'
+            f"A view has {views.shape[1]} tokens for {layout.side}x{layout.side} patches: drop the class token with "
+            'vision_feature_select_strategy="default", and use a tower without registers.'
         )
     grid = views[1:].view(layout.rows, layout.columns, layout.side, layout.side, hidden)
     grid = grid.transpose(1, 2).reshape(layout.rows * layout.side, layout.columns * layout.side, hidden)

@@ -12,9 +12,9 @@ class VlmInstructBlipConfig(VlmBlip2Config):
     model_type = "vlm_instructblip"
 
     def validate_text_branch(self):
-        """Checks that the Q-Former can read."""
+        """Check that the Q-Former has a text branch."""
         if not self.qformer_config.use_text:
-            raise ValueError("InstructBLIP's Q-Former reads the instruction: set use_text=True in qformer_config.")
+            raise ValueError("InstructBLIP's Q-Former needs a text branch: set use_text=True in qformer_config.")
 
 
 __all__ = ["VlmInstructBlipConfig"]

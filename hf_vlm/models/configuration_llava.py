@@ -23,15 +23,15 @@ class VlmLlavaConfig(PreTrainedConfig):
         vision_config: Config of the image tower: a [`VlmTowerConfig`] (by default CLIP's), or that of any vision
             encoder of transformers.
         text_config: Config of the LLM, any causal one of transformers.
-        image_token_id: Id of the placeholder in whose places image tokens go.
-        vision_feature_layer: Index into the tower's hidden states (0 the embeddings, -1 the last layer's); layers after
-            it are not run.
-        vision_feature_select_strategy: `"default"` leaves the class token out, `"full"` keeps it. Registers are
-            kept, as in transformers.
+        image_token_id: Id of the placeholder that image tokens replace.
+        vision_feature_layer: Index into the tower's hidden states (0: embeddings, -1: last layer). Later layers are not
+            run.
+        vision_feature_select_strategy: `"default"` drops the class token, `"full"` keeps it. Registers are kept, as in
+            transformers.
         projector_type: `"linear"`, or `"mlp"` of two layers.
         projector_hidden_act: Activation of the MLP.
         projector_bias: Whether the projector has biases.
-        image_grid_pinpoints: `[height, width]` in pixels of the grids of tiles that an image may be cut into
+        image_grid_pinpoints: `[height, width]` in pixels of the grids of tiles into which an image may be split
             ("anyres"); None gives every image one view.
         initializer_range: Standard deviation of the projector's initialisation.
     """
@@ -59,15 +59,18 @@ class VlmLlavaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_parts(self):
-        """Checks that tiles fit the tower, and that the LLM is a causal one."""
+        """Check that the grids are multiples of the tower's image size, and that the LLM is causal."""
         side = self.vision_config.image_size
         for shape in self.image_grid_pinpoints or []:
             if len(shape) != 2 or any(pixels <= 0 or pixels % side for pixels in shape):
                 raise ValueError(
-                    f"image_grid_pinpoints has {shape}, but its sides must be multiples of the tower's {side} pixels."
+                    f"image_grid_pinpoints contains {shape}, but both sides must be positive multiples of the tower's "
+                    f"image size, {side} pixels: change the grid."
                 )
         if self.text_config.is_encoder_decoder:
-            raise ValueError(f"LLaVA needs a causal LLM, not the encoder-decoder {self.text_config.model_type}.")
+            raise ValueError(
+                f"{self.text_config.model_type} is an encoder-decoder LLM, but LLaVA needs a causal one: replace it."
+            )
 
 
 __all__ = ["VlmLlavaConfig"]

@@ -1,10 +1,10 @@
-"""Image processor of every model here: any picture in, normalised `pixel_values` out.
+"""Image processor of all models: any image in, normalised `pixel_values` out.
 
-- One implementation, on PIL: the numbers do not depend on whether torchvision is installed.
-- Four ways to make a picture fit: `"crop"` (CLIP: shortest edge resized, centre cropped), `"squash"` (BLIP, SigLIP:
-  both sides resized), `"pad"` (LLaVA-1.5: padded to a square with the mean colour, then resized) and `"anyres"`
-  (LLaVA-1.6: an overview and the tiles of a grid, see `anyres.py`).
-- Every colour mode becomes RGB the way a viewer shows it: transparency on white, 16-bit greys scaled, CMYK converted.
+- One implementation, on PIL, so that results do not depend on whether torchvision is installed.
+- Four resize modes: `"crop"` (CLIP: shortest edge resized, centre cropped), `"squash"` (BLIP, SigLIP: both sides
+  resized), `"pad"` (LLaVA-1.5: padded to a square with the mean colour, then resized) and `"anyres"` (LLaVA-1.6: an
+  overview and the tiles of a grid, see `anyres.py`).
+- Every colour mode becomes RGB as an image viewer shows it: transparency on white, 16-bit greys scaled, CMYK converted.
 """
 
 from typing import Literal
@@ -30,7 +30,7 @@ class VlmImageKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB: transparency is composited on white, 16-bit and 32-bit greys are scaled to 8 bits."""
+    """An RGB image from any PIL image: transparency composited on white, 16-bit and 32-bit greys scaled to 8 bits."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
@@ -48,16 +48,23 @@ class VlmImageProcessor(PilBackend):
     """Resizes, crops or pads, scales to [0, 1] and normalises.
 
     Args:
-        size: `{"height": ..., "width": ...}` of the result in pixels.
+        size: `{"height": ..., "width": ...}` of the output in pixels.
         resize_mode: `"crop"`, `"squash"`, `"pad"` or `"anyres"`; see the module's docstring.
         image_grid_pinpoints: `[height, width]` in pixels of the grids that `"anyres"` chooses from.
         resample: PIL's resampling filter.
         image_mean: Mean of each channel, in [0, 1].
         image_std: Standard deviation of each channel, in [0, 1].
 
+    Example:
+        ```python
+        >>> processor = VlmImageProcessor(size={"height": 224, "width": 224}, resize_mode="squash")
+        >>> processor(Image.new("RGB", (640, 480)), return_tensors="pt")["pixel_values"].shape
+        torch.Size([1, 3, 224, 224])
+        ```
+
     Calling it with images (PIL, arrays or tensors; one or a list) gives `pixel_values` of shape
-    `(batch, 3, height, width)` in float32; with `"anyres"` one of every view, image by image, and `image_sizes`, the
-    height and width of each image, of shape `(batch, 2)`.
+    `(batch, 3, height, width)` in float32. With `"anyres"`, `pixel_values` contains every view, image by image, and
+    `image_sizes` of shape `(batch, 2)` the height and width of each image.
     """
 
     valid_kwargs = VlmImageKwargs
@@ -76,10 +83,11 @@ class VlmImageProcessor(PilBackend):
         super().__init__(**kwargs)
 
     def process_image(self, image, input_data_format=None, **kwargs) -> Image.Image:
-        """One picture as an RGB PIL image.
+        """An RGB PIL image from a PIL image, array or tensor.
 
         Raises:
-            ValueError: if it is neither a PIL image nor an array of shape `(height, width)` or with 1, 3 or 4 channels.
+            ValueError: for another type, or an array that has neither the shape `(height, width)` nor 1, 3 or 4
+                channels.
         """
         if not isinstance(image, Image.Image):
             image = to_pil_image(image, input_data_format=input_data_format)
@@ -88,7 +96,7 @@ class VlmImageProcessor(PilBackend):
     def fit(
         self, image: Image.Image, size: SizeDict, resize_mode: str, resample: PILImageResampling, fill: tuple[int, ...]
     ) -> Image.Image:
-        """An RGB image at exactly `size`, by the given mode."""
+        """An RGB image resized to exactly `size` by the given mode; `fill` is the colour of the padding."""
         target = (size.width, size.height)
         if resize_mode == "pad":
             image = pad_to_square(limit_size(image, MAX_ASPECT_RATIO * max(target)), fill)
@@ -123,7 +131,10 @@ class VlmImageProcessor(PilBackend):
         sizes = {}
         if do_resize and resize_mode == "anyres":
             if not image_grid_pinpoints or size.height != size.width:
-                raise ValueError('resize_mode="anyres" needs image_grid_pinpoints and square tiles.')
+                raise ValueError(
+                    f'resize_mode="anyres" needs image_grid_pinpoints and square tiles, but image_grid_pinpoints is '
+                    f"{image_grid_pinpoints} and size is {size.height} x {size.width}: set both."
+                )
             sizes = {"image_sizes": np.array([(image.height, image.width) for image in images])}
             resample = PILImageResampling(resample)
             images = [
@@ -143,7 +154,7 @@ class VlmImageProcessor(PilBackend):
 
 
 def limit_size(image: Image.Image, longest: int) -> Image.Image:
-    """A huge image shrunk to a side of at most `longest` pixels, since the square around it would be far larger."""
+    """The image, downscaled if a side exceeds `longest` pixels, to limit the size of the square around it."""
     width, height = image.size
     if max(width, height) <= longest:
         return image
@@ -152,7 +163,7 @@ def limit_size(image: Image.Image, longest: int) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of one colour (LLaVA-1.5)."""
+    """The image centred on a square of one colour (LLaVA-1.5)."""
     width, height = image.size
     if width == height:
         return image
@@ -163,7 +174,7 @@ def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
 
 
 def limit_aspect_ratio(image: Image.Image) -> Image.Image:
-    """The middle of a very long image, since resizing its short edge would blow up the rest only to crop it away."""
+    """The centre of a very elongated image: resizing its short edge would enlarge pixels that are then cropped."""
     width, height = image.size
     longest = MAX_ASPECT_RATIO * min(width, height)
     if max(width, height) <= longest:

@@ -1,8 +1,8 @@
-"""The language model of a vision-language model: any causal or encoder-decoder LLM of transformers, whole.
+"""The language model of a vision-language model: any causal or encoder-decoder LLM of transformers, with its head.
 
-The LLM is kept with its own head, so that its logits and its `generate` are its own. In training, logits are wanted at
-supervised positions only; what an LLM does to them after its head (scaling, soft-capping) is then repeated here, and
-compared with the LLM itself when a model is made (`check_logits`).
+- Inference uses the LLM's own forward and `generate`.
+- Training computes logits at supervised positions only, so the scaling and soft-capping that follow the head are
+  repeated here. `check_logits` compares them with the LLM's own logits when a model is built.
 """
 
 import json
@@ -18,24 +18,24 @@ from transformers.core_model_loading import PrefixChange
 from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-# A body is read from a head's checkpoint without the head's prefix, before transformers takes
-# `model.language_model.model` for a name of its older vision-language models.
+# Removes the head's prefix when a body loads a head's checkpoint. Without it, transformers mistakes
+# `model.language_model.model` for a weight name of its older vision-language models.
 for body in ("VlmBlip2Model", "VlmInstructBlipModel", "VlmLlavaModel"):
     register_checkpoint_conversion_mapping(body, [PrefixChange(prefix_to_remove="model")], overwrite=True)
 
 
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A new LLM, with its head."""
+    """A newly initialised LLM with its head."""
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM.from_config(config)
     return AutoModelForCausalLM.from_config(config)
 
 
 def load_language_model(source: str | PreTrainedModel, kwargs: dict | None = None) -> PreTrainedModel:
-    """An LLM from an id, a folder or an instance; `kwargs` are options of `from_pretrained`.
+    """An LLM loaded from an id or folder, or the given instance; `kwargs` are options of `from_pretrained`.
 
     Raises:
-        ValueError: for a model without a head, or one whose logits cannot be made from its states (`check_logits`).
+        ValueError: for a model without a head, or if its logits cannot be reproduced (`check_logits`).
     """
     model = source
     if isinstance(source, str):
@@ -43,29 +43,29 @@ def load_language_model(source: str | PreTrainedModel, kwargs: dict | None = Non
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto_class.from_pretrained(source, **(kwargs or {}))
     if model.get_output_embeddings() is None:
-        raise ValueError(f"A {type(model).__name__} has no language-modelling head: give a causal or seq2seq LLM.")
+        raise ValueError(f"A {type(model).__name__} has no language-modelling head: pass a causal or seq2seq LLM.")
     if not model.config.is_encoder_decoder:
         check_logits(model)
     return model
 
 
 def keep_names(model: PreTrainedModel) -> None:
-    """Lets a loaded model be saved under its own names.
+    """Save a loaded model under the weight names that it was loaded with.
 
-    transformers takes `model.language_model.model` for a name of its older vision-language models when it loads, finds
-    the weight all the same, and would put the prefix before it once more when it saves.
+    transformers mistakes `model.language_model.model` for a weight name of its older vision-language models. Loading
+    works, but saving would add the prefix a second time.
     """
     model._weight_conversions = []
 
 
 class AdapterNames(PreTrainedModel):
-    """Base of models with an LLM, whose adapters are found under the names that they were saved with."""
+    """Base class of models with an LLM; loads adapters under the names that they were saved with."""
 
     def load_adapter(self, *args, **kwargs):
-        """transformers' `load_adapter`; also `from_pretrained` of an adapter's folder calls it.
+        """transformers' `load_adapter`, which `from_pretrained` of an adapter's folder also calls.
 
-        transformers takes `model.language_model.model` for a name of its older vision-language models. A weight that it
-        does not find under the newer name it looks for under the given one, but not an adapter's: that stays random.
+        transformers mistakes `model.language_model.model` for a weight name of its older vision-language models. It
+        renames the adapter's weights, does not find them, and leaves the adapter randomly initialised.
         """
         own_names = get_model_conversion_mapping(self, add_legacy=False)
         info = super().load_adapter(*args, weight_mapping=own_names, **kwargs)
@@ -74,8 +74,8 @@ class AdapterNames(PreTrainedModel):
 
 
 def adapter_base(source: str | Path, **hub_options) -> str | None:
-    """What an adapter is for, as its own config says; None of a whole checkpoint."""
-    hub_options.pop("trust_remote_code", None)  # no code is run to read it
+    """Id or folder of an adapter's base model, from the adapter's config; None for a complete checkpoint."""
+    hub_options.pop("trust_remote_code", None)  # reading the config runs no code
     file = find_adapter_config_file(str(source), **hub_options)
     if file is None or Path(file).with_name("config.json").is_file():
         return None
@@ -83,7 +83,7 @@ def adapter_base(source: str | Path, **hub_options) -> str | None:
 
 
 def commit_of(source: str, kwargs: dict) -> str | None:
-    """The commit of an LLM on the Hub; None for a folder, or where none is in the cache."""
+    """The commit hash of an LLM on the Hub; None for a folder, or if the cache contains no commit."""
     if Path(source).exists():
         return None
     try:
@@ -93,21 +93,21 @@ def commit_of(source: str, kwargs: dict) -> str | None:
 
 
 def cast_weights(language_model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Gives the weights another precision. Not the buffers, as `.to` would: rotary frequencies must stay in float32."""
+    """Cast the weights to `dtype`. Buffers, which `.to` would cast too, stay: rotary frequencies must be float32."""
     for parameter in language_model.parameters():
         parameter.data = parameter.data.to(dtype)
     language_model.config.dtype = dtype
 
 
 def hidden_states(language_model: PreTrainedModel, **inputs) -> torch.Tensor:
-    """States of shape `(B, L, H)` before the head: of an encoder-decoder LLM, its encoder's."""
+    """Hidden states of shape `(B, L, H)` before the head; for an encoder-decoder LLM, the encoder's."""
     if language_model.config.is_encoder_decoder:
         return language_model.get_encoder()(**inputs).last_hidden_state
     return language_model.base_model(**inputs).last_hidden_state
 
 
 def logits_of(language_model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    """Logits `(..., vocabulary)` of states `(..., H)`, scaled and soft-capped as the LLM's config says."""
+    """Logits `(..., vocabulary)` of hidden states `(..., H)`, scaled and soft-capped by the LLM's config."""
     logits = language_model.get_output_embeddings()(states)
     options = language_model.config.get_text_config().to_dict()
     if options.get("logits_scaling") is not None:  # Granite
@@ -121,10 +121,10 @@ def logits_of(language_model: PreTrainedModel, states: torch.Tensor) -> torch.Te
 
 @contextmanager
 def contiguous_inputs(head: nn.Module) -> Iterator[None]:
-    """Within it, a head gets its input in one piece.
+    """Make the input of an LLM's head contiguous inside the context.
 
-    A prefill hands it the last state of each row as a strided view. Of a frozen matrix, torch then makes a copy for
-    each row (`should_fold` in its LinearAlgebra.cpp), which takes longer than all else of the first token.
+    A prefill passes the last hidden state of each row as a strided view. With a frozen weight matrix, torch then copies
+    the matrix for each row (`should_fold` in its LinearAlgebra.cpp), which dominates the time to the first token.
     """
     hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
     try:
@@ -135,10 +135,10 @@ def contiguous_inputs(head: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def check_logits(language_model: PreTrainedModel) -> None:
-    """Compares `logits_of` with the LLM's own logits on a few tokens.
+    """Compare `logits_of` with the LLM's own logits on a few tokens.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if the logits differ.
     """
     was_training = language_model.training
     language_model.eval()
@@ -148,7 +148,7 @@ def check_logits(language_model: PreTrainedModel) -> None:
     language_model.train(was_training)
     if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3 * float(own.abs().max())):
         kind = language_model.config.model_type
-        raise ValueError(f"A {kind} LLM makes its logits in a way that is not known here: choose another LLM.")
+        raise ValueError(f"The logits of a {kind} LLM cannot be reproduced from its hidden states: use another LLM.")
 
 
 __all__ = [

@@ -1,10 +1,11 @@
-"""BLIP-2's second stage: an LLM writes about an image that the Q-Former has read (arXiv 2301.12597, section 3.3).
+"""BLIP-2's second stage: a frozen LLM generates text from the Q-Former's queries (arXiv 2301.12597, section 3.3).
 
-- The processor writes one placeholder token a query into the text; the queries take their places, through one linear
-  layer. Placeholders are counted: too few or too many are an error.
-- Decoder-only LLMs learn the text after the image; encoder-decoder LLMs read image and prefix, and learn the suffix.
+- The processor puts one placeholder token per query before the text. A linear layer maps the queries to the LLM's
+  width, and they replace the placeholders. A wrong number of placeholders raises an error.
+- Decoder-only LLMs are trained on the text after the image. Encoder-decoder LLMs read the image and a prefix, and are
+  trained on the suffix.
 - Only the Q-Former's query branch, the LayerNorm after the tower and the linear layer are trained.
-- Generation is the LLM's own `generate`; images are read once, whatever the number of beams.
+- Generation is the LLM's own `generate`; images are encoded once, whatever the number of beams.
 
 Shapes: B rows, L tokens, I images, P patches, Q queries.
 """
@@ -35,10 +36,10 @@ class VlmBlip2GenerationOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`): Language-modelling loss.
-        logits (`torch.FloatTensor` of shape `(B, L, vocabulary)`): Of the LLM; not with labels, for which logits are
-            made at supervised positions only.
-        last_hidden_state (`torch.FloatTensor` of shape `(B, L, width)`): The LLM's states.
-        past_key_values: The LLM's cache.
+        logits (`torch.FloatTensor` of shape `(B, L, vocabulary)`): The LLM's logits; None with labels, since training
+            computes logits at supervised positions only.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, width)`): The LLM's hidden states.
+        past_key_values: The LLM's key/value cache.
     """
 
     loss: torch.Tensor | None = None
@@ -48,7 +49,7 @@ class VlmBlip2GenerationOutput(ModelOutput):
 
 
 class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin):
-    """Writes about images with a frozen LLM.
+    """BLIP-2 with a frozen LLM: generates text about images.
 
     Example:
         ```python
@@ -63,7 +64,7 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
     def __init__(self, config: VlmBlip2Config, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         if config.text_config is None:
-            raise ValueError(f"{type(self).__name__} needs an LLM, which this checkpoint has not: see from_parts.")
+            raise ValueError(f"{type(self).__name__} needs an LLM, but this checkpoint has none: use from_parts.")
         self.model = self.body_class(config, language_model)
         self.post_init()
         self.freeze_parts()
@@ -77,17 +78,19 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         image_token_id: int,
         language_model_kwargs: dict | None = None,
     ) -> "VlmBlip2ForConditionalGeneration":
-        """Builds the head on the tower and Q-Former of an earlier stage and an LLM; the layer between them is new.
+        """Build the head on the tower and Q-Former of an earlier stage and an LLM.
+
+        The linear layer between Q-Former and LLM is newly initialised.
 
         Args:
-            blip2: Id, folder or instance of a BLIP-2 model, such as [`VlmBlip2ForPreTraining`]; copied.
-            language_model: Id, folder or instance of a causal or encoder-decoder LLM; not copied.
+            blip2: Id, folder or instance of a BLIP-2 model, such as [`VlmBlip2ForPreTraining`]. Its weights are copied.
+            language_model: Id, folder or instance of a causal or encoder-decoder LLM. An instance is not copied.
             image_token_id: Id of the placeholder in the LLM's tokenizer; it may lie past the LLM's vocabulary.
             language_model_kwargs: `from_pretrained` options of the LLM (`dtype`, `device_map`, `revision`,
-                `quantization_config`). A frozen LLM may be in bfloat16 while all else is in float32.
+                `quantization_config`). A frozen LLM may be in bfloat16 while the other parts are in float32.
 
         Raises:
-            ValueError: if the LLM is of a kind whose logits cannot be made from its states.
+            ValueError: if the LLM's logits cannot be reproduced from its hidden states.
         """
         body = VlmBlip2Model.from_pretrained(blip2) if isinstance(blip2, str) else blip2.base_model
         llm = load_language_model(language_model, language_model_kwargs)
@@ -103,7 +106,7 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
 
     @classmethod
     def _on(cls, body: VlmBlip2Model, fields: dict, llm: PreTrainedModel) -> "VlmBlip2ForConditionalGeneration":
-        """A head of this class with copies of a body's weights, and an LLM as it is."""
+        """A head of this class with a copy of the body's weights and the LLM instance itself."""
         config = cls.config_class.from_dict(
             {**body.config.to_dict(), **fields, "model_type": cls.config_class.model_type}
         )
@@ -112,7 +115,9 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         given = {name: t for name, t in body.state_dict().items() if not name.startswith("language_model.")}
         missing, unexpected = head.model.load_state_dict(given, strict=False)
         if new := [name for name in missing if not name.startswith("language_model.")]:
-            logger.warning("Not in the model that %s begins with, and new: %s.", cls.__name__, ", ".join(new))
+            logger.warning(
+                "%s: newly initialised weights (not in the source checkpoint): %s", cls.__name__, ", ".join(new)
+            )
         assert not unexpected, unexpected
         return head.to(body.device)
 
@@ -134,31 +139,31 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VlmBlip2GenerationOutput:
-        """Language modelling after an image.
+        """Logits, or with `labels` the loss, of texts after an image.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts with Q placeholders an image, as the processor makes
-                them.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts with Q placeholders per image, from the processor.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
-            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere (images, prompt,
-                padding); for an encoder-decoder LLM the target texts `(B, length)`.
-            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
-            qformer_input_ids (`torch.LongTensor` of shape `(I, length)`): InstructBLIP's instructions, as the
-                Q-Former's tokenizer gives them.
+            labels (`torch.LongTensor` of shape `(B, L)`): Target token ids, -100 elsewhere (images, prompt, padding);
+                for an encoder-decoder LLM the target texts `(B, length)`.
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output, in place of images.
+            qformer_input_ids (`torch.LongTensor` of shape `(I, length)`): InstructBLIP's instructions, tokenised by the
+                Q-Former's tokenizer.
             qformer_attention_mask (`torch.LongTensor` of shape `(I, length)`): 0 at padding.
-            decoder_input_ids (`torch.LongTensor` of shape `(B, length)`): Of an encoder-decoder LLM, without labels.
-            num_items_in_batch: What the summed loss is divided by; the number of supervised tokens by default.
-            interpolate_pos_encoding: Accept another image size than the tower's.
+            decoder_input_ids (`torch.LongTensor` of shape `(B, length)`): Decoder inputs of an encoder-decoder LLM,
+                without labels.
+            num_items_in_batch: Divisor of the summed loss; by default the number of supervised tokens.
+            interpolate_pos_encoding: Accept images of a size other than the tower's.
 
         Returns:
             [`VlmBlip2GenerationOutput`] with `loss`, or, without labels, `logits`.
 
         Raises:
-            ValueError: if the texts are missing, or their placeholders do not fit the images.
+            ValueError: if the texts are missing, or an image is truncated, missing or surplus.
         """
         if input_ids is None:
-            raise ValueError("Pass the texts as input_ids, with the image's placeholders in them.")
+            raise ValueError("The texts are missing: pass input_ids with the placeholders of the images.")
         inputs = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
         llm, embeds = self.model.require_language_model(), self._embed(input_ids, *inputs)
         if labels is None:
@@ -199,19 +204,19 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        """Writes about each image.
+        """Generate a text about each image.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Prompts with placeholders, padded on the left; by default
-                the placeholders alone.
+                only the placeholders.
             **kwargs: Options of transformers' `generate`: `num_beams`, `do_sample`, `max_new_tokens`, ... All other
                 arguments are those of `forward`.
 
         Returns:
-            `torch.LongTensor` of shape `(B, length)`: what follows the prompts.
+            `torch.LongTensor` of shape `(B, length)`: the generated tokens, without the prompts.
 
         Raises:
-            ValueError: for prompts of a decoder-only LLM that are padded on the right.
+            ValueError: if prompts of a decoder-only LLM are padded on the right.
         """
         if input_ids is None:
             images = vision_features if pixel_values is None else pixel_values

@@ -1,9 +1,9 @@
 """InstructBLIP: BLIP-2 whose Q-Former also reads the instruction (arXiv 2305.06500, section 2.3).
 
-- Queries and the instruction's tokens attend to each other in the Q-Former, so that what it takes from the image is
-  what the instruction asks about; only the queries go on to the LLM, which reads the instruction as well.
-- It begins with BLIP-2's second stage; that stage has kept, frozen, the Q-Former's text branch of the first.
-- Only the Q-Former, the LayerNorm before it and the linear layer after it are trained; LoRA can be added to the LLM.
+- In the Q-Former, queries and instruction tokens attend to each other, so that the queries extract image features
+  relevant to the instruction. Only the queries go to the LLM, which reads the instruction too.
+- Training starts from BLIP-2's second stage, which keeps the frozen text branch of the first stage's Q-Former.
+- Only the Q-Former, the LayerNorm before it and the linear layer after it are trained. LoRA can be added to the LLM.
 
 Shapes: as in `modeling_blip2_generation.py`.
 """
@@ -23,7 +23,7 @@ class VlmInstructBlipModel(VlmBlip2Model):
 
 
 class VlmInstructBlipForConditionalGeneration(VlmBlip2ForConditionalGeneration):
-    """Follows instructions about images with a frozen LLM; arguments are those of BLIP-2's second stage.
+    """InstructBLIP with a frozen LLM; arguments are those of [`VlmBlip2ForConditionalGeneration`].
 
     Example:
         ```python
@@ -38,14 +38,14 @@ class VlmInstructBlipForConditionalGeneration(VlmBlip2ForConditionalGeneration):
     def from_blip2(
         cls, blip2: str | PreTrainedModel, language_model_kwargs: dict | None = None
     ) -> "VlmInstructBlipForConditionalGeneration":
-        """Goes on from a BLIP-2 of the second stage.
+        """Build InstructBLIP from BLIP-2's second stage.
 
         Args:
-            blip2: Id, folder or instance of [`VlmBlip2ForConditionalGeneration`]; all but its LLM is copied.
+            blip2: Id, folder or instance of [`VlmBlip2ForConditionalGeneration`]. All weights but the LLM's are copied.
             language_model_kwargs: `from_pretrained` options of an id or folder, such as `dtype`.
 
         Raises:
-            ValueError: if it has no text branch or no LLM: instructions would be read by random weights.
+            ValueError: if it has no LLM, or no text branch: random weights would read the instructions.
         """
         options = language_model_kwargs or {}
         source = blip2
@@ -54,8 +54,8 @@ class VlmInstructBlipForConditionalGeneration(VlmBlip2ForConditionalGeneration):
         body = source.base_model
         if not body.config.qformer_config.use_text:
             raise ValueError(
-                "This BLIP-2 has no text branch in its Q-Former, and instructions would be read by random weights: "
-                "begin with a second stage that has kept it."
+                "The Q-Former of this BLIP-2 has no text branch, so random weights would read the instructions: start "
+                "from a second-stage checkpoint with qformer_config.use_text=True."
             )
         if body.language_model is None:
             raise ValueError("This BLIP-2 has no LLM: train its second stage first, or use from_parts.")

@@ -1,18 +1,18 @@
-"""LLaVA: what an image tower sees, projected into the places of placeholder tokens of an LLM.
+"""LLaVA: an image tower's patch features, projected to the width of an LLM and put at its placeholder tokens.
 
 Papers: LLaVA-1.0 (arXiv 2304.08485), 1.5 (arXiv 2310.03744), and the blog post on 1.6 (LLaVA-NeXT).
 
-- The tower's states of one layer (-2 by default, without the class token) go through a linear layer (1.0) or an MLP
-  (1.5, 1.6). Layers after the chosen one are not run.
-- 1.6 sees an image as an overview and tiles: see `anyres.py`.
-- Placeholders are counted, image by image: an image that is cut, missing or too many is an error.
-- Rows without images cost no vision pass. In training an *empty* batch goes through the projector, so that it has a
-  (zero) gradient and no rank waits for another; and a blank view through a tower that is trained or sharded.
-- The LLM keeps its head; in training logits are made at supervised positions only. Generation is its own `generate`.
+- The tower's hidden states at one layer (-2 by default, without the class token) go through a linear layer (1.0) or an
+  MLP (1.5, 1.6). Later layers are not run.
+- 1.6 splits an image into an overview and tiles: see `anyres.py`.
+- Placeholders are counted image by image: a truncated, missing or surplus image raises an error.
+- Rows without images cost no vision pass. In training, an *empty* batch goes through the projector, so that every rank
+  has a (zero) gradient. If the tower is trainable or sharded, a blank view goes through the tower.
+- The LLM keeps its head. Training computes logits at supervised positions only; generation is the LLM's own `generate`.
 - Packed rows have `position_ids` that restart and no `attention_mask`.
 
-Shapes: B rows, L tokens, I images, T views (tiles and overviews; one an image without "anyres"), P patches, H width of
-the LLM.
+Shapes: B rows, L tokens, I images, T views, P patches, H width of the LLM. A view is an overview or a tile; without
+"anyres" an image has one view.
 """
 
 import copy
@@ -56,10 +56,10 @@ class VlmLlavaOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`): Language-modelling loss.
-        logits (`torch.FloatTensor` of shape `(B, L, vocabulary)`): Not with labels, for which logits are made at
+        logits (`torch.FloatTensor` of shape `(B, L, vocabulary)`): None with labels, since training computes logits at
             supervised positions only.
-        past_key_values: The LLM's cache.
-        last_hidden_state (`torch.FloatTensor` of shape `(B, L, H)`): The LLM's states.
+        past_key_values: The LLM's key/value cache.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, H)`): The LLM's hidden states.
     """
 
     loss: torch.Tensor | None = None
@@ -69,7 +69,7 @@ class VlmLlavaOutput(ModelOutput):
 
 
 class VlmLlavaProjector(nn.Module):
-    """From the tower's width to the LLM's; with "anyres" it also lays out the views of each image."""
+    """Maps the tower's width to the LLM's; with "anyres", also joins the views of each image."""
 
     def __init__(self, config: VlmLlavaConfig):
         super().__init__()
@@ -84,25 +84,28 @@ class VlmLlavaProjector(nn.Module):
             self.newline = nn.Parameter(torch.empty(hidden))
 
     def forward(self, states: torch.Tensor, image_sizes: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Tokens `(tokens, H)` of each image, from states `(T, P, width)` of its views.
+        """Tokens `(tokens, H)` of each image, from the hidden states `(T, P, width)` of its views.
 
         Raises:
-            ValueError: if the views are not those of images of these sizes.
+            ValueError: if the number of views does not match the image sizes.
         """
         projected = self.linear_1(states)
         if self.linear_2 is not None:
             projected = self.linear_2(self.act(projected))
-        if not len(projected):  # no image: no tokens, but a graph through all that is trained
+        if not len(projected):  # no image: no tokens, but every trainable parameter gets a gradient
             return [projected.flatten(0, 1) + (0.0 if self.newline is None else 0.0 * self.newline)]
         if self.newline is None:
             return list(projected)
         if image_sizes is None:
-            raise ValueError("This model looks at tiles: pass image_sizes, which the processor makes.")
+            raise ValueError("This model splits images into tiles: pass image_sizes, which the processor returns.")
         grids, vision = self.config.image_grid_pinpoints or [], self.config.vision_config
         layouts = [anyres_layout(size, grids, vision.image_size, vision.patch_size) for size in image_sizes.tolist()]
         counts = [layout.num_views for layout in layouts]
         if sum(counts) != len(projected):
-            raise ValueError(f"Images of these sizes have {counts} views, but {len(projected)} came in pixel_values.")
+            raise ValueError(
+                f"Images of these sizes have {counts} views, but there are {len(projected)}: pass the pixel_values and "
+                "image_sizes of the same processor call."
+            )
         views = projected.split(counts)
         return [join_views(view, layout, self.newline) for view, layout in zip(views, layouts, strict=True)]
 
@@ -130,12 +133,12 @@ class VlmLlavaPreTrainedModel(AdapterNames):
 
     @property
     def body(self) -> "VlmLlavaModel":
-        """The model without a head of its own."""
+        """The model without its head."""
         return self.base_model
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """transformers' `from_pretrained`; the image tower is frozen until a stage says otherwise."""
+        """transformers' `from_pretrained`; the image tower is frozen until a stage unfreezes it."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         keep_names(model)
@@ -152,7 +155,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         self.vision_model = build_vision_tower(config.vision_config)
         if config.vision_feature_select_strategy == "default" and not has_class_token(self.vision_model):
             raise ValueError(
-                f'A {config.vision_config.model_type} tower has no class token, and "default" would leave a patch out: '
+                f'A {config.vision_config.model_type} tower has no class token, so "default" would drop a patch: '
                 'set vision_feature_select_strategy="full".'
             )
         self.projector = VlmLlavaProjector(config)
@@ -176,7 +179,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
 
     @property
     def trains_tower(self) -> bool:
-        """Whether anything in the image tower is trained."""
+        """Whether any parameter of the image tower is trainable."""
         return not is_frozen(self.vision_model)
 
     def train(self, mode: bool = True) -> "VlmLlavaModel":
@@ -192,7 +195,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the projector reads of views `(T, channels, height, width)`: `(T, P, width)`; it can be cached."""
+        """The projector's input `(T, P, width)` for views `(T, channels, height, width)`; it can be cached."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
             states = layer_states(self.vision_model, pixel_values, self.config.vision_feature_layer)
         return states[:, 1:] if self.config.vision_feature_select_strategy == "default" else states
@@ -208,15 +211,15 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(T, channels, height, width)`): The views of the images.
             image_sizes (`torch.LongTensor` of shape `(I, 2)`): Height and width of each image, with "anyres".
-            vision_features (`torch.FloatTensor` of shape `(T, P, width)`): In place of the views, what
-                `get_vision_features` made of them.
+            vision_features (`torch.FloatTensor` of shape `(T, P, width)`): Output of `get_vision_features`, in place
+                of the views.
 
         Returns:
-            `last_hidden_state`, the tower's, and `pooler_output`: a list of `(tokens, H)`, one an image. As
-            `mm_encoder_outputs={"image": ...}` it serves `forward` and `generate`, also for a later turn.
+            `last_hidden_state` (the tower's) and `pooler_output` (a list with the tokens `(tokens, H)` of each image).
+            Pass it to `forward` or `generate` as `mm_encoder_outputs={"image": ...}` to reuse it in later turns.
 
         Raises:
-            ValueError: unless exactly one of views and features is given.
+            ValueError: unless exactly one of `pixel_values` and `vision_features` is given.
         """
         if pixel_values is not None and vision_features is None:
             vision_features = self.get_vision_features(pixel_values)
@@ -226,12 +229,12 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         return BaseModelOutputWithPooling(states, pooler_output=self.projector(states, image_sizes))
 
     def _no_images(self, device: torch.device) -> list[torch.Tensor]:
-        """The tokens of no image, with a graph through what is trained and a pass through what ranks run together."""
+        """Zero image tokens, connected to every trainable parameter and to every module that all ranks must run."""
         vision = self.config.vision_config
         sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.vision_model)
         if not sharded and not (self.training and torch.is_grad_enabled()):
             return []
-        if sharded or self.trains_tower:  # a blank view, for towers take no empty batch
+        if sharded or self.trains_tower:  # a blank view, since towers reject an empty batch
             shape = (1, vision.num_channels, vision.image_size, vision.image_size)
             states = self.get_vision_features(torch.zeros(shape, device=device))[:0]
         else:
@@ -247,10 +250,10 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         vision_features: torch.Tensor | None = None,
         mm_encoder_outputs: Features | None = None,
     ) -> torch.Tensor:
-        """Inputs `(B, L, H)` of the LLM: token embeddings, with the images' tokens in the placeholders' places.
+        """Inputs `(B, L, H)` of the LLM: token embeddings, with image tokens at the placeholders.
 
         Raises:
-            ValueError: if a row's placeholders are not those of whole images, or not of as many as there are.
+            ValueError: if an image is truncated, missing or surplus.
         """
         if mm_encoder_outputs is not None:
             images = mm_encoder_outputs["image"].pooler_output
@@ -259,7 +262,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         else:
             images = None
         check_placeholders(input_ids == self.config.image_token_id, images or [])
-        # Before the embeddings, as where there are images: ranks gather the shards of modules in one order.
+        # Before the embeddings, as with images: all ranks must gather sharded modules in the same order.
         tokens = self._no_images(input_ids.device) if images is None else images
         return place_images(self.get_input_embeddings(), input_ids, tokens, self.config.image_token_id)
 
@@ -277,7 +280,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         mm_encoder_outputs: Features | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """The LLM's states; arguments are those of [`VlmLlavaForConditionalGeneration.forward`]."""
+        """The LLM's hidden states; arguments are those of [`VlmLlavaForConditionalGeneration.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         if input_ids is not None:
@@ -285,7 +288,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         shape = inputs_embeds.shape
         is_packed = position_ids is not None and attention_mask is None and kwargs.get("use_cache") is False
         if is_packed and is_flash_attention_requested(self.language_model.config):
-            # Of several rows, flash attention would not see where positions restart.
+            # Flash attention finds restarting positions only in a batch of one row.
             position_ids = position_ids.expand(shape[:2]).reshape(1, -1)
             inputs_embeds = inputs_embeds.flatten(0, 1)[None]
         output = self.language_model.base_model(
@@ -304,7 +307,7 @@ def _any_rows(tensor: torch.Tensor | None) -> bool:
 
 
 class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin):
-    """Talks about images.
+    """LLaVA with its language-modelling head: answers about images in a conversation.
 
     Example:
         ```python
@@ -330,19 +333,20 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
         language_model_kwargs: dict | None = None,
         **config,
     ) -> "VlmLlavaForConditionalGeneration":
-        """Builds LLaVA on an image tower and an LLM; the projector is new.
+        """Build LLaVA on an image tower and an LLM; the projector is newly initialised.
 
         Args:
-            vision: Id, folder or instance of an image tower, or of a two-tower model that has one; copied.
-            language_model: Id, folder or instance of a causal LLM with its head; changed, not copied.
+            vision: Id, folder or instance of an image tower, or of a two-tower model that contains one. Its weights
+                are copied.
+            language_model: Id, folder or instance of a causal LLM with its head. An instance is modified in place.
             image_token_id: Id of the placeholder in the LLM's tokenizer; by default the first id after its vocabulary.
-                Where the LLM has no such row, its embeddings grow, to a multiple of 64 rows; tied heads stay tied.
-            image_size: Side of an image or tile in pixels, for one of our towers: its positions are interpolated.
+                If the LLM has no such row, its embeddings grow to a multiple of 64 rows; tied heads stay tied.
+            image_size: Side of an image or tile in pixels, for a [`VlmTowerModel`]: its positions are interpolated.
             language_model_kwargs: `from_pretrained` options of the LLM (`dtype`, `revision`, ...).
             **config: Fields of [`VlmLlavaConfig`], such as `projector_type`.
 
         Raises:
-            ValueError: if tower or LLM do not serve, or a field does not fit.
+            ValueError: if the tower or the LLM is unsupported, or a field of the config is invalid.
         """
         tower = load_tower(vision, "vision", {})
         if image_size is not None:
@@ -386,33 +390,33 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VlmLlavaOutput:
-        """Language modelling over texts with images in them.
+        """Logits, or with `labels` the loss, of texts with images in them.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts with each image's placeholders, as the processor
-                makes them; images are those of the first row, then of the second, and so on.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts with the placeholders of each image, from the
+                processor. Images come in the order of the rows.
             pixel_values (`torch.FloatTensor` of shape `(T, channels, height, width)`): The views of the images.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding; None for packed rows.
-            position_ids (`torch.LongTensor` of shape `(B, L)`): Restarting at each sample of packed rows, which need
-                `labels` or `use_cache=False`: with a cache the samples of a row see each other.
-            past_key_values: The LLM's cache.
+            position_ids (`torch.LongTensor` of shape `(B, L)`): Positions; in packed rows they restart at each sample.
+                Packed rows need `labels` or `use_cache=False`: with a cache, samples of a row attend to each other.
+            past_key_values: The LLM's key/value cache.
             inputs_embeds (`torch.FloatTensor` of shape `(B, L, H)`): In place of `input_ids` and images.
             image_sizes (`torch.LongTensor` of shape `(I, 2)`): Height and width of each image, with "anyres".
-            vision_features (`torch.FloatTensor` of shape `(T, P, width)`): In place of `pixel_values`, what
-                `get_vision_features` made of them.
+            vision_features (`torch.FloatTensor` of shape `(T, P, width)`): Output of `get_vision_features`, in place
+                of `pixel_values`.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, in place of both.
-            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere.
-            num_items_in_batch: What the summed loss is divided by; the number of supervised tokens by default.
-            logits_to_keep: Make logits of the last so many positions only; 0 of all.
+            labels (`torch.LongTensor` of shape `(B, L)`): Target token ids, -100 elsewhere.
+            num_items_in_batch: Divisor of the summed loss; by default the number of supervised tokens.
+            logits_to_keep: Compute logits for the last n positions only (0 = all).
 
         Returns:
             [`VlmLlavaOutput`] with `loss`, or, without labels, `logits`.
 
         Raises:
-            ValueError: if the placeholders do not fit the images.
+            ValueError: if an image is truncated, missing or surplus.
         """
         if labels is not None:
-            kwargs["use_cache"] = False  # packed rows are kept apart only without a cache
+            kwargs["use_cache"] = False  # with a cache, packed samples would attend to each other
         output = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -442,7 +446,7 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
         mm_encoder_outputs: Features | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Goes on with each text. Images are read once, whatever the number of beams.
+        """Generate a continuation of each prompt. Images are encoded once, whatever the number of beams.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Prompts with placeholders, padded on the left.
@@ -450,10 +454,10 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
                 other arguments are those of `forward`.
 
         Returns:
-            `torch.LongTensor` of shape `(B, L + length)`: the prompts and what follows them.
+            `torch.LongTensor` of shape `(B, L + length)`: the prompts and their continuations.
 
         Raises:
-            ValueError: for prompts that are padded on the right, or placeholders that do not fit the images.
+            ValueError: for prompts padded on the right, or a truncated, missing or surplus image.
         """
         mask = prompt_mask(input_ids, attention_mask)
         embeds = self.model.embed(input_ids, pixel_values, image_sizes, vision_features, mm_encoder_outputs)

@@ -7,7 +7,7 @@ from .anyres import anyres_layout
 from .chat_templates import IMAGE_TOKEN, as_batch, flat_content, images_of, in_form_of, loaded_images, with_image_token
 from .image_processing_vlm import VlmImageProcessor
 
-# LLaVA-1.5's conversations (Vicuna v1), for tokenizers that bring no template.
+# LLaVA-1.5's conversations (Vicuna v1), for tokenizers without a chat template.
 VICUNA_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions. {% endif %}"
@@ -25,15 +25,15 @@ class VlmLlavaProcessor(ProcessorMixin):
 
     Args:
         image_processor: A [`VlmImageProcessor`].
-        tokenizer: The LLM's with the placeholder `<image>`; it pads to the left.
+        tokenizer: The LLM's tokenizer with the placeholder `<image>`; it pads to the left.
         patch_size: Side of the tower's patches in pixels.
-        num_additional_image_tokens: Tokens of the tower before the patches: a class token, registers.
-        vision_feature_select_strategy: As in the config: `"default"` leaves the first of these out.
-        chat_template: How conversations become text; the tokenizer's own, or Vicuna's, by default.
+        num_additional_image_tokens: Number of tokens that the tower puts before the patches (class token, registers).
+        vision_feature_select_strategy: As in the config: `"default"` drops the first of these tokens.
+        chat_template: Template that renders conversations; by default the tokenizer's own, or else Vicuna's.
 
     Calling it with `images=` and/or `text=` gives `pixel_values` of shape `(views, 3, height, width)` (with "anyres"
     also `image_sizes` of shape `(images, 2)`) and `input_ids` and `attention_mask` of shape `(texts, longest text)`,
-    as torch tensors. Each `<image>` of the texts becomes as many placeholders as the image has tokens.
+    as torch tensors. Each `<image>` in the texts becomes one placeholder per token of its image.
     """
 
     text_kwargs = {"padding": "longest", "return_tensors": "pt", "return_token_type_ids": False}
@@ -62,16 +62,16 @@ class VlmLlavaProcessor(ProcessorMixin):
     def from_parts(
         cls, model: PreTrainedModel, tokenizer: str | PreTrainedTokenizerBase, **image_kwargs
     ) -> "VlmLlavaProcessor":
-        """Builds the processor that belongs to a model of [`VlmLlavaForConditionalGeneration.from_parts`].
+        """Build the processor of a model from [`VlmLlavaForConditionalGeneration.from_parts`].
 
         Args:
-            model: The model; its tower says how large images are.
+            model: The model, whose tower defines the image size.
             tokenizer: Hub id, folder or instance of the LLM's tokenizer; `<image>` is added to it.
-            **image_kwargs: Options of [`VlmImageProcessor`]; `resize_mode` is `"anyres"` for a model with tiles, else
-                `"pad"`, by default.
+            **image_kwargs: Options of [`VlmImageProcessor`]. The default of `resize_mode` is `"anyres"` for a model
+                with `image_grid_pinpoints` and `"pad"` for others.
 
         Raises:
-            ValueError: if the placeholder's id is not the model's.
+            ValueError: if the placeholder has another id in the model's config.
         """
         config, vision = model.config, model.config.vision_config
         tokenizer = with_image_token(
@@ -81,7 +81,10 @@ class VlmLlavaProcessor(ProcessorMixin):
         side = {"height": vision.image_size, "width": vision.image_size}
         image_kwargs = {"resize_mode": "pad" if grids is None else "anyres", "size": side, **image_kwargs}
         if (image_kwargs["resize_mode"] == "anyres") != (grids is not None):
-            raise ValueError('resize_mode="anyres" and a model with image_grid_pinpoints go together.')
+            raise ValueError(
+                f"resize_mode is {image_kwargs['resize_mode']!r}, but the model's image_grid_pinpoints is {grids}: "
+                'use resize_mode="anyres" if and only if the model has image_grid_pinpoints.'
+            )
         processor = cls(
             VlmImageProcessor(image_grid_pinpoints=grids, **image_kwargs),
             tokenizer,
@@ -100,24 +103,24 @@ class VlmLlavaProcessor(ProcessorMixin):
         """See the class.
 
         Raises:
-            ValueError: if the texts hold another number of `<image>` than there are images, or are to be cut, which
-                could cut an image.
+            ValueError: if the number of `<image>` in the texts is not the number of images, or if truncation is
+                requested, which could truncate an image.
         """
         images = loaded_images(images)
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
             self._check_images(text, images)
             if kwargs.get("truncation") or kwargs.get("text_kwargs", {}).get("truncation"):
-                raise ValueError("Cutting texts could cut an image: shorten them before, or leave out truncation.")
+                raise ValueError("Truncation could truncate an image: shorten the texts, or leave out truncation.")
             begin = self.tokenizer.bos_token
-            if begin and all(one.startswith(begin) for one in text):  # as chat templates may have written it
+            if begin and all(one.startswith(begin) for one in text):  # written by a chat template
                 kwargs.setdefault("add_special_tokens", False)
         if images is not None:
             images = make_flat_list_of_images(images)
         return super().__call__(images, text, **kwargs)
 
     def _check_images(self, texts: list[str], images) -> None:
-        """Images in nested lists are counted text by text, others in all."""
+        """Compare the number of images with the texts: text by text for nested lists, otherwise in total."""
         found = [one.count(IMAGE_TOKEN) for one in texts]
         if isinstance(images, list) and any(isinstance(one, list) for one in images):
             given = [len(one) if isinstance(one, list) else 1 for one in images]
@@ -125,10 +128,12 @@ class VlmLlavaProcessor(ProcessorMixin):
             found, given = [sum(found)], [0 if images is None else len(make_flat_list_of_images(images))]
         if found != given:
             times, count = (", ".join(map(str, counts)) for counts in (found, given))
-            raise ValueError(f"The texts have {IMAGE_TOKEN} {times} times, but there are {count} images.")
+            raise ValueError(
+                f"The texts have {IMAGE_TOKEN} {times} times, but there are {count} images: write one for each."
+            )
 
     def num_image_tokens(self, height: int, width: int) -> int:
-        """How many tokens an image of this size in pixels becomes."""
+        """Number of tokens of an image of this size in pixels."""
         tile = self.image_processor.size["height"]
         if self.image_processor.resize_mode == "anyres":
             return anyres_layout(
@@ -144,10 +149,11 @@ class VlmLlavaProcessor(ProcessorMixin):
         return IMAGE_TOKEN * self.num_image_tokens(height, width)
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
-        """transformers' `apply_chat_template`, which also takes templates that know no images.
+        """transformers' `apply_chat_template`, which also accepts templates without support for images.
 
-        Content in parts (`{"type": "image"}`, `{"type": "text", "text": ...}`) becomes one text, with `<image>` and a
-        line break before the rest, as LLaVA was trained; one part of it, for a template that reads parts.
+        Content in parts (`{"type": "image"}`, `{"type": "text", "text": ...}`) becomes one text: `<image>` and a line
+        break for each image, then the words, as in LLaVA's training. A template that reads parts gets the text as one
+        part.
         """
         chats, batched = as_batch(conversation)
         images = [images_of(chat) for chat in chats]

@@ -177,7 +177,7 @@ def test_texts_get_as_many_placeholders_as_the_model_wants() -> None:
 
 def test_class_tokens_are_refused_in_one_line() -> None:
     layout = anyres_layout((32, 64), GRIDS, 32, 8)
-    with pytest.raises(ValueError, match='leave out the class token with vision_feature_select_strategy="default"'):
+    with pytest.raises(ValueError, match='drop the class token with vision_feature_select_strategy="default"'):
         join_views(torch.zeros(layout.num_views, 17, 3), layout, torch.zeros(3))
 
 

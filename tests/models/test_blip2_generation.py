@@ -45,7 +45,7 @@ def test_an_unknown_way_to_make_logits_is_refused() -> None:
         return output
 
     llm.forward = scaled
-    with pytest.raises(ValueError, match="makes its logits in a way that is not known here"):
+    with pytest.raises(ValueError, match="cannot be reproduced from its hidden states"):
         load_language_model(llm)
     assert hidden_states(llm, input_ids=torch.ones(1, 3, dtype=torch.long)).shape == (1, 3, 20)
 

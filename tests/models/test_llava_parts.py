@@ -420,7 +420,7 @@ def test_grids_fit_the_tiles_that_image_size_asks_for() -> None:
 
 
 def test_grids_that_do_not_fit_the_tiles_are_refused() -> None:
-    message = "sides must be multiples of the tower's 48 pixels"
+    message = "multiples of the tower's image size, 48 pixels"
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         Llava.from_parts(tiny_llava.tower("own"), tiny_blip2.llm(), image_size=48, image_grid_pinpoints=[[32, 64]])
 
@@ -428,10 +428,10 @@ def test_grids_that_do_not_fit_the_tiles_are_refused() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[33, 64]]), "multiples of the tower's 32 pixels"),
-        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[32]]), "multiples of the tower's 32 pixels"),
-        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[0, 32]]), "multiples of the tower's 32 pixels"),
-        (lambda: tiny_llava.llava_config(text_config=tiny_blip2.llm_config("t5")), "needs a causal LLM, not the enc"),
+        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[33, 64]]), "multiples of the tower's image size, 32 pixels"),
+        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[32]]), "multiples of the tower's image size, 32 pixels"),
+        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[0, 32]]), "multiples of the tower's image size, 32 pixels"),
+        (lambda: tiny_llava.llava_config(text_config=tiny_blip2.llm_config("t5")), "LLaVA needs a causal one"),
         (lambda: tiny_llava.llava_config(projector_type="conv"), "'projector_type' expected one of"),
         (lambda: tiny_llava.llava_config(vision_feature_select_strategy="cls"), "select_strategy' expected one of"),
     ],

@@ -111,14 +111,14 @@ CUTS = [{"truncation": True}, {"truncation": True, "max_length": 5}, {"text_kwar
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_cutting_texts_is_refused(cut: dict) -> None:
     processor = tiny_llava.llava_processor()
-    with pytest.raises(ValueError, match="Cutting texts could cut an image: shorten them before"):
+    with pytest.raises(ValueError, match="Truncation could truncate an image: shorten the texts"):
         processor(images=PICTURES[0], text="<image> a cat", **cut)
     assert processor(images=PICTURES[0], text="<image> a cat", truncation=False)["input_ids"].shape == (1, 19)
 
 
 @pytest.mark.parametrize("cut", [*CUTS[:2], {"processor_kwargs": {"truncation": True, "max_length": 5}}], ids=str)
 def test_cutting_conversations_is_refused(cut: dict) -> None:
-    with pytest.raises(ValueError, match="Cutting texts could cut an image"):
+    with pytest.raises(ValueError, match="Truncation could truncate an image"):
         tiny_llava.llava_processor().apply_chat_template(CHAT, tokenize=True, return_dict=True, **cut)
 
 
@@ -147,7 +147,7 @@ def test_from_parts_checks_placeholder_and_mode() -> None:
     with pytest.raises(ValueError, match=f"build the model with image_token_id={IMAGE}"):
         VlmLlavaProcessor.from_parts(model, tiny_blip2.llm_tokenizer())
     for anyres, mode in ((True, "pad"), (False, "anyres")):
-        with pytest.raises(ValueError, match="go together"):
+        with pytest.raises(ValueError, match="if and only if the model has image_grid_pinpoints"):
             VlmLlavaProcessor.from_parts(
                 tiny_llava.llava_model(anyres=anyres), tiny_blip2.llm_tokenizer(), resize_mode=mode
             )
