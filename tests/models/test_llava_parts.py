@@ -428,9 +428,9 @@ def test_grids_that_do_not_fit_the_tiles_are_refused() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[33, 64]]), "multiples of the tower's image size, 32 pixels"),
-        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[32]]), "multiples of the tower's image size, 32 pixels"),
-        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[0, 32]]), "multiples of the tower's image size, 32 pixels"),
+        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[33, 64]]), "of the tower's image size, 32 pixels"),
+        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[32]]), "of the tower's image size, 32 pixels"),
+        (lambda: tiny_llava.llava_config(image_grid_pinpoints=[[0, 32]]), "of the tower's image size, 32 pixels"),
         (lambda: tiny_llava.llava_config(text_config=tiny_blip2.llm_config("t5")), "LLaVA needs a causal one"),
         (lambda: tiny_llava.llava_config(projector_type="conv"), "'projector_type' expected one of"),
         (lambda: tiny_llava.llava_config(vision_feature_select_strategy="cls"), "select_strategy' expected one of"),
