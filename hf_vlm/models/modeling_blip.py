@@ -1,13 +1,13 @@
-"""BLIP: one image tower and a text transformer used three ways (arXiv 2201.12086).
+"""BLIP: an image tower and a text transformer that is used in three ways (arXiv 2201.12086).
 
 - *Unimodal encoder*: text alone, for the contrastive loss (ITC). *Image-grounded encoder*: the same with
-  cross-attention, `[ENC]` in place of `[CLS]`, for matching (ITM). *Image-grounded decoder*: causal self-attention,
+  cross-attention, `[ENC]` instead of `[CLS]`, for matching (ITM). *Image-grounded decoder*: causal self-attention,
   `[DEC]` first, for language modelling (LM). Encoder and decoder share everything but self-attention (section 3.2).
-- Keys and values of an image are projected once and shared by ITM, its hard negatives, LM, and all beams.
-- The contrastive loss has soft targets and a queue by momentum encoders, which are no part of the weights: a training
-  loop calls `update_momentum()` before the first micro-batch of a step and `enqueue()` after the last.
-- Batch and candidates are those of all ranks; a hard negative from another rank is fetched alone.
-- A pretrained model goes on as any other head: `VlmBlipForQuestionAnswering.from_pretraining(model)`.
+- Keys and values of an image are computed once and shared by ITM, its hard negatives, LM, and all beams.
+- Momentum encoders provide soft targets and a queue for the contrastive loss. They are not part of the weights. A
+  training loop calls `update_momentum()` before the first micro-batch of a step and `enqueue()` after the last.
+- Batch and candidates are those of all ranks; a hard negative is the only row fetched from another rank.
+- Any other head starts from a pretrained model: `VlmBlipForQuestionAnswering.from_pretraining(model)`.
 
 Shapes: B rows, L tokens, H text width, I images, P patches (with the class token), E shared embedding, Q queue,
 G = ranks x B.
@@ -65,7 +65,7 @@ logger = logging.get_logger(__name__)
 
 
 class VlmBlipModel(VlmBlipPreTrainedModel):
-    """The image tower, and the text encoder and decoder that the config asks for."""
+    """The image tower, with the text encoder, the text decoder or both, as the config says."""
 
     def __init__(self, config: VlmBlipConfig):
         super().__init__(config)
@@ -102,7 +102,7 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
 
     @property
     def shares_parts(self) -> bool:
-        """Whether encoder and decoder are one but for their self-attention, so that a memory serves both."""
+        """Whether encoder and decoder share all weights except self-attention, and thus an image's keys and values."""
         has_both = self.config.use_text_encoder and self.config.use_text_decoder
         return has_both and self.config.share_encoder_decoder and self.config.decoder_memory == "image"
 
@@ -119,10 +119,10 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
-        """Patch states of shape `(I, P, width)`; `vision_features` of that shape take the place of the tower.
+        """Patch states `(I, P, width)` of images; `vision_features` are returned as they are.
 
         Raises:
-            ValueError: unless exactly one of the two is given.
+            ValueError: unless exactly one of `pixel_values` and `vision_features` is given.
         """
         check_image_inputs(pixel_values, vision_features)
         if vision_features is not None:
@@ -140,18 +140,18 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """Text states that have seen the image: the encoder's, or the decoder's where there is no encoder.
+        """Text states that have attended to the image: the encoder's, or without an encoder the decoder's.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Token ids as the tokenizer gives them; B is a multiple of
-                I.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Token ids as the tokenizer returns them; B is a
+                multiple of I.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
-            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
-            interpolate_pos_encoding: Accept another image size than the tower's.
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output instead of images.
+            interpolate_pos_encoding: Accept images of another size than the tower's.
 
         Returns:
-            `last_hidden_state` of shape `(B, L, H)`; of images alone, their patch states and `pooler_output`.
+            `last_hidden_state` of shape `(B, L, H)`; without texts, the patch states and `pooler_output`.
         """
         states = self.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         if input_ids is None:
@@ -178,7 +178,7 @@ class VlmBlipSimilarity(VlmSimilarity):
         return F.normalize(self.vision_proj(pooled.to(self.vision_proj.weight.dtype)).float(), dim=-1)
 
     def forward(self, embeds: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """Similarities `(rows, candidates)` over the temperature, in float32 even under autocast."""
+        """Similarities `(rows, candidates)` divided by the temperature, in float32 even under autocast."""
         with torch.autocast(embeds.device.type, enabled=False):
             return embeds @ candidates.T / self.temperature.float()
 
@@ -208,7 +208,7 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
             self._tied_weights_keys = {"lm_head.decoder.weight": f"model.{owner}.embeddings.word_embedding.weight"}
 
     def freeze_parts(self) -> None:
-        """Freezes what the body freezes."""
+        """Freezes the parts that the body freezes."""
         self.model.freeze_parts()
 
     @torch.no_grad()
@@ -228,24 +228,24 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         dropout: float | None = None,
         **config_kwargs,
     ) -> "VlmBlipHead":
-        """Builds the head on a pretrained image tower and a BERT, as BLIP does (section 4.1); all else is new.
+        """Builds the head on a pretrained image tower and a BERT (section 4.1); all other weights are new.
 
         Args:
             vision: Hub id, folder or instance of a vision encoder, or of a model with a vision tower; copied.
-            text: The same of a BERT, whose weights encoder and decoder begin with.
+            text: The same for a BERT; encoder and decoder are initialised from its weights.
             vision_kwargs: `from_pretrained` options of the vision tower (`dtype`, `device_map`, `revision`).
             text_kwargs: The same for the BERT.
-            image_size: Side of the images in pixels, where it is not the tower's: one of ours then interpolates.
-            dropout: All dropout probabilities of the text; the BERT's own by default.
+            image_size: Side of the images in pixels; None keeps the tower's. See `resize_tower`.
+            dropout: All dropout probabilities of the text transformers; None keeps the BERT's.
             **config_kwargs: Fields of [`VlmBlipConfig`].
 
         Raises:
-            ValueError: if `text` is no BERT, or a foreign tower takes images of another size.
+            ValueError: if `text` is not a BERT, or a tower of transformers has another image size.
         """
         vision_model = copy_vision_tower(vision, vision_kwargs, image_size)
         bert = load_tower(text, "text", text_kwargs or {})
         if vision_model.config.model_type == VlmTowerConfig.model_type:
-            vision_model.config.final_norm = "sequence"  # CLIP normalises the pooled token alone; here all are read
+            vision_model.config.final_norm = "sequence"  # CLIP normalises only the pooled token; BLIP uses all tokens
         parts = {
             "vision_config": config_without_path(vision_model),
             "text_config": bert_text_config(bert.config, dropout),
@@ -260,15 +260,15 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
 
     @classmethod
     def from_pretraining(cls, model: "VlmBlipHead", image_size: int | None = None, **config_kwargs) -> "VlmBlipHead":
-        """The next stage: this head on the weights of another one.
+        """Builds this head on the weights of another one, for the next training stage.
 
         Args:
             model: A trained head, such as [`VlmBlipForPreTraining`]; its weights are copied.
-            image_size: Side of the images in pixels from now on; position embeddings are interpolated.
+            image_size: New side of the images in pixels; position embeddings are interpolated.
             **config_kwargs: Fields of [`VlmBlipConfig`] that differ.
 
         Raises:
-            ValueError: if the other head lacks a part of the body that this one needs.
+            ValueError: if the other head lacks a part of the body that this head needs.
         """
         config = VlmBlipConfig.from_dict({**model.config.to_dict(), **cls.layout, **config_kwargs})
         config._attn_implementation = model.config._attn_implementation
@@ -279,12 +279,12 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
             given = {name.replace("text_encoder", "text_decoder"): t for name, t in of_encoder.items()} | given
         lacking = [name for name in head.state_dict() if name.startswith("model.") and name not in given]
         if lacking:
-            raise ValueError(f"{cls.__name__} needs {lacking[0]}, which a {type(model).__name__} has not.")
+            raise ValueError(f"{cls.__name__} needs {lacking[0]}, but this {type(model).__name__} has no such weights.")
         own = head.state_dict()
         fits = {name: t for name, t in given.items() if name in own and own[name].shape == t.shape}
         head.load_state_dict(fits, strict=False)
         if new := sorted(own.keys() - fits.keys()):
-            logger.warning("Not in the model that %s begins with, and new: %s.", cls.__name__, ", ".join(new))
+            logger.warning("%s: newly initialised weights (not in the source model): %s.", cls.__name__, ", ".join(new))
         resize_tower(head.model.vision_model, image_size)
         return head.to(dtype=model.dtype, device=model.device)
 
@@ -308,7 +308,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         self.similarity = VlmBlipSimilarity(config)
         self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
         self.lm_head = VlmBlipLMHead(config.text_config) if config.use_text_decoder else None
-        # In a list, so that neither weights, optimisers nor data parallelism know of it.
+        # A list hides the encoders from state_dict, optimisers and data parallelism.
         self._momentum: list[MomentumEncoders] = []
         self.post_init()
         self.freeze_parts()
@@ -325,14 +325,14 @@ class VlmBlipForPreTraining(VlmBlipHead):
         if self.lm_head is not None and not config.lm_weight:
             head = self.lm_head
             unused += [head.dense, head.norm, head.decoder.bias, self.model.require_text_decoder()]
-            if not config.tie_word_embeddings:  # else the weight is the word embedding, which the other losses train
+            if not config.tie_word_embeddings:  # a tied weight is the word embedding, which the other losses train
                 unused.append(head.decoder.weight)
         if not (config.itm_weight or (config.lm_weight and self.model.shares_parts)):
             unused += self.model.require_text_encoder().cross_attentions()
         freeze(*unused)
 
     def averaged_modules(self) -> dict[str, nn.Module]:
-        """What the momentum encoders are averages of."""
+        """The modules that the momentum encoders average."""
         return {
             "vision_model": self.model.vision_model,
             "text_encoder": self.model.require_text_encoder(),
@@ -341,21 +341,21 @@ class VlmBlipForPreTraining(VlmBlipHead):
 
     @property
     def momentum(self) -> MomentumEncoders:
-        """Momentum encoders and queue, made from the current weights when first asked for."""
+        """Momentum encoders and queue, created from the current weights at the first access."""
         if not self._momentum:
             queue = FeatureQueue(self.config.queue_size, self.config.projection_dim)
             averages = MomentumEncoders(self.averaged_modules(), self.config.momentum, queue)
             for layer in averages.encoders["text_encoder"].layers:
-                layer.cross_attention = None  # the contrastive loss has texts alone
+                layer.cross_attention = None  # the contrastive loss encodes text without an image
             self._momentum.append(averages)
         return self._momentum[0].to(self.device)
 
     def update_momentum(self) -> None:
-        """Moves the momentum encoders: once a step, before its first micro-batch."""
+        """Updates the momentum encoders; call it once per step, before the first micro-batch."""
         self.momentum.update(self.averaged_modules())
 
     def enqueue(self) -> None:
-        """Puts the features of the step's micro-batches into the queue: once a step, after its last micro-batch."""
+        """Adds the step's features to the queue; call it once per step, after the last micro-batch."""
         self.momentum.enqueue()
 
     def get_image_features(
@@ -371,13 +371,13 @@ class VlmBlipForPreTraining(VlmBlipHead):
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: L2-normalised text embeddings `(B, E)` of texts as the tokenizer gives them."""
+        """`pooler_output`: L2-normalised embeddings `(B, E)` of texts as the tokenizer returns them."""
         encoder = self.model.require_text_encoder()
         states = encoder(input_ids, attention_mask, first_only=True).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
 
     def project_memory(self, states: torch.Tensor) -> ImageKeyValues:
-        """Keys and values of images for `match`, of patch states `(I, P, width)`."""
+        """Projects patch states `(I, P, width)` to the images' keys and values for `match`."""
         return self.model.require_text_encoder().project_memory(states)
 
     def match(
@@ -387,7 +387,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         attention_mask: torch.Tensor | None = None,
         memory_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits `(B, 2)`, no match and match, of texts with the images of `project_memory`."""
+        """Logits `(B, 2)` of no match and match, of texts with the images of `project_memory`."""
         input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
         encoder = self.model.require_text_encoder()
         states = encoder(input_ids, attention_mask, memory, memory_index, first_only=True).last_hidden_state
@@ -395,7 +395,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
 
     @torch.no_grad()
     def _momentum_features(self, pixel_values, vision_features, input_ids, attention_mask, interpolate_pos_encoding):
-        """Embeddings of this rank's images and texts by the averaged encoders."""
+        """Embeddings of this rank's images and texts, computed by the momentum encoders."""
         encoders = self.momentum.encoders
         if vision_features is None:
             pooled_only = self.config.vision_pooling == "class" and isinstance(self.model.vision_model, VlmTowerModel)
@@ -433,7 +433,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         return contrastive_pair_loss(logits_per_image, logits_per_text, targets_per_image, targets_per_text)
 
     def _hard_negatives(self, output: VlmBlipOutput, pair_ids: torch.Tensor | None, seed: int | None) -> HardNegatives:
-        """Negatives by the similarities of ITC where it is computed; the queue's candidates are left out."""
+        """Draws negatives by the similarities of ITC if they were computed; candidates of the queue are excluded."""
         images, texts = output.image_embeds, output.text_embeds
         positives = positive_pairs(pair_ids, images.shape[0], images.device)
         per_image, per_text = output.logits_per_image, output.logits_per_text
@@ -452,7 +452,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         pair_ids: torch.Tensor | None,
         seed: int | None,
     ) -> tuple[torch.Tensor, ImageKeyValues]:
-        """Section 3.2, ITM: fills logits; returns the loss's sum and count, and the keys and values of own images."""
+        """Section 3.2, ITM: fills logits; returns the loss's sum and count, and this rank's keys and values."""
         batch = len(states)
         own = torch.arange(batch, device=states.device)
         negatives = self._hard_negatives(output, pair_ids, seed)
@@ -463,7 +463,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         return matching_part(itm_logits, negatives.exists), tuple((key[:batch], value[:batch]) for key, value in memory)
 
     def _losses(self, output, states, momentum_features, inputs, pair_ids, soft_target_weight, seed) -> None:
-        """Fills the three losses, each where its weight asks for it, and their sum."""
+        """Fills the losses of non-zero weight, and their total."""
         config = self.config
         input_ids, attention_mask, labels = inputs
         parts, memory = {}, None
@@ -502,28 +502,28 @@ class VlmBlipForPreTraining(VlmBlipHead):
         interpolate_pos_encoding: bool = False,
         return_loss: bool = False,
     ) -> VlmBlipOutput:
-        """Compares images with texts, or computes the objectives that have a weight.
+        """Compares images with texts; with `return_loss`, computes the objectives of non-zero weight.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, channels, height, width)`): The images.
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts as the tokenizer gives them, `[CLS]` first and
-                padded to the right; row i belongs to image i. `[ENC]` and `[DEC]` are put in here.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts as the tokenizer returns them, `[CLS]` first and
+                padded on the right; row i belongs to image i. `[ENC]` and `[DEC]` are inserted here.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
-            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere; by default all
+            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn, -100 elsewhere; by default all
                 unpadded ones.
             pair_ids (`torch.LongTensor` of shape `(B,)`): Pairs of equal id are positives of each other.
-            vision_features (`torch.FloatTensor` of shape `(B, P, width)`): The tower's output in place of images.
-            soft_target_weight: Share of the momentum encoders in the contrastive targets; the config's by default. The
-                trainer ramps it.
-            sample_seed: Seed of the hard negatives, the same on all ranks.
-            interpolate_pos_encoding: Accept another image size than the tower's.
-            return_loss: Whether to compute the losses; otherwise only matching logits and embeddings.
+            vision_features (`torch.FloatTensor` of shape `(B, P, width)`): The tower's output instead of images.
+            soft_target_weight: Share of the momentum encoders in the contrastive targets; None uses the config's. The
+                trainer increases it from 0.
+            sample_seed: Seed of the hard negatives; must be the same on all ranks.
+            interpolate_pos_encoding: Accept images of another size than the tower's.
+            return_loss: Whether to compute the losses; otherwise only matching logits and embeddings are computed.
 
         Returns:
-            [`VlmBlipOutput`] with `itm_logits`, embeddings and, with `return_loss`, the losses and what they compare.
+            [`VlmBlipOutput`] with `itm_logits`, embeddings and, with `return_loss`, losses, logits and targets.
 
         Raises:
-            ValueError: if images or texts are missing, or the loss is asked for unequal numbers of them.
+            ValueError: if images or texts are missing, or if their numbers differ with `return_loss`.
         """
         input_ids = require_input_ids(input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -548,16 +548,24 @@ class VlmBlipForPreTraining(VlmBlipHead):
 
 
 class VlmBlipForImageTextRetrieval(VlmBlipForPreTraining):
-    """Finds texts for images and images for texts: by embeddings (ITC), then re-ranked by matching (ITM).
+    """Image-text retrieval in both directions: ranking by embeddings (ITC), then re-ranking by matching (ITM).
 
-    Trained by the same two objectives; with `pair_ids`, several captions of one image are positives (section 5.1).
+    It is trained by the same two objectives; with `pair_ids`, all captions of an image are positives (section 5.1).
+
+    Example:
+        ```python
+        >>> model = VlmBlipForImageTextRetrieval.from_pretrained("org/blip-small")
+        >>> image_embeds = model.get_image_features(pixel_values).pooler_output
+        >>> text_embeds = model.get_text_features(input_ids, attention_mask).pooler_output
+        >>> similarities = image_embeds @ text_embeds.T
+        ```
     """
 
     required_parts = ("text_encoder",)
     layout = {"use_text_encoder": True, "use_text_decoder": False, "tie_word_embeddings": False}
 
     def __init__(self, config: VlmBlipConfig):
-        config = copy.deepcopy(config)  # that of a pretraining checkpoint has a decoder, which is of no use here
+        config = copy.deepcopy(config)  # a pretraining checkpoint's config has a decoder, which retrieval does not need
         config.update(self.layout)
         super().__init__(config)
 

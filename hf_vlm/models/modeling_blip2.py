@@ -1,8 +1,8 @@
-"""BLIP-2: a frozen image tower, a Q-Former that learns to read it, and perhaps a frozen LLM (arXiv 2301.12597).
+"""BLIP-2: a frozen image tower, a trained Q-Former, and optionally a frozen LLM (arXiv 2301.12597).
 
-- Stage 1 (section 3.2) teaches the Q-Former by three objectives: see `modeling_blip2_stage1.py`.
-- Stage 2 (section 3.3) puts the queries, through one linear layer, in the places of placeholder tokens of an LLM: see
-  `modeling_blip2_generation.py`.
+- The first stage (section 3.2) trains the Q-Former with three objectives: see `modeling_blip2_pretraining.py`.
+- The second stage (section 3.3) replaces placeholder tokens of an LLM by the queries, projected by one linear layer:
+  see `modeling_blip2_generation.py`.
 - Tower and LLM are frozen and in eval mode; the LayerNorm after the tower (`ln_vision` in the paper's code) is trained.
 
 Shapes: B rows, Q queries, L tokens, H width of the Q-Former, I images, P patches.
@@ -45,29 +45,29 @@ class VlmBlip2PreTrainedModel(AdapterNames):
     _no_split_modules = ["VlmTowerLayer", "VlmTowerEmbeddings", "VlmQFormerLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    # Losses are means over the batch: the Trainer must not divide them by a token count as well.
+    # Losses are already means over the batch: the Trainer must not divide them by a token count.
     accepts_loss_kwargs = False
 
     @property
     def body(self) -> "VlmBlip2Model":
-        """The model without the layers of a head."""
+        """The model without a head's own layers."""
         return self.base_model
 
     def freeze_parts(self) -> None:
-        """Freezes the tower, the LLM, and what of the Q-Former no loss depends on."""
+        """Freezes the tower, the LLM, and the parameters of the Q-Former that no loss depends on."""
         self.body.freeze()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, language_model=None, **kwargs):
-        """transformers' `from_pretrained`; parts that are frozen are so again, and an LLM keeps its own precision.
+        """transformers' `from_pretrained`; frozen parts are frozen again, and an LLM keeps its own precision.
 
         Args:
             pretrained_model_name_or_path: Id or folder of a checkpoint, or of an adapter, which names its base.
-            language_model: Id, folder or instance of the LLM for a checkpoint without its weights, in place of the one
-                that the checkpoint names.
+            language_model: Id, folder or instance of the LLM for a checkpoint without the LLM's weights. By default the
+                LLM that the checkpoint names is loaded.
 
         Raises:
-            ValueError: if a checkpoint names an LLM that cannot be loaded, or an adapter's base has none.
+            ValueError: if the LLM cannot be loaded, or if an adapter's base is stored without its LLM.
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         of_adapter = {name: kept for name, kept in (kwargs.get("adapter_kwargs") or {}).items() if name in HUB_OPTIONS}
@@ -98,12 +98,12 @@ class VlmBlip2PreTrainedModel(AdapterNames):
 
         Args:
             save_directory: Folder.
-            exclude_frozen: Leave the LLM's weights out; the config then names its id and commit on the Hub, from where
-                `from_pretrained` takes them.
-            state_dict: Weights to save in place of the model's own.
+            exclude_frozen: Omit the LLM's weights. The config then names the LLM's id and commit on the Hub, and
+                `from_pretrained` loads the weights from there.
+            state_dict: Weights to save instead of the model's own.
 
         Raises:
-            ValueError: with `exclude_frozen`, if the LLM did not come from the Hub or is no longer what it was there.
+            ValueError: with `exclude_frozen`, if the LLM was not loaded from the Hub or its weights have changed.
         """
         if not exclude_frozen:
             return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
@@ -118,7 +118,7 @@ class VlmBlip2PreTrainedModel(AdapterNames):
 
 
 class VlmBlip2Model(VlmBlip2PreTrainedModel):
-    """The frozen image tower, the LayerNorm after it, the Q-Former, and the LLM where there is one."""
+    """The frozen image tower, the LayerNorm after it, the Q-Former, and the LLM if the config has one."""
 
     reads_instruction = False
 
@@ -138,7 +138,7 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         self.freeze()
 
     def freeze(self) -> None:
-        """See [`freeze_parts`]; where there is an LLM, queries are all that it sees of the Q-Former."""
+        """Freezes the tower and the LLM. An LLM uses only the queries, so the unused text branch is frozen, too."""
         freeze_unused(self.vision_model, uses_pooled_output=False)
         freeze(self.vision_model)
         if self.language_model is not None:
@@ -173,10 +173,10 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
-        """Normalised patch states `(I, P, width)`, of images or of the tower's cached output.
+        """Normalised patch states `(I, P, width)`, from images or from the tower's cached output.
 
         Raises:
-            ValueError: unless exactly one of the two is given.
+            ValueError: unless exactly one of `pixel_values` and `vision_features` is given.
         """
         check_image_inputs(pixel_values, vision_features)
         if pixel_values is not None:
@@ -189,10 +189,10 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The queries `(I, Q, H)` that have read patch states `(I, P, width)`, and with InstructBLIP an instruction.
+        """Q-Former outputs `(I, Q, H)` of the queries for patch states `(I, P, width)`.
 
         Raises:
-            ValueError: if there is an instruction that is not read, or none where one is.
+            ValueError: if InstructBLIP gets no instruction, or if BLIP-2 gets one.
         """
         if self.reads_instruction and qformer_input_ids is None:
             raise ValueError("The Q-Former reads the instruction: pass qformer_input_ids, which the processor makes.")
@@ -203,10 +203,10 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         return self.qformer(memory, qformer_input_ids, qformer_attention_mask, keep=num_queries).last_hidden_state
 
     def embed(self, input_ids: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Inputs `(B, L, width)` of the LLM: token embeddings, with queries `(I, Q, H)` in the placeholders' places.
+        """Inputs `(B, L, width)` of the LLM: token embeddings, with queries `(I, Q, H)` at the placeholders.
 
         Raises:
-            ValueError: if a row's placeholders are not those of whole images, or not of as many as there are.
+            ValueError: if a row's placeholders do not fit its images.
         """
         image_token_id = self.config.image_token_id
         assert image_token_id is not None  # VlmBlip2Config.validate_parts
@@ -226,21 +226,21 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """The queries that have read the images; with an LLM and texts, the LLM's states.
+        """Q-Former outputs of the queries; with an LLM and texts, the LLM's hidden states.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts for the LLM, with Q placeholders an image.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts for the LLM, with Q placeholders per image.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
-            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images, from
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output instead of images, from
                 [`tower_states`].
             qformer_input_ids (`torch.LongTensor` of shape `(I, length)`): InstructBLIP's instructions.
             qformer_attention_mask (`torch.LongTensor` of shape `(I, length)`): 0 at padding.
-            interpolate_pos_encoding: Accept another image size than the tower's.
+            interpolate_pos_encoding: Accept images of another size than the tower's.
 
         Returns:
-            `last_hidden_state` of shape `(B, L, width of the LLM)` (of an encoder-decoder LLM, its encoder's) and
-            `pooler_output`, or without texts of shape `(I, Q, H)`.
+            `last_hidden_state` of shape `(B, L, width of the LLM)` (the encoder's for an encoder-decoder LLM), or
+            `(I, Q, H)` without texts; and `pooler_output`, the mean of the queries.
         """
         states = self.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         queries = self.read_images(states, qformer_input_ids, qformer_attention_mask)
@@ -251,10 +251,13 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=queries.mean(dim=1))
 
     def fetch_language_model(self, source: str | PreTrainedModel | None = None) -> None:
-        """Takes the LLM from a source, or from the one that the config names.
+        """Loads the LLM that a checkpoint leaves out.
+
+        Args:
+            source: Id, folder or instance; by default the LLM that the config names.
 
         Raises:
-            ValueError: if it cannot be had.
+            ValueError: if the LLM cannot be loaded.
         """
         named = self.config.language_model_source or {}
         revision = {} if source is not None else {"revision": named.get("revision")}
@@ -269,10 +272,10 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         self.config.excludes_language_model = False
 
     def check_source(self) -> None:
-        """Compares the LLM with the one that the config names.
+        """Checks that the LLM has the weights of the LLM that the config names.
 
         Raises:
-            ValueError: if none is named, or it has other weights.
+            ValueError: if the config names none, or the weights differ.
         """
         source = self.config.language_model_source
         if source is None or self.language_model is None:

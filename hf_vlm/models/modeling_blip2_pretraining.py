@@ -1,9 +1,9 @@
-"""BLIP-2's first stage: the Q-Former learns to read a frozen image tower (arXiv 2301.12597, section 3.2).
+"""BLIP-2's first stage: pretraining of the Q-Former on a frozen image tower (arXiv 2301.12597, section 3.2).
 
-- All in one step: contrast (ITC: the best of an image's queries against the text), matching (ITM: the mean over queries
-  that have met the text), and generation (ITG: text written after the queries).
-- The queries are computed once and ITG takes their keys and values over; those of an image are projected once for all.
-- Batch and candidates are those of all ranks; a hard negative from another rank is fetched alone.
+- One step computes three objectives. ITC contrasts the nearest of an image's queries with the text. ITM classifies the
+  mean over queries that have attended to the text. ITG generates the text after the queries.
+- The queries are computed once, and ITG reuses their keys and values. Those of an image are computed once for all.
+- Batch and candidates are those of all ranks; a hard negative is the only row fetched from another rank.
 - The candidates of ITC carry no gradient: each side learns from its own rows, as in the paper's code.
 
 Shapes: B rows, Q queries, L tokens, H width of the Q-Former, I images, P patches, E shared embedding, G = ranks x B.
@@ -47,22 +47,22 @@ from .towers import config_without_path, copy_vision_tower, load_tower
 
 @dataclass
 class VlmBlip2Output(ModelOutput):
-    """Output of BLIP-2's first stage.
+    """Output of BLIP-2's pretraining heads.
 
     Args:
         loss (`torch.FloatTensor` of shape `()`): The weighted sum of the parts.
         loss_itc (`torch.FloatTensor` of shape `()`): Image-text contrastive loss.
         loss_itm (`torch.FloatTensor` of shape `()`): Image-text matching loss.
         loss_lm (`torch.FloatTensor` of shape `()`): Image-grounded text generation loss.
-        parts: Sum and count of each part, `torch.FloatTensor` of shape `(2,)`, for a trainer that divides by the count
-            of all ranks and micro-batches.
-        itm_logits (`torch.FloatTensor` of shape `(pairs, 2)`): No match and match; in training of the pairs, then of
-            the texts with a hard negative image, then of the images with a hard negative text.
-        logits_per_image (`torch.FloatTensor` of shape `(B, G)`): Similarities over the temperature.
-        logits_per_text (`torch.FloatTensor` of shape `(B, G)`): The same from the texts.
-        image_embeds (`torch.FloatTensor` of shape `(images, Q, projection_dim)`): L2-normalised, one for each query.
+        parts: Sum and count of each part, `torch.FloatTensor` of shape `(2,)`, for a trainer that divides by
+            the count of all ranks and micro-batches.
+        itm_logits (`torch.FloatTensor` of shape `(pairs, 2)`): Logits of no match and match. With the losses:
+            the pairs, then texts with a hard negative image, then images with a hard negative text.
+        logits_per_image (`torch.FloatTensor` of shape `(B, G)`): Similarities divided by the temperature.
+        logits_per_text (`torch.FloatTensor` of shape `(B, G)`): The same for the texts.
+        image_embeds (`torch.FloatTensor` of shape `(images, Q, projection_dim)`): L2-normalised, one per query.
         text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised.
-        query_output (`torch.FloatTensor` of shape `(images, Q, H)`): The queries that have read the image.
+        query_output (`torch.FloatTensor` of shape `(images, Q, H)`): The Q-Former's outputs of the queries.
     """
 
     loss: torch.Tensor | None = None
@@ -90,14 +90,14 @@ class VlmBlip2Similarity(VlmSimilarity):
         return F.normalize(self.vision_proj(queries).float(), dim=-1)
 
     def forward(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Similarities `(I, B)` over the temperature: of an image's queries the nearest counts (section 3.2)."""
+        """Similarities `(I, B)` divided by the temperature, each of an image's nearest query (section 3.2)."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             similarities = image_embeds.flatten(0, 1) @ text_embeds.T  # (I * Q, B)
             return similarities.unflatten(0, image_embeds.shape[:2]).amax(dim=1) / self.temperature.float()
 
 
 class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
-    """BLIP-2's first stage: the Q-Former learns to read a frozen tower (section 3.2).
+    """BLIP-2's first stage: pretraining of the Q-Former on a frozen tower (section 3.2).
 
     Example:
         ```python
@@ -112,7 +112,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         qformer = config.qformer_config
         if not qformer.use_text:
             raise ValueError(f"{type(self).__name__} needs the Q-Former's text branch, but this checkpoint has none.")
-        if config.text_config is not None:  # that of a later stage has an LLM, which is of no use here
+        if config.text_config is not None:  # a later stage's config has an LLM, which pretraining does not need
             config = copy.deepcopy(config)
             config.update({"text_config": None, "excludes_language_model": False})
             self.config = config
@@ -134,12 +134,12 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
             init.zeros_(module.decoder.bias)
 
     def freeze_parts(self) -> None:
-        """Also freezes what only a loss of weight 0 needs."""
+        """Also freezes parameters that only losses of weight 0 depend on."""
         super().freeze_parts()
         unused: list[nn.Module] = [] if self.config.itm_weight else [self.itm_head]
         if self.writes and not self.config.lm_weight:
             unused += [self.lm_head.dense, self.lm_head.norm]
-            freeze(self.lm_head.decoder.bias)  # its weight is the word embedding
+            freeze(self.lm_head.decoder.bias)  # the weight is the word embedding
         freeze(*unused)
 
     @classmethod
@@ -155,21 +155,21 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         cross_attention_frequency: int = 2,
         **config_kwargs,
     ) -> "VlmBlip2ForPreTraining":
-        """Builds the head on a pretrained image tower and a BERT (section 3.1); all else is new.
+        """Builds the head on a pretrained image tower and a BERT (section 3.1); all other weights are new.
 
         Args:
             vision: Hub id, folder or instance of a vision encoder, or of a model with a vision tower; copied.
-            text: The same of a BERT, whose weights the Q-Former begins with.
+            text: The same for a BERT; the Q-Former is initialised from its weights.
             vision_kwargs: `from_pretrained` options of the vision tower (`dtype`, `device_map`, `revision`).
             text_kwargs: The same for the BERT.
-            image_size: Side of the images in pixels, where it is not the tower's: one of ours then interpolates.
-            dropout: All dropout probabilities of the Q-Former; the BERT's own by default.
-            num_query_tokens: How many queries there are.
-            cross_attention_frequency: Queries look at the image in every so many-th layer.
+            image_size: Side of the images in pixels; None keeps the tower's. See `resize_tower`.
+            dropout: All dropout probabilities of the Q-Former; None keeps the BERT's.
+            num_query_tokens: Number of queries.
+            cross_attention_frequency: Every n-th layer, starting with the first, attends to the image.
             **config_kwargs: Fields of [`VlmBlip2Config`].
 
         Raises:
-            ValueError: if `text` is no BERT, or a foreign tower takes images of another size.
+            ValueError: if `text` is not a BERT, or a tower of transformers has another image size.
         """
         tower = copy_vision_tower(vision, vision_kwargs, image_size)
         bert = load_tower(text, "text", text_kwargs or {})
@@ -188,7 +188,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: L2-normalised `(I, Q, E)`, of each query one; `last_hidden_state`: queries `(I, Q, H)`."""
+        """`pooler_output`: L2-normalised `(I, Q, E)`, one per query; `last_hidden_state`: queries `(I, Q, H)`."""
         states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         queries = self.model.read_images(states)
         return BaseModelOutputWithPooling(
@@ -198,12 +198,12 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: L2-normalised text embeddings `(B, E)` of texts as the tokenizer gives them."""
+        """`pooler_output`: L2-normalised embeddings `(B, E)` of texts as the tokenizer returns them."""
         states = self.model.qformer(None, input_ids, attention_mask, keep=1).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
 
     def project_memory(self, states: torch.Tensor) -> QFormerKeyValues:
-        """Keys and values of images for `match`, of normalised patch states `(I, P, width)`."""
+        """Projects normalised patch states `(I, P, width)` to the images' keys and values for `match`."""
         return self.model.qformer.project_memory(states)
 
     def match(
@@ -213,7 +213,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         memory_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits `(B, 2)`, no match and match, of texts with the images of `project_memory`."""
+        """Logits `(B, 2)` of no match and match, of texts with the images of `project_memory`."""
         keep = self.config.qformer_config.num_query_tokens
         queries = self.model.qformer(memory, input_ids, attention_mask, memory_index, keep=keep).last_hidden_state
         return self.itm_head(queries).mean(dim=1)
@@ -249,7 +249,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         return logits, matching_part(logits, negatives.exists)
 
     def write(self, query_states: QueryStates, input_ids, attention_mask, labels) -> torch.Tensor:
-        """Section 3.2, ITG: sum and count `(2,)` of the loss of texts written after the queries."""
+        """Section 3.2, ITG: sum and count `(2,)` of the loss of texts generated after the queries."""
         qformer = self.model.qformer
         input_ids = with_first_token(input_ids, qformer.config.bos_token_id)
         states = qformer(None, input_ids, attention_mask, prefix=query_states).last_hidden_state
@@ -268,23 +268,23 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_loss: bool = False,
     ) -> VlmBlip2Output:
-        """Compares images with texts, or computes the objectives that have a weight.
+        """Compares images with texts; with `return_loss`, computes the objectives of non-zero weight.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, channels, height, width)`): The images.
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts as the tokenizer gives them, `[CLS]` first and
-                padded to the right; row i belongs to image i. `[DEC]` is put in here.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Texts as the tokenizer returns them, `[CLS]` first and
+                padded on the right; row i belongs to image i. `[DEC]` is inserted here.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
-            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere; by default all
+            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn, -100 elsewhere; by default all
                 unpadded ones.
             pair_ids (`torch.LongTensor` of shape `(B,)`): Pairs of equal id are positives of each other.
-            vision_features (`torch.FloatTensor` of shape `(B, P, width)`): The tower's output in place of images.
-            sample_seed: Seed of the hard negatives, the same on all ranks.
-            interpolate_pos_encoding: Accept another image size than the tower's.
-            return_loss: Whether to compute the losses; otherwise only matching logits and embeddings.
+            vision_features (`torch.FloatTensor` of shape `(B, P, width)`): The tower's output instead of images.
+            sample_seed: Seed of the hard negatives; must be the same on all ranks.
+            interpolate_pos_encoding: Accept images of another size than the tower's.
+            return_loss: Whether to compute the losses; otherwise only matching logits and embeddings are computed.
 
         Raises:
-            ValueError: if images or texts are missing, or the loss is asked for unequal numbers of them.
+            ValueError: if images or texts are missing, or if their numbers differ with `return_loss`.
         """
         input_ids = require_input_ids(input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -319,7 +319,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
 
 
 class VlmBlip2ForImageTextRetrieval(VlmBlip2ForPreTraining):
-    """Finds texts for images and images for texts: by embeddings (ITC), then re-ranked by matching (ITM)."""
+    """Image-text retrieval in both directions: ranking by embeddings (ITC), then re-ranking by matching (ITM)."""
 
     writes = False
 

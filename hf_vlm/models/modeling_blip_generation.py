@@ -1,9 +1,9 @@
-"""BLIP's writing heads: captions, and answers to questions (arXiv 2201.12086, sections 5.2 and 5.3).
+"""BLIP's generating heads: captions, and answers to questions (arXiv 2201.12086, sections 5.2 and 5.3).
 
-- The decoder's cross-attention looks at keys and values that are projected once per image (or question) and serve
-  every token and every beam.
-- `[DEC]` begins every text, in training as in generation, and `[ENC]` every question: both are put in here, so texts
-  come as the tokenizer gives them.
+- The keys and values of the decoder's cross-attention are computed once per image (or question), for all tokens and
+  beams.
+- Every text starts with `[DEC]`, in training and generation, and every question with `[ENC]`. Both are inserted here,
+  so texts are passed as the tokenizer returns them.
 
 Shapes: B rows, L tokens, I images, P patches (with the class token), N answers.
 """
@@ -25,7 +25,14 @@ from .pretraining import language_modeling_part
 
 
 class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
-    """Writes captions, with a prompt before them if one is given (section 5.2)."""
+    """Generates captions, after a prompt if one is given (section 5.2).
+
+    Example:
+        ```python
+        >>> model = VlmBlipForConditionalGeneration.from_pretrained("org/blip-small")
+        >>> processor.batch_decode(model.generate(pixel_values, max_new_tokens=20), skip_special_tokens=True)
+        ```
+    """
 
     main_input_name = "input_ids"
     accepts_loss_kwargs = True
@@ -62,19 +69,19 @@ class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Captions as the tokenizer gives them; `[DEC]` takes the
-                place of their first token. B is a multiple of I.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Captions as the tokenizer returns them; `[DEC]` replaces
+                their first token. B is a multiple of I.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
-            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn to write, -100 elsewhere (padding,
+            labels (`torch.LongTensor` of shape `(B, L)`): Token ids to learn, -100 elsewhere (padding,
                 prompt).
-            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
-            memory: The images' keys and values in place of either, from `model.text_decoder.project_memory`; the token
-                ids are then taken as they are.
-            position_ids: See [`VlmBlipTextModel`]; generation sets them.
-            past_key_values: Cache of the decoder.
-            num_items_in_batch: What the summed loss is divided by; the number of supervised tokens by default.
-            interpolate_pos_encoding: Accept another image size than the tower's.
-            logits_to_keep: Compute the logits of so many last positions only; 0 for all.
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output instead of images.
+            memory: Instead of either, the images' keys and values from `model.text_decoder.project_memory`. The token
+                ids are then used unchanged.
+            position_ids: See [`VlmBlipTextModel`]; set by generation.
+            past_key_values: Key/value cache of the decoder.
+            num_items_in_batch: Divisor of the summed loss; by default the number of supervised tokens.
+            interpolate_pos_encoding: Accept images of another size than the tower's.
+            logits_to_keep: Compute logits for the last n positions only (0 = all).
 
         Returns:
             [`VlmBlipOutput`] with `loss`, or, without labels, `logits`.
@@ -103,19 +110,19 @@ class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
         interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        """Writes a caption for each image.
+        """Generates a caption for each image.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Prompts as the tokenizer gives them, padded on either
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Prompts as the tokenizer returns them, padded on either
                 side; B is a multiple of I.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
-            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
-            interpolate_pos_encoding: Accept another image size than the tower's.
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output instead of images.
+            interpolate_pos_encoding: Accept images of another size than the tower's.
             **kwargs: Options of transformers' `generate`: `num_beams`, `do_sample`, `top_p`, `max_new_tokens`, ...
 
         Returns:
-            `torch.LongTensor` of shape `(B, length)`: `[DEC]`, the prompt and what follows, prompts padded on the left.
+            `torch.LongTensor` of shape `(B, length)`: `[DEC]`, the prompt (padded on the left) and the caption.
         """
         states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         memory = self.model.require_text_decoder().project_memory(states)
@@ -124,7 +131,14 @@ class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
 
 
 class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
-    """Answers questions: the encoder reads image and question, the decoder what it made of them (section 5.3)."""
+    """Answers questions: the encoder reads image and question, and the decoder reads its states (section 5.3).
+
+    Example:
+        ```python
+        >>> model = VlmBlipForQuestionAnswering.from_pretraining(pretrained)
+        >>> processor.batch_decode(model.generate(pixel_values, input_ids, attention_mask), skip_special_tokens=True)
+        ```
+    """
 
     main_input_name = "input_ids"
     required_parts = ("text_encoder", "text_decoder")
@@ -152,7 +166,7 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> tuple[ImageKeyValues, torch.Tensor | None]:
-        """What the decoder looks at: keys and values of the questions' states, and False at their padding."""
+        """Keys and values of the questions' states for the decoder, and a mask that is False at padding."""
         states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         encoder = self.model.require_text_encoder()
         input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
@@ -161,7 +175,7 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
         return self.model.require_text_decoder().project_memory(questions), mask
 
     def decoder_inputs(self, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids that begin with `[DEC]`, and False at padding, of answers with -100 or padding after them."""
+        """Token ids that start with `[DEC]` and their mask, from answers padded with -100 or the padding token."""
         pad_token_id = self.config.text_config.pad_token_id
         mask = (answers != -100) & (answers != pad_token_id)
         return with_first_token(answers.masked_fill(~mask, pad_token_id), self.config.text_config.bos_token_id), mask
@@ -188,22 +202,22 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(I, channels, height, width)`): The images.
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Questions as the tokenizer gives them; B is a multiple of
-                I. `[ENC]` is put in here.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Questions as the tokenizer returns them; B is a
+                multiple of I. `[ENC]` is inserted here.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
-            labels (`torch.LongTensor` of shape `(N, length)`): Answers as the tokenizer gives them, -100 at padding;
-                `[DEC]` is put in here.
+            labels (`torch.LongTensor` of shape `(N, length)`): Answers as the tokenizer returns them, -100 at padding;
+                `[DEC]` is inserted here.
             answer_index (`torch.LongTensor` of shape `(N,)`): The question of each answer; by default N / B each, in
                 order.
-            answer_weights (`torch.FloatTensor` of shape `(N,)`): Such as the share of people who gave it; 1 by default.
-            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output in place of images.
-            decoder_input_ids (`torch.LongTensor` of shape `(N, length)`): Answers so far, without labels, for `logits`.
-            question_memory: What [`read`] returns, in place of images and questions; `input_ids` are then the answers
-                so far: the way of `generate`.
-            position_ids: See [`VlmBlipTextModel`]; generation sets them.
-            past_key_values: Cache of the decoder.
-            interpolate_pos_encoding: Accept another image size than the tower's.
-            logits_to_keep: Compute the logits of so many last positions only; 0 for all.
+            answer_weights (`torch.FloatTensor` of shape `(N,)`): Weight of each answer's loss; 1 by default.
+            vision_features (`torch.FloatTensor` of shape `(I, P, width)`): The tower's output instead of images.
+            decoder_input_ids (`torch.LongTensor` of shape `(N, length)`): The answers so far, without labels.
+            question_memory: Instead of images and questions, the result of [`read`], as `generate` passes it.
+                `input_ids` are then the answers so far.
+            position_ids: See [`VlmBlipTextModel`]; set by generation.
+            past_key_values: Key/value cache of the decoder.
+            interpolate_pos_encoding: Accept images of another size than the tower's.
+            logits_to_keep: Compute logits for the last n positions only (0 = all).
 
         Returns:
             [`VlmBlipOutput`] with `loss`: the weighted sum over answers of their negative log-likelihood, divided by
@@ -242,7 +256,7 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
         interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        """Writes an answer to each question; arguments as in [`forward`], `**kwargs` as in transformers' `generate`.
+        """Generates an answer to each question; arguments as in [`forward`], `**kwargs` as in transformers' `generate`.
 
         Returns:
             `torch.LongTensor` of shape `(B, length)`: `[DEC]` and the answers.
@@ -265,14 +279,14 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
         vision_features: torch.Tensor | None = None,
         num_candidates: int = 128,
     ) -> torch.Tensor:
-        """The likeliest of a closed list of answers (section 5.3).
+        """The most likely of a closed list of answers (section 5.3).
 
-        The answers whose first token is likeliest are compared by the log-likelihood of the whole.
+        The answers with the most likely first tokens are compared by the log-likelihood of the whole answer.
 
         Args:
-            answer_ids (`torch.LongTensor` of shape `(A, length)`): All answers as the tokenizer gives them.
+            answer_ids (`torch.LongTensor` of shape `(A, length)`): All answers as the tokenizer returns them.
             answer_mask (`torch.LongTensor` of shape `(A, length)`): 0 at padding.
-            num_candidates: How many answers a question are compared whole.
+            num_candidates: Number of answers per question that are compared in full.
 
         Returns:
             `torch.LongTensor` of shape `(B,)`: rows of `answer_ids`.

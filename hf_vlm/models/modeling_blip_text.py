@@ -1,8 +1,8 @@
-"""BLIP's text transformers: BERT's shape, with cross-attention to an image; encoder or decoder (arXiv 2201.12086).
+"""BLIP's text transformers: BERTs with cross-attention to an image, as encoder or decoder (arXiv 2201.12086).
 
-- The encoder reads text alone, or with an image; the decoder sees only what precedes a token.
-- The decoder can hold the encoder's modules in place of its own, all but self-attention (section 3.2).
-- What cross-attention looks at is projected once per image: see `modeling_fusion.py`.
+- The encoder reads text with or without an image; the decoder's self-attention is causal.
+- The decoder can use the encoder's modules for everything except self-attention (section 3.2).
+- Keys and values of cross-attention are computed once per image: see `modeling_fusion.py`.
 
 Shapes: B rows, L tokens, H text width, I images, P patches (with the class token), S positions of a memory.
 """
@@ -30,26 +30,26 @@ from .modeling_fusion import ImageKeyValues, VlmFusionCrossAttention, VlmFusionL
 
 @dataclass
 class VlmBlipOutput(ModelOutput):
-    """Output of BLIP's heads; a head fills what it computes.
+    """Output of BLIP's heads; each head fills the fields that it computes.
 
     Args:
         loss (`torch.FloatTensor` of shape `()`): The weighted sum of the parts.
         loss_itc (`torch.FloatTensor` of shape `()`): Image-text contrastive loss.
         loss_itm (`torch.FloatTensor` of shape `()`): Image-text matching loss.
         loss_lm (`torch.FloatTensor` of shape `()`): Language-modelling loss.
-        parts: Sum and count of each part, `torch.FloatTensor` of shape `(2,)`, for a trainer that divides by the count
-            of all ranks and micro-batches.
-        logits (`torch.FloatTensor` of shape `(batch, length, vocabulary)`): Of the decoder.
-        itm_logits (`torch.FloatTensor` of shape `(pairs, 2)`): No match and match; in training of the pairs, then of
-            the texts with a hard negative image, then of the images with a hard negative text.
-        logits_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): Similarities over the temperature.
-        logits_per_text (`torch.FloatTensor` of shape `(B, G + Q)`): The same from the texts.
-        targets_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): What the contrastive loss compares with.
+        parts: Sum and count of each part, `torch.FloatTensor` of shape `(2,)`, for a trainer that divides by
+            the count of all ranks and micro-batches.
+        logits (`torch.FloatTensor` of shape `(batch, length, vocabulary)`): The decoder's logits.
+        itm_logits (`torch.FloatTensor` of shape `(pairs, 2)`): Logits of no match and match. With the losses:
+            the pairs, then texts with a hard negative image, then images with a hard negative text.
+        logits_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): Similarities divided by the temperature.
+        logits_per_text (`torch.FloatTensor` of shape `(B, G + Q)`): The same for the texts.
+        targets_per_image (`torch.FloatTensor` of shape `(B, G + Q)`): Targets of the contrastive loss.
         targets_per_text (`torch.FloatTensor` of shape `(B, G + Q)`): The same for the texts.
         image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`): L2-normalised.
         text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised.
         last_hidden_state (`torch.FloatTensor` of shape `(batch, length, H)`): Text states.
-        past_key_values: Cache of the decoder's self-attention.
+        past_key_values: Key/value cache of the decoder's self-attention.
     """
 
     loss: torch.Tensor | None = None
@@ -70,7 +70,7 @@ class VlmBlipOutput(ModelOutput):
 
 
 class VlmBlipTextEmbeddings(nn.Module):
-    """Words and positions."""
+    """Word and position embeddings."""
 
     def __init__(self, config: VlmBlipTextConfig):
         super().__init__()
@@ -86,7 +86,8 @@ class VlmBlipTextEmbeddings(nn.Module):
         length, longest = num_before + input_ids.shape[1], self.position_embedding.num_embeddings
         if length > longest:
             raise ValueError(
-                f"Texts of {length} tokens do not fit {longest} positions: tokenize with truncation=True, write less."
+                f"Texts of {length} tokens do not fit {longest} positions: tokenize with truncation=True or generate "
+                "fewer tokens."
             )
         if position_ids is None:
             positions = self.position_embedding.weight[num_before:length]
@@ -111,7 +112,7 @@ class VlmBlipPreTrainedModel(PartlyFrozenModel):
         "attentions": OutputRecorder(VlmFusionSelfAttention, index=1),
         "cross_attentions": OutputRecorder(VlmFusionCrossAttention, index=1),
     }
-    # Losses are means over the batch: the Trainer must not divide them by a token count as well.
+    # Losses are already means over the batch: the Trainer must not divide them by a token count.
     accepts_loss_kwargs = False
 
     @torch.no_grad()
@@ -122,7 +123,7 @@ class VlmBlipPreTrainedModel(PartlyFrozenModel):
 
 
 class VlmBlipTextModel(VlmBlipPreTrainedModel):
-    """A text transformer: the encoder (with or without an image), or with `is_causal` the decoder's body."""
+    """A text transformer: the encoder, or with `is_causal` the decoder without its head."""
 
     config: VlmBlipTextConfig
     main_input_name = "input_ids"
@@ -147,7 +148,7 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
 
     @property
     def owner(self) -> "VlmBlipTextModel":
-        """The model that has the embeddings of this one."""
+        """The model that owns the embeddings: this one or the shared one."""
         return self if self._shared[0] is None else self._shared[0]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -157,11 +158,11 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
         self.owner.embeddings.word_embedding = value
 
     def cross_attentions(self) -> list[VlmFusionCrossAttention]:
-        """The cross-attention of every layer; a shared one where layers are shared."""
+        """The cross-attention of every layer, shared or not."""
         return [cast(VlmFusionLayer, layer).require_cross_attention() for layer in self.layers]
 
     def project_memory(self, states: torch.Tensor) -> ImageKeyValues:
-        """Keys and values of every layer for states of shape `(I, S, memory_size)`: once per image."""
+        """Projects states `(I, S, memory_size)` to every layer's keys and values; call it once per image."""
         return tuple(cross_attention.project(states) for cross_attention in self.cross_attentions())
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -180,13 +181,13 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
         """Encodes texts.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Token ids; the caller has put the right token first.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Token ids; the caller sets the first token.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding.
-            memory: What cross-attention looks at, from [`project_memory`]; None leaves it out.
+            memory: Keys and values from [`project_memory`]; None skips cross-attention.
             memory_index (`torch.LongTensor` of shape `(B,)`): See [`VlmFusionLayer`].
             memory_mask (`torch.BoolTensor` of shape `(I, S)`): False at padding of the memory.
             position_ids (`torch.LongTensor` of shape `(B, L)`): 0, 1, 2, ... by default.
-            past_key_values: Cache of a decoder.
+            past_key_values: Key/value cache of a decoder.
             first_only: Return only the first token's state.
 
         Returns:
@@ -223,7 +224,7 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
 
 
 def text_generation_config(config: PreTrainedConfig) -> GenerationConfig:
-    """Texts begin with `[DEC]` and end with `[SEP]`."""
+    """Generation settings: texts start with `[DEC]` and end with `[SEP]`."""
     return GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id
     )
@@ -235,7 +236,7 @@ def prompts(
     attention_mask: torch.Tensor | None,
     states: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts to continue and their mask: `[DEC]` first, without their `[SEP]`, padded on the left."""
+    """Prompts for generation and their mask: `[DEC]` first, `[SEP]` removed, padded on the left."""
     if input_ids is None:
         input_ids = torch.full((len(states), 1), config.bos_token_id, device=states.device)
         return input_ids, torch.ones_like(input_ids)

@@ -1,11 +1,11 @@
-"""CLIP: two towers trained so that an image and its caption meet in one space (arXiv 2103.00020).
+"""CLIP: an image tower and a text tower with one shared embedding space (arXiv 2103.00020).
 
-- Any vision and any text encoder of transformers may stand in for our towers (`VlmClipModel.from_parts`).
-- The loss compares the pairs of *all* ranks; pairs of equal `pair_ids` are positives of each other.
+- Any vision and text encoder of transformers can replace our towers (`VlmClipModel.from_parts`).
+- The loss compares the pairs of *all* ranks; pairs with equal `pair_ids` are positives of each other.
 - Softmax (CLIP) or sigmoid (SigLIP, arXiv 2303.15343) loss, with a learned factor that is clamped after each step.
-- A tower can be locked (LiT, arXiv 2111.07991): frozen, and in eval mode whatever `train()` says. What it computes can
-  come from a cache: `vision_features` and `text_features` take its place.
-- Where only features are asked for, our towers compute the last layer at the pooled token alone.
+- `lock_tower` freezes a tower (LiT, arXiv 2111.07991). Its outputs can come from a cache instead: `vision_features` and
+  `text_features`.
+- Our towers compute the last layer at the pooled token only, because no other output is used.
 
 Shapes: B images or texts, P patches, L tokens, H hidden size of a tower, E projection size.
 """
@@ -46,7 +46,7 @@ class VlmClipOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`): The contrastive loss, with `return_loss=True`.
         logits_per_image (`torch.FloatTensor` of shape `(images, texts)`): Scaled similarities.
-        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`): Their transpose.
+        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`): The transpose of `logits_per_image`.
         text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised text embeddings.
         image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`): L2-normalised image embeddings.
     """
@@ -59,18 +59,18 @@ class VlmClipOutput(ModelOutput):
 
 
 class VlmClipSimilarity(nn.Module):
-    """The learned factor (and, for the sigmoid loss, bias) between similarities and logits."""
+    """The learned factor between similarities and logits, and for the sigmoid loss the learned bias."""
 
     def __init__(self, config: VlmClipConfig):
         super().__init__()
         self.config = config
-        # Of one dimension, since FSDP2 does not shard scalars.
+        # One dimension, because FSDP2 does not shard scalars.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if config.loss_type == "sigmoid" else None
 
     def forward(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Logits of shape `(images, texts)` of L2-normalised embeddings."""
-        # In float32 even under autocast: at a factor of 100, bfloat16 would round logits by up to 0.25.
+        """Logits `(images, texts)` of L2-normalised embeddings."""
+        # Float32 even under autocast: at a factor of 100, bfloat16 would round logits by up to 0.25.
         with torch.autocast(image_embeds.device.type, enabled=False):
             logits = self.logit_scale.float().exp() * image_embeds.float() @ text_embeds.float().T
             return logits if self.logit_bias is None else logits + self.logit_bias.float()
@@ -87,7 +87,7 @@ class VlmClipSimilarity(nn.Module):
 
     @property
     def temperature(self) -> torch.Tensor:
-        """What similarities are divided by, a scalar."""
+        """The temperature by which similarities are divided, a scalar."""
         return self.logit_scale.detach().neg().exp()[0]
 
     @torch.no_grad()
@@ -97,7 +97,7 @@ class VlmClipSimilarity(nn.Module):
 
 
 class VlmClipModel(PartlyFrozenModel):
-    """CLIP with our towers or any that transformers knows. See the module's docstring.
+    """CLIP with our towers or those of transformers; see the top of this file.
 
     Example:
         ```python
@@ -116,7 +116,7 @@ class VlmClipModel(PartlyFrozenModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # The loss is the mean over the global batch already: the Trainer must not divide it by a token count.
+    # The loss is already a mean over the global batch: the Trainer must not divide it by a token count.
     accepts_loss_kwargs = False
 
     def __init__(self, config: VlmClipConfig):
@@ -159,17 +159,17 @@ class VlmClipModel(PartlyFrozenModel):
         """Builds a CLIP model from pretrained towers; the projections are new.
 
         Args:
-            vision: Hub id, folder or instance of a vision encoder, or of a model with a `vision_config`, whose vision
-                tower is taken.
+            vision: Hub id, folder or instance of a vision encoder, or of a model with a `vision_config`; then its
+                vision tower is used.
             text: The same for the text encoder.
             vision_kwargs: `from_pretrained` options of the vision tower (`dtype`, `device_map`, `revision`,
                 `quantization_config`).
             text_kwargs: The same for the text tower.
-            **config_kwargs: Fields of [`VlmClipConfig`]. Poolings default to the tower's own pooled output where it was
-                trained (CLIP, SigLIP, DINO, our towers) and to the mean of the tokens otherwise (BERT-like).
+            **config_kwargs: Fields of [`VlmClipConfig`]. Pooling defaults to the tower's own pooled output if it was
+                trained (CLIP, SigLIP, DINO, our towers), otherwise to the mean of the tokens (BERT).
 
         Returns:
-            `VlmClipModel` in float32 unless a part's kwargs say otherwise.
+            `VlmClipModel`, in float32 unless a part's kwargs set another dtype.
         """
         vision_model = load_tower(vision, "vision", vision_kwargs or {})
         text_model = load_tower(text, "text", text_kwargs or {})
@@ -186,7 +186,7 @@ class VlmClipModel(PartlyFrozenModel):
         return model
 
     def lock_tower(self, name: str) -> None:
-        """Freezes a tower and keeps it in eval mode (LiT, arXiv 2111.07991). Not saved: say it again after loading.
+        """Freezes a tower and keeps it in eval mode (LiT, arXiv 2111.07991). Not saved: call it again after loading.
 
         Args:
             name: `"vision"` or `"text"`.
@@ -215,7 +215,7 @@ class VlmClipModel(PartlyFrozenModel):
         return pool_tokens(outputs.last_hidden_state, self.config.vision_pooling)
 
     def text_pooled(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Pooled output of the text tower before the projection, `(B, H)`: what `text_features` may carry instead."""
+        """Pooled output of the text tower before the projection, `(B, H)`; it can be passed as `text_features`."""
         options = {}
         if self.config.text_config.model_type == VlmTextTowerConfig.model_type:
             options["pooled_only"] = self.config.text_pooling == "tower"
@@ -247,10 +247,10 @@ class VlmClipModel(PartlyFrozenModel):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`): The images.
-            vision_features (`torch.FloatTensor` of shape `(batch, patches, hidden)` or `(batch, hidden)`): The image
-                tower's last hidden state, or its pooled output ([`~VlmClipModel.vision_pooled`]), instead of images;
-                the tower is then not called.
-            interpolate_pos_encoding: Accept another image size than the tower's.
+            vision_features (`torch.FloatTensor` of shape `(batch, patches, hidden)` or `(batch, hidden)`): Instead of
+                images, the image tower's last hidden state or its pooled output ([`~VlmClipModel.vision_pooled`]). The
+                tower is then not called.
+            interpolate_pos_encoding: Accept images of another size than the tower's.
 
         Returns:
             `pooler_output` of shape `(batch, projection_dim)`: projected, not normalised.
@@ -279,8 +279,8 @@ class VlmClipModel(PartlyFrozenModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids.
             attention_mask (`torch.LongTensor` of shape `(batch, length)`): 0 at padding.
-            text_features (`torch.FloatTensor` of shape `(batch, hidden)`): The text tower's pooled output
-                ([`~VlmClipModel.text_pooled`]) instead of token ids; the tower is then not called.
+            text_features (`torch.FloatTensor` of shape `(batch, hidden)`): Instead of token ids, the text tower's
+                pooled output ([`~VlmClipModel.text_pooled`]). The tower is then not called.
 
         Returns:
             `pooler_output` of shape `(batch, projection_dim)`: projected, not normalised.
@@ -317,17 +317,17 @@ class VlmClipModel(PartlyFrozenModel):
             pair_ids (`torch.LongTensor` of shape `(batch,)`): Pairs of equal id are positives of each other.
             vision_features: See [`~VlmClipModel.get_image_features`].
             text_features: See [`~VlmClipModel.get_text_features`].
-            interpolate_pos_encoding: Accept another image size than the tower's.
+            interpolate_pos_encoding: Accept images of another size than the tower's.
             return_loss: Whether to compute the loss over the pairs of all ranks; row i of the images belongs to row i
                 of the texts.
-            token_type_ids: Not used; BERT's tokenizers give them, and pipelines pass on what a tokenizer gives.
+            token_type_ids: Not used. BERT's tokenizers return them, and pipelines pass on all outputs of a tokenizer.
 
         Returns:
-            [`VlmClipOutput`]; logits are of this rank's images and texts. Of images alone, only `image_embeds`: what
-            the `image-feature-extraction` pipeline asks for.
+            [`VlmClipOutput`]; logits compare this rank's images and texts. Without texts, only `image_embeds`, as the
+            `image-feature-extraction` pipeline requires.
 
         Raises:
-            ValueError: if the images are missing, or the loss is asked for unequal numbers of images and texts.
+            ValueError: if the images are missing, or if the numbers of images and texts differ with `return_loss`.
         """
         image_embeds = self.get_image_features(pixel_values, vision_features, interpolate_pos_encoding).pooler_output
         if input_ids is None and text_features is None and not return_loss:

@@ -1,11 +1,11 @@
-"""The Q-Former: a few learned queries that read an image and meet the text in one BERT (arXiv 2301.12597, section 3.1).
+"""The Q-Former: a BERT in which learned queries attend to an image and to the text (arXiv 2301.12597, section 3.1).
 
-- Queries and text share self-attention; each has feed-forward layers of its own, and only the queries look at the
-  image, in every second layer.
+- Queries and text share self-attention and have separate feed-forward layers. Only the queries attend to the image, in
+  every second layer.
 - Four passes: queries alone (for the contrastive loss, and for an LLM), text alone, queries and text together
-  (matching, or an instruction), and text that is written after the queries, whose keys and values it takes over.
-- What queries look at is projected once per image (see `modeling_fusion.py`), for all passes.
-- Where only queries, or only the first token, are needed, the last layer computes nothing else.
+  (matching, or an instruction), and text generated after the queries, reusing their keys and values.
+- Keys and values of an image are computed once for all passes (see `modeling_fusion.py`).
+- With `keep`, the last layer computes only the first tokens, such as the queries.
 
 Shapes: B rows, Q queries, L tokens, H hidden size, A heads, D = H / A, I images (memories), S positions of a memory.
 """
@@ -26,7 +26,7 @@ from .configuration_qformer import VlmQFormerConfig
 from .freezing import freeze
 from .modeling_fusion import LayerKeyValues, VlmFusionCrossAttention, VlmFusionMLP, VlmFusionSelfAttention
 
-# Keys and values of every layer; None where the queries do not look at the image.
+# Keys and values of every layer; None for layers without cross-attention.
 QFormerKeyValues = tuple[LayerKeyValues | None, ...]
 # The queries' own keys and values of every layer, `(B, A, Q, D)` each.
 QueryStates = tuple[LayerKeyValues, ...]
@@ -38,8 +38,8 @@ class VlmQFormerOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, tokens, H)`): Queries, then text.
-        query_states: Keys and values of every layer's self-attention, `(B, A, tokens, D)` each: of queries alone, what
-            a text can be written after.
+        query_states: Keys and values of every layer's self-attention, `(B, A, tokens, D)` each. Those of a pass of
+            queries alone are the `prefix` of a text.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -49,7 +49,7 @@ class VlmQFormerOutput(ModelOutput):
 
 
 class VlmQFormerEmbeddings(nn.Module):
-    """The queries, and the text's words and positions where there is a text branch."""
+    """The queries, and with a text branch the word and position embeddings."""
 
     def __init__(self, config: VlmQFormerConfig):
         super().__init__()
@@ -69,7 +69,7 @@ class VlmQFormerEmbeddings(nn.Module):
         return self.word_embedding(input_ids) + self.position_embedding.weight[:length]
 
     def forward(self, num_rows: int, input_ids: torch.Tensor | None, with_queries: bool) -> torch.Tensor:
-        """Queries, text, or both one after the other."""
+        """Embeddings of the queries, the text, or the queries followed by the text."""
         parts = [self.query_tokens.expand(num_rows, -1, -1)] if with_queries else []
         if input_ids is not None:
             parts.append(self.words(input_ids))
@@ -124,14 +124,14 @@ class VlmQFormerLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, num_queries + L, H)`): Queries, then text.
-            num_queries: How many of the tokens are queries; 0 for text alone.
-            attention_mask (`torch.BoolTensor` of shape `(B or 1, 1, tokens, positions)`): False at what is not seen.
-            memory_key (`torch.Tensor` of shape `(I, A, S, D)`): None leaves cross-attention out.
-            memory_value: The same for the values.
+            num_queries: Number of queries among the tokens; 0 for text alone.
+            attention_mask (`torch.BoolTensor` of shape `(B or 1, 1, tokens, positions)`): False at hidden positions.
+            memory_key (`torch.Tensor` of shape `(I, A, S, D)`): Keys of the images; None skips cross-attention.
+            memory_value: The values.
             memory_index (`torch.LongTensor` of shape `(B,)`): See [`VlmFusionLayer`].
-            prefix_key (`torch.Tensor` of shape `(B, A, Q, D)`): Keys of the queries that a text is written after.
-            prefix_value: The same for the values.
-            keep: Compute only so many first tokens.
+            prefix_key (`torch.Tensor` of shape `(B, A, Q, D)`): Keys of the queries that precede a text.
+            prefix_value: The values.
+            keep: Compute only the first n tokens.
 
         Returns:
             The states, and the keys and values of this layer's self-attention.
@@ -152,7 +152,7 @@ class VlmQFormerLayer(GradientCheckpointingLayer):
 
 
 class VlmQFormerModel(PreTrainedModel):
-    """The Q-Former. See the module's docstring for its four passes."""
+    """The Q-Former; see the top of this file for its four passes."""
 
     config: VlmQFormerConfig
     base_model_prefix = "qformer"
@@ -184,7 +184,7 @@ class VlmQFormerModel(PreTrainedModel):
         self.embeddings.word_embedding = value
 
     def project_memory(self, states: torch.Tensor) -> QFormerKeyValues:
-        """Keys and values of every layer for image states of shape `(I, S, memory_size)`: once per image."""
+        """Projects image states `(I, S, memory_size)` to every layer's keys and values; call it once per image."""
         crosses = (cast(VlmQFormerLayer, layer).cross_attention for layer in self.layers)
         return tuple(None if cross is None else cross.project(states) for cross in crosses)
 
@@ -200,16 +200,16 @@ class VlmQFormerModel(PreTrainedModel):
         keep: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VlmQFormerOutput:
-        """Queries alone (`memory`), text alone (`input_ids`), both, or text written after queries (`prefix`).
+        """Runs queries alone (`memory`), text alone (`input_ids`), both, or text after queries (`prefix`).
 
         Args:
-            memory: What queries look at, from [`project_memory`]; without it there are no queries.
-            input_ids (`torch.LongTensor` of shape `(B, L)`): Token ids; the caller has put the right token first.
+            memory: Keys and values of the images from [`project_memory`]; None runs without queries.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Token ids; the caller sets the first token.
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 0 at padding of the text.
             memory_index (`torch.LongTensor` of shape `(B,)`): The image of each row; see [`VlmFusionLayer`].
-            num_rows: B, for queries alone; by default as many as images or texts.
-            prefix: `query_states` of a pass of queries alone: the text sees them, and of itself only what precedes.
-            keep: Return only so many first tokens; the last layer computes no others.
+            num_rows: B, for queries alone; by default the number of texts or images.
+            prefix: `query_states` of a pass of queries alone. The text attends to them and to its own earlier tokens.
+            keep: Compute and return only the first n tokens in the last layer.
 
         Returns:
             [`VlmQFormerOutput`]: `last_hidden_state` of shape `(B, tokens, H)`, queries first, and `query_states`.
@@ -249,7 +249,7 @@ class VlmQFormerModel(PreTrainedModel):
         attention_mask: torch.Tensor | None,
         prefix: QueryStates | None,
     ) -> torch.Tensor | None:
-        """What sees what, True where it does: padding is not seen, and after a prefix nothing that follows."""
+        """The attention mask, True where attention is allowed: it hides padding, and after a prefix later tokens."""
         num_tokens, device = hidden_states.shape[1], hidden_states.device
         if prefix is None:
             if attention_mask is None or bool(attention_mask.all()):
@@ -263,9 +263,12 @@ class VlmQFormerModel(PreTrainedModel):
         return nn.functional.pad(causal, (num_seen, 0), value=True)
 
     def freeze_text(self, all_layers: bool) -> None:
-        """Freezes the text branch, or, where queries read texts, the one layer of it that they do not depend on.
+        """Freezes the text branch, or only its last feed-forward layer, which the queries do not depend on.
 
-        A trained parameter without a gradient stalls data parallelism.
+        DDP raises (or hangs) when a trainable parameter gets no gradient.
+
+        Args:
+            all_layers: Freeze the whole text branch; False where the queries attend to texts (InstructBLIP).
         """
         if not self.config.use_text:
             return
