@@ -284,7 +284,9 @@ class VlmBlipHead(VlmBlipPreTrainedModel):
         fits = {name: t for name, t in given.items() if name in own and own[name].shape == t.shape}
         head.load_state_dict(fits, strict=False)
         if new := sorted(own.keys() - fits.keys()):
-            logger.warning("%s: newly initialised weights (not in the source model): %s.", cls.__name__, ", ".join(new))
+            logger.warning(
+                "%s: newly initialised weights (not in the source checkpoint): %s.", cls.__name__, ", ".join(new)
+            )
         resize_tower(head.model.vision_model, image_size)
         return head.to(dtype=model.dtype, device=model.device)
 

@@ -100,6 +100,9 @@ def test_new_weights_are_named(caplog: pytest.LogCaptureFixture, monkeypatch: py
     monkeypatch.setattr(logging.getLogger("hf_vlm"), "propagate", True)
     equal = tiny.blip_model(vision={"hidden_size": 24, "num_attention_heads": 2})
     VlmBlipForQuestionAnswering.from_pretraining(equal)
-    assert "and new" not in caplog.text
+    assert "newly initialised weights" not in caplog.text
     VlmBlipForQuestionAnswering.from_pretraining(tiny.blip_model(vision={"hidden_size": 40}))
-    assert "and new: model.text_decoder.layers.0.cross_attention.key_value.weight" in caplog.text
+    assert (
+        "newly initialised weights (not in the source checkpoint): model.text_decoder.layers.0.cross_attention.key_value.weight"
+        in caplog.text
+    )
