@@ -102,7 +102,5 @@ def test_new_weights_are_named(caplog: pytest.LogCaptureFixture, monkeypatch: py
     VlmBlipForQuestionAnswering.from_pretraining(equal)
     assert "newly initialised weights" not in caplog.text
     VlmBlipForQuestionAnswering.from_pretraining(tiny.blip_model(vision={"hidden_size": 40}))
-    assert (
-        "newly initialised weights (not in the source checkpoint): model.text_decoder.layers.0.cross_attention.key_value.weight"
-        in caplog.text
-    )
+    named = "model.text_decoder.layers.0.cross_attention.key_value.weight"
+    assert f"newly initialised weights (not in the source checkpoint): {named}" in caplog.text
