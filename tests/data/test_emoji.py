@@ -235,7 +235,7 @@ def test_two_at_once_draw_once(few: None, tmp_path: Path, monkeypatch: pytest.Mo
 
 BUILD_AND_PRINT = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/data"]
 from test_emoji import ALL_CANDIDATES, SMALL, digest, emoji_module, load_emoji
 emoji_module._candidates = lambda: ALL_CANDIDATES()[200:200 + SMALL]
 print(digest(load_emoji(16, sys.argv[1])))

@@ -123,15 +123,15 @@ def test_stopped_and_resumed(tmp_path, tower):
 
 KILLED = """
 import os, signal, sys, torch, tiny
-from hf_vlm.data import feature_shards
+from hf_vlm.data.features import shards
 from test_feature_cache import build
-save, tiny_model = feature_shards.save_file, tiny.clip_model()
+save, tiny_model = shards.save_file, tiny.clip_model()
 def killed(tensors, path, metadata):
     save(tensors, path, metadata)
     if "00001" in str(path):
         os.truncate(path, 600)
         os.kill(os.getpid(), signal.SIGKILL)
-feature_shards.save_file = killed
+shards.save_file = killed
 tower = tiny_model.vision_model
 tower.load_state_dict(torch.load(sys.argv[2]))
 build(sys.argv[1], tower)
@@ -140,8 +140,8 @@ build(sys.argv[1], tower)
 
 def test_killed_while_writing(tmp_path, tower):
     torch.save(tower.state_dict(), tmp_path / "weights")
-    tests = str(Path(__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, str(Path(tests).parent)])}
+    tests = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [tests, tests.parent, tests / "data"]))}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "part"), str(tmp_path / "weights")]
     assert subprocess.run(command, env=env, check=False).returncode == -9
     assert (tmp_path / "part" / "features-00001.safetensors.unfinished").exists()

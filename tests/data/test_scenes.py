@@ -396,7 +396,7 @@ def test_seeds_and_splits_give_other_scenes(stream: SceneStream) -> None:
 
 def test_the_same_in_another_process(scenes: list[dict]) -> None:
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import sys; sys.path[:0] = ['tests', 'tests/data']\n"
         "from test_scenes import SceneStream, digest\n"
         "stream = SceneStream()\n"
         "print(digest([stream.scene(index) for index in reversed(range(50))][::-1]))"
