@@ -10,19 +10,19 @@ import typer
 from ..data.builtin.table import BUILTIN
 
 index_app = typer.Typer(
-    help="Search pictures and texts by text, by picture, or by both.", no_args_is_help=True, rich_markup_mode="markdown"
+    help="Search images and texts by text, by image, or by both.", no_args_is_help=True, rich_markup_mode="markdown"
 )
 
 
 class OnBad(StrEnum):
-    """What happens to an item that cannot be read."""
+    """Handling of items that cannot be read."""
 
     error = "raise"
     skip = "skip"
 
 
 class Kind(StrEnum):
-    """What to index, or to look for."""
+    """Kind of items to index or to find."""
 
     image = "image"
     text = "text"
@@ -33,18 +33,19 @@ Index = Annotated[str, typer.Argument(help="Folder of the index, or a URI such a
 Sources = Annotated[
     list[str],
     typer.Argument(
-        help="Folders of pictures, pictures, files of descriptions (txt: one a line; jsonl, csv: a column `text` or "
-        "`caption`, the others become metadata), parquet files, datasets saved to disk or on the Hub, or "
-        f"built-in ones ({', '.join(BUILTIN)})."
+        help="Folders of images, images, text files (txt: one text per line; jsonl, csv: a column `text` or `caption`, "
+        "other columns become metadata), parquet files, datasets saved to disk or on the Hub, or `emoji`."
     ),
 ]
-Model = Annotated[str, typer.Option(help="Folder or Hub id of the model. Default: the one the index was built with.")]
-OnError = Annotated[OnBad, typer.Option(help="Stop at what cannot be read, or leave it out and report it.")]
-Indexed = Annotated[Kind, typer.Option(help="Of a data set: its pictures, its captions as descriptions, or both.")]
-Split = Annotated[str, typer.Option(help="Split of a data set.")]
-Columns = Annotated[str, typer.Option(help="Columns of a data set, as image=NAME,caption=NAME,id=NAME.")]
-Where = Annotated[list[str] | None, typer.Option(help="NAME=VALUE that must hold; may be given again.")]
-Sql = Annotated[str, typer.Option(help="A condition in SQL instead, such as \"style = 'noto' AND year > 2020\".")]
+Model = Annotated[
+    str, typer.Option(help="Folder or Hub id of the model. Default: the model that the index was built with.")
+]
+OnError = Annotated[OnBad, typer.Option(help="raise an error for items that cannot be read, or skip and report them.")]
+Indexed = Annotated[Kind, typer.Option(help="Index a dataset's images, its captions as texts, or both.")]
+Split = Annotated[str, typer.Option(help="Split of a dataset.")]
+Columns = Annotated[str, typer.Option(help="Columns of a dataset, as image=NAME,caption=NAME,id=NAME.")]
+Where = Annotated[list[str] | None, typer.Option(help="Condition NAME=VALUE on the metadata; repeat for several.")]
+Sql = Annotated[str, typer.Option(help="Condition in SQL instead, such as \"style = 'noto' AND year > 2020\".")]
 
 
 @index_app.command(epilog="Example: `hf-vlm index build my-index --model my-clip photos/ descriptions.txt`")
@@ -56,9 +57,9 @@ def build(
     kind: Indexed = Kind.image,
     split: Split = "train",
     columns: Columns = "",
-    replace: Annotated[bool, typer.Option("--replace", help="Throw an existing index away first.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Delete an existing index first.")] = False,
 ) -> None:
-    """Make an index, or go on with an interrupted one: what is in it already is not embedded again."""
+    """Build an index, or resume an interrupted build: items already in the index are not embedded again."""
     from ..search.open import build as build_index
     from ..search.open import open_sources
 
@@ -76,7 +77,7 @@ def add(
     split: Split = "train",
     columns: Columns = "",
 ) -> None:
-    """Add to an index; what has the id of an item there (the path of a picture, the column `id`) replaces it."""
+    """Add items to an index; an item with an existing id (an image's path, the column `id`) replaces the old one."""
     from ..search.open import add as add_to_index
     from ..search.open import open_index, open_sources
 
@@ -87,7 +88,7 @@ def add(
 @index_app.command(epilog="Examples: `hf-vlm index delete my-index ID ID` and `... delete my-index --where style=noto`")
 def delete(
     index: Index,
-    ids: Annotated[list[str] | None, typer.Argument(help="Ids, as search shows them.")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids as `search` shows them.")] = None,
     where: Where = None,
     sql: Sql = "",
 ) -> None:
@@ -104,23 +105,25 @@ def delete(
 )
 def search(
     index: Index,
-    text: Annotated[str | None, typer.Argument(help="Text to look for.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture to look for, alone or with the text.")] = None,
-    minus: Annotated[str | None, typer.Option(help="Text to stay away from.")] = None,
-    minus_image: Annotated[Path | None, typer.Option(help="Picture to stay away from.")] = None,
-    text_weight: Annotated[float, typer.Option(help="Factor of the text.")] = 1.0,
-    image_weight: Annotated[float, typer.Option(help="Factor of the picture.")] = 1.0,
-    minus_weight: Annotated[float, typer.Option(help="Factor of what to stay away from.")] = 0.5,
-    kind: Annotated[Kind, typer.Option(help="What to find.")] = Kind.both,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 8,
+    text: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to search for, alone or with the text.")] = None,
+    minus: Annotated[str | None, typer.Option(help="Negative query: a text.")] = None,
+    minus_image: Annotated[Path | None, typer.Option(help="Negative query: an image.")] = None,
+    text_weight: Annotated[float, typer.Option(help="Weight of the text.")] = 1.0,
+    image_weight: Annotated[float, typer.Option(help="Weight of the image.")] = 1.0,
+    minus_weight: Annotated[float, typer.Option(help="Weight of the negative query.")] = 0.5,
+    kind: Annotated[Kind, typer.Option(help="Kind of items to find.")] = Kind.both,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of results.")] = 8,
     where: Where = None,
     sql: Sql = "",
-    exact: Annotated[bool, typer.Option("--exact", help="Compare every item of a large index too.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare with every item, without the approximate index.")
+    ] = False,
     model: Model = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    sheet: Annotated[Path | None, typer.Option(help="Write the results with their pictures to an HTML file.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write the results with their images to an HTML file.")] = None,
 ) -> None:
-    """Find pictures and texts by text, by picture, or by both."""
+    """Find images and texts by text, by image, or by both."""
     from ..search.open import open_index, query_label, read_filter, write_results
     from ..search.terminal import matches_table
 
@@ -149,7 +152,7 @@ def search(
 def info(
     index: Index, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False
 ) -> None:
-    """What an index holds, and with which model it was built."""
+    """Show the contents of an index and the model that it was built with."""
     from ..search.open import open_index
     from ..search.terminal import printable
 

