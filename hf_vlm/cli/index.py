@@ -34,7 +34,8 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         help="Folders of images, images, text files (txt: one text per line; jsonl, csv: a column `text` or `caption`, "
-        "other columns become metadata), parquet files, datasets saved to disk or on the Hub, or `emoji`."
+        "other columns become metadata), parquet files, datasets saved to disk or on the Hub, or "
+        f"built-in data ({', '.join(BUILTIN)})."
     ),
 ]
 Model = Annotated[
