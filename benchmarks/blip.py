@@ -1,21 +1,21 @@
-"""BLIP: work and speed of a pretraining step, and speed of writing captions, in one run on one machine.
+"""BLIP: speed and FLOPs of a pretraining step, and speed of caption generation, in one run on one machine.
 
     python benchmarks/blip.py
     python benchmarks/blip.py --size small --only captions --repeats 9 --output benchmarks/results/blip.json
 
-*Steps*: a whole pretraining step (momentum update, forward, backward, AdamW, queue) against the same step done the
-plain way, which `blip_plain.py` describes: every pass projects keys and values of its own, and captions are padded to
-30 tokens. Weights, images, captions of 8 to 20 tokens and hard negatives are the same; losses and matching logits are
-compared in fp32 before anything is timed. Both use bf16 autocast and the same fused AdamW, without dropout. The *text
-side* is the step without the image towers, whose output is given, and without momentum update and AdamW.
+*Steps*: a whole pretraining step (momentum update, forward, backward, AdamW, queue) against a plain implementation of
+the same step (`blip_plain.py`): every pass projects its own keys and values, and captions are padded to 30 tokens.
+Weights, images, captions of 8 to 20 tokens and hard negatives are the same. Losses and matching logits are compared in
+fp32 before timing. Both use bf16 autocast and the same fused AdamW, without dropout. The *text side* is the step with
+precomputed image features, without momentum update and AdamW.
 
-*Captions*: 20 new tokens an image against transformers' BlipForConditionalGeneration with the same weights (converted),
-greedy and with 3 beams. The tokens must be equal in fp32; in bf16 the table tells how many are.
+*Captions*: 20 new tokens per image against transformers' BlipForConditionalGeneration with the same weights
+(converted), greedy and with 3 beams. The tokens must be equal in fp32; for bf16 the table shows the equal share.
 
-Contenders take turns, once each a round, in processes of their own. Close other programs: the printed ranges tell how
-calm the machine was. The default size is ViT-B/16 with 12 text layers, at 224 pixels with 4 pairs a step and at 384
-with 2, which keeps a run to about ten minutes on two cores, with 8 GB of memory a contender; captions are written for
-8 images of 224 pixels.
+Contenders take turns, one step each per round, in separate processes. Close other programs: wide ranges in the output
+mean a busy machine. The default size is ViT-B/16 with 12 text layers, at 224 pixels with 4 pairs per step and at 384
+with 2. A run takes about ten minutes on two cores, with 8 GB of memory per contender. Captions are generated for 8
+images of 224 pixels.
 """
 
 import argparse

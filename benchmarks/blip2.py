@@ -1,27 +1,27 @@
-"""BLIP-2: speed, work and memory of both training stages and of writing captions, in one run on one machine.
+"""BLIP-2: speed, FLOPs and memory of both training stages and of caption generation, in one run on one machine.
 
     python benchmarks/blip2.py
     python benchmarks/blip2.py --only stage1 --batch 16 --output benchmarks/results/blip2.json
     python benchmarks/blip2.py --small          # tiny models: a test of the program, in seconds
 
-*Stage 1*: a step with the image tower's output from a cache against one that runs the frozen tower on the images, and
-against a plain step with the cache, in which every pass projects keys and values of its own (`blip2_plain.py`); that
-one also with the queries computed only once, as LAVIS does. Losses and matching logits are compared in fp32 before
-anything is timed.
+*Stage 1*: a step with cached image features against three others: one that runs the frozen tower on the images; a plain
+step with cached features, in which every pass projects its own keys and values (`blip2_plain.py`); and that plain step
+with the queries computed only once, as in LAVIS. Losses and matching logits are compared in fp32 before timing.
 
 *Stage 2*: a step, images to loss, against transformers' Blip2ForConditionalGeneration with the same weights
-(converted): Q-Former, projection and the LayerNorm after the tower are trained, tower and LLM are frozen. transformers
-runs with SDPA and without a cache, once as it is documented and once told to make logits of the texts alone
-(`logits_to_keep`). The losses must be equal in fp32.
+(converted). Q-Former, projection and the LayerNorm after the tower are trainable; tower and LLM are frozen. The peer
+runs with SDPA and without a cache, once as documented and once with logits of the texts only (`logits_to_keep`). The
+losses must be equal in fp32.
 
-*Captions*: 20 new tokens an image, greedily and with 3 beams, against the same class. The tokens must be equal in fp32;
-in bf16 the table tells how many are.
+*Captions*: 20 new tokens per image, greedy and with 3 beams, against the same class. The tokens must be equal in fp32;
+for bf16 the table shows the share of equal ones.
 
-Steps are forward, backward and fused AdamW, without dropout; bf16 is autocast in steps and the weights' type for
-captions. Texts have 8 to 20 tokens. Contenders take turns, once each a round, in processes of their own; ways to run
-the same model share one, whose peak memory is given once. Close other programs: the printed ranges tell how calm the
-machine was. The default size is ViT-B/16 at 224 pixels, a Q-Former like BERT-base with 32 queries, and an OPT of 12
-layers, 768 wide, with random weights; 8 pairs a step and 4 captions keep a run to about ten minutes on two cores.
+A step is forward, backward and fused AdamW, without dropout. bf16 means autocast in steps, and the dtype of the weights
+for captions. Texts have 8 to 20 tokens. Contenders take turns, one step each per round, in separate processes. Variants
+of the same model share a process, and its peak memory is printed once. Close other programs: wide ranges in the output
+mean a busy machine. The default size is ViT-B/16 at 224 pixels, a Q-Former like BERT-base with 32 queries, and an OPT
+with 12 layers of width 768 and random weights. With 8 pairs per step and 4 captions, a run takes about ten minutes on
+two cores.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""What `blip2.py` compares: training steps of both stages and a writer of captions; weights and batches.
+"""The contenders of `blip2.py`: training steps of both stages and caption generation; their weights and batches.
 
-Each contender is built in a process of its own from a folder that `prepare_stage1` or `prepare_stage2` has filled.
+Each contender is built in a separate process from a folder written by `prepare_stage1` or `prepare_stage2`.
 """
 
 import time

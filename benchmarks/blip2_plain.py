@@ -1,13 +1,13 @@
-"""BLIP-2's first stage the plain way, for comparison: the same modules, weights, negatives and losses, more work.
+"""A plain implementation of BLIP-2's first stage, for comparison: same modules, weights, negatives and losses.
 
-What it does that the model itself does not, and nothing else:
+It does more work than the model itself in three places:
 
-- Matching has an image a row, 3 B of them for B images, and projects keys and values of each, as LAVIS does; the pass
-  of queries alone has projected them before.
-- Generation computes the queries again, with keys and values of its own. LAVIS does not: `recomputes_queries = False`.
-- The last layer computes every token, also where only queries or only the first token are read, as LAVIS does.
+- Matching has one image per row (3 B rows for B images) and projects keys and values for each, as in LAVIS. The
+  query-only pass has already projected them once.
+- Generation computes the queries again, with its own keys and values. LAVIS does not: `recomputes_queries = False`.
+- The last layer computes all tokens even if only queries or only the first token are read, as in LAVIS.
 
-Attention, the sampling of negatives and the vocabulary logits, at supervised positions only, are the model's own.
+Attention, sampling of negatives and the vocabulary logits (at supervised positions only) are the model's own.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""What `blip.py` compares: a pretraining step with its text side apart, and a writer of captions; weights and batches.
+"""The contenders of `blip.py`: a pretraining step, its text side, and caption generation; their weights and batches.
 
-Each contender is built in a process of its own from a folder that `prepare_steps` or `prepare_captions` has filled.
+Each contender is built in a separate process from a folder written by `prepare_steps` or `prepare_captions`.
 """
 
 import time

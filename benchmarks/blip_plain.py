@@ -1,14 +1,14 @@
-"""BLIP's pretraining step the plain way, for comparison: the same modules, weights, negatives and losses, more work.
+"""A plain implementation of BLIP's pretraining step, for comparison: same modules, weights, negatives and losses.
 
-What it does that the model itself does not, and nothing else:
+It does more work than the model itself in two places:
 
-- Matching runs over the pairs in one pass and over the two kinds of negatives in another of twice as many rows, and
-  language modelling in a third. Each pass projects keys and values of its own, one image a row: 4 B projections for B.
-- The last layer computes every token also where only the first is read: in the text encoder of all passes but language
-  modelling, in the averaged text encoder and in the averaged image tower.
+- Matching uses one pass for the pairs and one with twice as many rows for the negatives; language modelling uses a
+  third. Each pass projects its own keys and values, one image per row: 4 B projections for B images.
+- The last layer computes all tokens even if only the first is read: in the text encoder (except for language
+  modelling), in the momentum text encoder and in the momentum image tower.
 
-Captions come padded to a fixed length, since that is how they are given. Attention, the queue, the sampling of
-negatives and the vocabulary logits, at supervised positions only, are the model's own.
+Captions are given padded to a fixed length. Attention, queue, sampling of negatives and the vocabulary logits (at
+supervised positions only) are the model's own.
 """
 
 import torch

@@ -3,11 +3,11 @@
     python benchmarks/clip.py
     python benchmarks/clip.py --size small --batch 64 --repeats 9 --output benchmarks/results/clip.json
 
-Every contender has the same weights (converted exactly; the losses are compared before anything is timed), the same
-images and captions, autocast for bf16, and the same fused AdamW. Each is used as its users use it: transformers with
-captions padded to the longest of the batch, with SDPA and with attention written out; open_clip with captions padded
-to 77 and its own loss. Contenders take turns, one step each a round. Close other programs: the printed ranges tell how
-calm the machine was. At the default size a run takes about five minutes on two cores, and 4 GB of memory a contender.
+Every contender has the same weights (converted exactly; losses are compared before timing), images, captions, autocast
+for bf16 and fused AdamW. Each is used as its users use it: transformers with captions padded to the longest of the
+batch, with SDPA and with eager attention; open_clip with captions padded to 77 and its own loss. Contenders take turns,
+one step each per round. Close other programs: wide ranges in the output mean a busy machine. At the default size a run
+takes about five minutes on two cores, with 4 GB of memory per contender.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PACKAGES = ("hf-vlm", "transformers", "open_clip_torch")
 LOSS_TOLERANCE = 1e-4
 HEADER = "precision contender forward+backward step ratio goal GFLOP of_peak of_peak_step memory".split()
 
-# Heads are 64 wide, as open_clip has them. "base" is ViT-B/32.
+# The head width is 64, as in open_clip. "base" is ViT-B/32.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"vision": (64, 2, 32, 16), "text": (64, 2), "vocab": 512, "projection": 64, "batch": 4},
     "small": {"vision": (384, 12, 112, 16), "text": (256, 8), "vocab": 49408, "projection": 256, "batch": 32},
@@ -51,7 +51,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def make_config(size: str, hidden_act: str):
-    """The config of this package for a size; the others' follow from it."""
+    """The config of this package for a size; the other contenders' configs are derived from it."""
     from hf_vlm import VlmClipConfig
 
     (vision_width, vision_layers, image_size, patch_size), (width, layers) = SIZES[size]["vision"], SIZES[size]["text"]
@@ -106,7 +106,7 @@ def make_batch(config, batch: int) -> dict[str, torch.Tensor]:
 
 
 def prepare(folder: Path, size: str, batch: int, hidden_act: str) -> None:
-    """Writes the weights in each contender's layout and the batch, for the children to read."""
+    """Writes the batch, and the weights in each contender's layout, for the child processes."""
     from hf_vlm import VlmClipModel
     from hf_vlm.hub.convert import to_transformers
     from hf_vlm.hub.convert.open_clip import NAMES, transposed
@@ -149,7 +149,7 @@ def build_transformers(
 
 
 def build_transformers_eager(*options: Any) -> TrainingStep:
-    """transformers' CLIPModel with attention written out, which is faster than SDPA on some machines."""
+    """transformers' CLIPModel with eager attention, which is faster than SDPA on some machines."""
     return build_transformers(*options, attention="eager")
 
 
@@ -180,17 +180,17 @@ BUILDERS: dict[str, Callable[..., TrainingStep]] = {
 
 
 def check_losses(losses: dict[str, float]) -> None:
-    """Prints by how much the losses of the same weights differ, and ends the run if that is more than rounding."""
+    """Prints the losses of the same weights, and ends the run if they differ by more than rounding."""
     own = losses["hf_vlm"]
     differences = {name: abs(loss - own) for name, loss in losses.items() if name != "hf_vlm"}
     shown = "".join(f"; {name} differs by {difference:.1e}" for name, difference in differences.items())
     print(f"Loss in fp32 before training: hf_vlm {own:.6f}{shown}", flush=True)
     if max(differences.values(), default=0.0) > LOSS_TOLERANCE:
-        raise SystemExit("The contenders do not compute the same: nothing is timed.")
+        raise SystemExit("The contenders do not compute the same loss: nothing is timed.")
 
 
 def measure(folder: Path, args: argparse.Namespace, precision: str, missing: dict[str, str]) -> list[dict[str, Any]]:
-    """One precision: starts the contenders, compares their losses, times them in turns, counts their work."""
+    """One precision: starts the contenders, compares their losses, times them in turn, counts FLOPs."""
     options = (folder, args.size, args.hidden_act, args.device, precision)
     workers = {name: Worker(BUILDERS[name], *options) for name in ("hf_vlm", *args.peers) if name not in missing}
     for name in list(workers):
@@ -232,7 +232,7 @@ def row(result: dict[str, Any]) -> list[str]:
 
 
 def print_report(results: list[dict[str, Any]], missing: dict[str, str]) -> None:
-    """Prints the table and what it needs to be read."""
+    """Prints the table and its legend."""
     absent = [["", name, "not measured", *[""] * (len(HEADER) - 3)] for name in missing]
     print(f"\n{table([name.replace('_', ' ') for name in HEADER], [*map(row, results), *absent])}\n")
     print("Seconds: median (range). Ratio: seconds of a step over hf_vlm's in the same round. Of peak: FLOPs over")
@@ -248,15 +248,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="base", help="sizes of the towers (default: base)")
-    parser.add_argument("--batch", type=positive, help="pairs a step (default: 16 for base, 32 for small)")
+    parser.add_argument("--batch", type=positive, help="pairs per step (default: 16 for base, 32 for small)")
     parser.add_argument(
-        "--repeats", type=positive, default=7, help="rounds that count, 5 or more to mean much (default: 7)"
+        "--repeats", type=positive, default=7, help="timed rounds, at least 5 for a reliable median (default: 7)"
     )
     parser.add_argument("--peers", nargs="*", choices=list(GOALS), default=list(GOALS), help="default: all")
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
     parser.add_argument("--hidden-act", choices=["quick_gelu", "gelu"], default="quick_gelu", help="activation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=positive, help="threads of the CPU (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     return parser.parse_args(arguments)
 

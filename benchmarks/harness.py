@@ -1,8 +1,8 @@
-"""What the speed comparisons share: contenders in processes of their own, interleaved timing, FLOPs, memory, tables.
+"""Shared parts of the speed comparisons: contenders in separate processes, interleaved timing, FLOPs, memory, tables.
 
-- Every contender lives in a child process, so its peak memory is its own and a peer may patch what it needs to import.
-- One process works at a time, A B C A B C ..., so that a change in the machine's speed meets all contenders alike.
-- Ratios are taken within a round and then the median over the rounds; the spread beside a median is the whole range.
+- Every contender runs in a child process. Peak memory is measured per contender, and a peer may patch its imports.
+- One process works at a time (A B C A B C ...), so that changes in machine speed affect all contenders equally.
+- A ratio is computed within a round; the median over rounds is reported. The spread is the full range.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MATMUL_SIZES = (512, 1024, 2048, 3072)
 
 @dataclass(frozen=True)
 class Times:
-    """One training step: seconds of forward and backward, seconds of the whole step, and the loss before it."""
+    """One training step: seconds of forward and backward, seconds of the whole step, and the loss before the step."""
 
     forward_backward: float
     step: float
@@ -39,7 +39,7 @@ class Times:
 
 
 class TrainingStep:
-    """A model on one batch: forward, loss, backward and AdamW, under autocast for anything but float32.
+    """A training step on one batch: forward, loss, backward and AdamW; under autocast unless in float32.
 
     Args:
         model: The model to train; it is moved to the device and set to training mode.
@@ -75,12 +75,12 @@ class TrainingStep:
         return Times(backward_end - start, time.perf_counter() - start, loss.item())
 
     def float32_loss(self) -> float:
-        """The loss of the present weights in float32."""
+        """The loss of the current weights in float32."""
         with torch.no_grad():
             return self.loss().item()
 
     def flops(self) -> int:
-        """Floating-point operations of one forward and backward pass, those of matrix products and convolutions."""
+        """FLOPs of one forward and backward pass, counting matrix products and convolutions."""
         self.optimizer.zero_grad()
         aten = torch.ops.aten
         attention = {
@@ -94,19 +94,19 @@ class TrainingStep:
         return counter.get_total_flops()
 
     def peak_memory(self) -> int:
-        """Most bytes held so far; see [`peak_memory`]."""
+        """Peak memory in bytes; see [`peak_memory`]."""
         return peak_memory(self.device)
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes held so far: resident in this process on the CPU, allocated on the device otherwise."""
+    """Peak memory in bytes: resident memory of the process on the CPU, allocated memory on a GPU."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# PyTorch counts its attention kernels for CUDA; this gives the one for the CPU the same formula.
+# PyTorch counts the FLOPs of its CUDA attention kernels only; the CPU kernel gets the same formula here.
 def _attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
     return sdpa_flop_count(query_shape, key_shape, value_shape)
 
@@ -116,7 +116,7 @@ def _attention_backward_flops(grad_shape, query_shape, key_shape, value_shape, *
 
 
 class Worker:
-    """A contender in a child process, which begins to build it at once.
+    """A contender in a child process. The child starts building it immediately.
 
     Args:
         build: Makes the contender there; a function at the top of a module.
@@ -145,7 +145,7 @@ class Worker:
             raise ImportError(missing)
 
     def ask(self, method: Callable[[Any], Any]) -> Any:
-        """Calls a function of the contender, such as `TrainingStep.run`, in the child and returns what it returned."""
+        """Calls a method of the contender, such as `TrainingStep.run`, in the child and returns its result."""
         self.pipe.send(method)
         return self._receive()
 
@@ -177,7 +177,7 @@ def _serve(pipe: Any, num_threads: int, build: Callable[..., Any], args: tuple) 
 def interleave(
     workers: dict[str, Worker], repeats: int, title: str, method: Callable[[Any], Any] = TrainingStep.run
 ) -> dict[str, list[Any]]:
-    """Lets every contender run `method` in turn, `repeats` times, after one round that does not count."""
+    """Runs `method` of every contender in turn, `repeats` times, after one warm-up round."""
     rounds = [
         {name: worker.ask(method) for name, worker in workers.items()}
         for _ in tqdm(range(repeats + 1), desc=title, unit="round")
@@ -186,13 +186,13 @@ def interleave(
 
 
 def synchronize(device: str) -> None:
-    """Waits for the device's queue."""
+    """Waits until the device has finished all queued work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def matmul_peak(device: str, precision: str, repeats: int = 5) -> float:
-    """The most floating-point operations a second that a square matrix product reaches here, over several sizes."""
+    """Peak FLOPs per second of a square matrix product on this machine, over several sizes."""
     best = 0.0
     for size in MATMUL_SIZES:
         left = torch.randn(size, size, device=device, dtype=DTYPES[precision])
@@ -209,7 +209,7 @@ def matmul_peak(device: str, precision: str, repeats: int = 5) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the range around it."""
+    """A median with its full range."""
 
     median: float
     low: float
@@ -226,7 +226,7 @@ class Spread:
 
 
 def summary(times: list[Times], own: list[Times]) -> dict[str, Any]:
-    """Spreads of a contender's seconds, of its ratios to ours round by round, and its last loss."""
+    """Spreads of a contender's seconds and of its per-round ratios to ours, and its last loss."""
     pairs = list(zip(times, own, strict=True))
     return {
         "forward_backward_seconds": vars(Spread.of(each.forward_backward for each in times)),
@@ -238,7 +238,7 @@ def summary(times: list[Times], own: list[Times]) -> dict[str, Any]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first one to the left and the others to the right."""
+    """Rows as aligned text columns: the first column left-aligned, the others right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -250,14 +250,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, for the command line."""
+    """A positive integer from the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def environment(device: str, packages: Iterable[str]) -> dict[str, Any]:
-    """What the numbers depend on: the versions, the device, the threads and how busy the machine was before."""
+    """The conditions of a run: versions, device, threads and machine load before the run."""
     return {
         **{name: version(name) for name in ("torch", *packages)},
         "python": platform.python_version(),
@@ -276,6 +276,6 @@ def version(package: str) -> str:
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Writes a report, making the folder."""
+    """Writes a report as JSON and creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -1,33 +1,35 @@
-"""LLaVA: speed, work and memory of instruction tuning, speed of answers, and delay of a second turn, in one run.
+"""LLaVA: speed, FLOPs and memory of instruction tuning, speed of answers, and latency of a second turn, in one run.
 
     python benchmarks/llava.py
     python benchmarks/llava.py --only training --samples 16 --output benchmarks/results/llava.json
     python benchmarks/llava.py --small          # tiny models: a test of the program, in seconds
 
-*Training* (second stage: projector and LLM are trained, the tower is frozen), on conversations of 1 to 3 questions
-whose answers have 8 to 300 words in all, four in five with an image. All contenders take the same conversations in a
-step: this package in packed rows and, for comparison, padded; transformers' LlavaForConditionalGeneration with the same
-weights (converted), under TRL's SFTTrainer with `assistant_only_loss=True` and TRL's own collator, in the order of the
-data and at its best, with conversations of like length together. Timed are `compute_loss` of each trainer
-(`VlmSFTTrainer`, `SFTTrainer`) on batches that are collated beforehand, backward, for each micro-batch, and fused AdamW
-at the end; under bf16 autocast, with SDPA. TRL's default of computing activations again in the backward pass is off,
-which makes it faster; `--checkpointing` switches it on for all. TRL makes logits (and entropies, for its log) at all
-positions where there is no Triton; the loss is that of the answers alone. In fp32 the losses must be equal, or nothing
-is timed. A rate counts tokens without padding, of images and texts; they are the same for all.
+*Training* (second stage: projector and LLM are trainable, the tower is frozen): conversations of 1 to 3 questions whose
+answers have 8 to 300 words in total; four in five have an image. All contenders use the same conversations per step.
 
-*Answers*: several images at once, each with a question, greedily by a fixed number of tokens, against transformers'
-class on the same left-padded batch. The tokens must be equal in fp32; in bf16 the table tells how many are (random
-weights decide by little, so that the answers part early).
+- This package: packed rows and, for comparison, padded rows.
+- transformers' LlavaForConditionalGeneration with the same weights (converted), trained by TRL's SFTTrainer with
+  `assistant_only_loss=True` and TRL's collator: in data order and, at its best, grouped by length.
+- Timed: each trainer's `compute_loss` (`VlmSFTTrainer`, `SFTTrainer`) and backward for each micro-batch, and fused
+  AdamW. Batches are collated before. bf16 autocast, SDPA.
+- TRL's default of activation checkpointing is off, which makes TRL faster; `--checkpointing` enables it for all.
+- Without Triton, TRL computes logits (and entropies for its log) at all positions; its loss covers answers only.
+- Losses must be equal in fp32, or nothing is timed. Rates count the tokens of images and texts without padding.
 
-*Second turn*: a further question about the image after a first answer. This package goes on from the features of the
-image and the cache of the first turn; transformers is given the whole conversation and the image again, as in its
-documentation, and, at its best, the cache as well but not the image.
+*Answers*: several images at once with one question each, greedy, with a fixed number of tokens, against transformers'
+class on the same left-padded batch. The tokens must be equal in fp32; for bf16 the table shows the share of equal ones.
+With random weights the logits are close together, so answers diverge early.
 
-Contenders take turns, once each a round, in processes of their own, so that peak memory is their own; the two ways of
-TRL and those of transformers' second turn share one, whose peak is given once. Close other programs: the printed ranges
-tell how calm the machine was. The default size is an LLM like SmolLM2-135M, which does most of the work as in larger
-models, behind a ViT-S/16 in CLIP's layout at 224 pixels (196 tokens an image), with random weights; 8 conversations a
-step, 4 at once, keep a run to about ten minutes on two cores, with up to 6.5 GB for each of three processes.
+*Second turn*: another question about the image after a first answer. This package reuses the image features and the
+key/value cache of the first turn. transformers gets the whole conversation and the image again, as documented, and, at
+its best, the cache but not the image.
+
+Contenders take turns, one step each per round, in separate processes, so that peak memory is measured per contender.
+TRL's two variants share a process, and so do those of transformers' second turn; its peak is printed once. Close other
+programs: wide ranges in the output mean a busy machine. The default size is an LLM like SmolLM2-135M behind a ViT-S/16
+in CLIP's layout at 224 pixels (196 tokens per image), with random weights. As in larger models, the LLM dominates. With
+8 conversations per step, 4 per micro-batch, a run takes about ten minutes on two cores, with up to 6.5 GB for each of
+three processes.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""What `llava.py` compares in answering: several questions at once, and a second question about the same image.
+"""The answering contenders of `llava.py`: a batch of questions, and a second question about the same image.
 
-Each contender is built in a process of its own from a folder that `llava_contenders.prepare` has filled. All are given
-the same tensors, made by this package's processor.
+Each contender is built in a separate process from a folder written by `llava_contenders.prepare`. All get the same
+tensors, made by this package's processor.
 """
 
 import copy

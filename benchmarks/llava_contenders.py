@@ -1,7 +1,7 @@
-"""What `llava.py` compares in training: the weights, the conversations, and steps on them by each trainer.
+"""The training contenders of `llava.py`: weights, conversations, and training steps by each trainer.
 
-Each contender is built in a process of its own from a folder that `prepare` has filled. Conversations are made there
-from a seed, as pictures and words, and go through the contender's own processor and collator.
+Each contender is built in a separate process from a folder written by `prepare`. The conversations (images and words)
+are generated from a seed and go through the contender's own processor and collator.
 """
 
 import random

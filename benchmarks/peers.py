@@ -1,4 +1,4 @@
-"""Imports of peers that need help, which the benchmarks disclose in what they print."""
+"""Imports of peers that need stubs. The benchmarks' output says where stubs were used."""
 
 import enum
 import importlib.util
@@ -11,16 +11,16 @@ STUBBED_CLASSES = {
     "transforms": "CenterCrop ColorJitter Compose Grayscale Normalize RandomResizedCrop Resize ToTensor".split(),
     "ops.misc": ["FrozenBatchNorm2d"],
 }
-DISCLOSURE = "open_clip: its image transforms are stubbed, for want of torchvision; they are not timed."
+DISCLOSURE = "open_clip: its image transforms are stubs, because torchvision is not installed; they are not timed."
 
 
 def needs_stubs() -> bool:
-    """Whether open_clip can be imported only with a stand-in for torchvision."""
+    """Whether open_clip can be imported only with a stub for torchvision."""
     return importlib.util.find_spec("open_clip") is not None and importlib.util.find_spec("torchvision") is None
 
 
 def import_open_clip() -> ModuleType:
-    """Imports open_clip, where torchvision is not installed with empty classes in place of its image transforms.
+    """Imports open_clip; without torchvision, empty classes replace its image transforms.
 
     The models and losses of open_clip use nothing of torchvision. The stand-in is taken away again after the import.
 

@@ -1,14 +1,13 @@
-"""Search among many embeddings: the index's graph against comparing every row, in one run on one machine.
+"""Search among many embeddings: the index's graph against exhaustive search, in one run on one machine.
 
     python benchmarks/search.py
     python benchmarks/search.py --rows 20000 --output benchmarks/results/search.json
 
-The vectors are synthetic and seeded, and behave like embeddings of pictures rather than like noise: all lie in a cone
-(a common mean), around 2,000 topics of different weight, and vary around their topic mostly along a few directions (the
-variance falls as 1 / rank). Queries are further draws, none of them in the index. Uniform random vectors would be
-unfairly hard: in 512 dimensions all of them are about equally far from a query, and no search for the nearest is of
-use; no model's embeddings look like that. Exact search is measured beside it: one matrix product by numpy and by
-PyTorch with the vectors in memory, and the index without its graph.
+The vectors are synthetic and seeded. Like image embeddings, they lie in a cone (a common mean) around 2,000 topics of
+different weight. Around their topic they vary mostly along a few directions (variance 1 / rank). Queries come from the
+same distribution and are not in the index. Uniform random vectors would be unrealistically hard: in 512 dimensions all
+of them are about equally far from a query. Exact search is measured beside the graph: one matrix product by numpy and
+by PyTorch with the vectors in memory, and the index without its graph.
 """
 
 import argparse
@@ -64,7 +63,7 @@ def fill(uri: str, vectors: np.ndarray) -> tuple[VectorTable, float]:
 
 
 def measure(search: Search, queries: np.ndarray, truth: list[set[str]]) -> dict[str, Any]:
-    """Milliseconds a query, one after the other, and recall at k, after some that do not count."""
+    """Milliseconds per query, one query at a time after a warm-up, and recall at k."""
     for query in queries[:5]:
         search(query)
     times, found = [], 0
@@ -77,7 +76,7 @@ def measure(search: Search, queries: np.ndarray, truth: list[set[str]]) -> dict[
 
 
 def exact_ids(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[set[str]]:
-    """The true nearest of each query, in float64."""
+    """The true nearest neighbours of each query, in float64."""
     scores = queries.astype(np.float64) @ vectors.T.astype(np.float64)
     return [set(map(str, row)) for row in np.argpartition(-scores, k, axis=1)[:, :k]]
 
@@ -132,7 +131,7 @@ def run(args: argparse.Namespace, uri: str) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any], k: int) -> None:
-    """Prints the table, the costs, and whether the goals are reached."""
+    """Prints the table, the costs, and whether the goals were met."""
     rows = [
         [name, f"{result['recall']:.4f}", str(Spread(**result["milliseconds"]))]
         for name, result in report["results"].items()
@@ -152,12 +151,12 @@ def print_report(report: dict[str, Any], k: int) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=positive, default=100_000, help="vectors (default: 100000)")
-    parser.add_argument("--dim", type=positive, default=512, help="numbers a vector (default: 512)")
+    parser.add_argument("--rows", type=positive, default=100_000, help="number of vectors (default: 100000)")
+    parser.add_argument("--dim", type=positive, default=512, help="dimension of a vector (default: 512)")
     parser.add_argument("--queries", type=positive, default=200, help="queries (default: 200)")
-    parser.add_argument("--k", type=positive, default=10, help="nearest asked for (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the vectors (default: 0)")
-    parser.add_argument("--threads", type=positive, help="threads of torch (default: its choice)")
+    parser.add_argument("--k", type=positive, default=10, help="neighbours per query (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the vectors (default: 0)")
+    parser.add_argument("--threads", type=positive, help="torch threads (default: torch's choice)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     return parser.parse_args(arguments)
 
