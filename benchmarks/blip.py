@@ -64,7 +64,7 @@ CAPTION_HEADER = "precision,search,contender,images a second,ratio,goal,same tok
 
 
 def check_outputs(image_size: int, outputs: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """Prints by how much losses and matching logits differ, and ends the run if that is more than rounding."""
+    """Prints by how much losses and matching logits differ, and ends the run if they differ by more than rounding."""
     own, plain = outputs["hf_vlm"], outputs["plain"]
     differences = {
         name: max(abs(a - b) for a, b in zip(values, plain[name], strict=True)) for name, values in own.items()
@@ -77,7 +77,7 @@ def check_outputs(image_size: int, outputs: dict[str, dict[str, list[float]]]) -
 
 
 def measure_steps(folder: Path, args: argparse.Namespace, image_size: int) -> list[dict[str, Any]]:
-    """Both steps at one image size: compares their losses, times them in turns, counts their work."""
+    """Both steps at one image size: compares their losses, times them in turn, counts FLOPs."""
     batch = args.batch or SIZES[args.size]["batches"][image_size]
     prepare_steps(folder, args.size, image_size, batch)
     builders = {"hf_vlm": build_hf_vlm, "plain": build_plain}
@@ -112,7 +112,7 @@ def same_share(tokens: list[list[int]], others: list[list[int]]) -> float:
 
 
 def measure_captions(folder: Path, args: argparse.Namespace, precision: str) -> list[dict[str, Any]]:
-    """Both captioners in one precision: times them in turns, compares their tokens."""
+    """Both captioners in one precision: times them in turn, compares their tokens."""
     builders = {"hf_vlm": build_writer, "transformers": build_native_writer}
     workers = {name: Worker(build, folder, args.device, precision) for name, build in builders.items()}
     for worker in workers.values():
@@ -142,7 +142,7 @@ def measure_captions(folder: Path, args: argparse.Namespace, precision: str) -> 
 
 
 def verdict(goal: float, ratio: float, size: str) -> str:
-    """A goal and whether it is reached; the goals are for the base size."""
+    """A goal and whether it was met; goals apply to the base size only."""
     return f"{goal:g} {'reached' if ratio >= goal else 'missed'}" if size == "base" else ""
 
 
@@ -196,7 +196,7 @@ def caption_rows(results: list[dict[str, Any]], size: str) -> list[list[str]]:
 
 
 def print_report(steps: list[dict[str, Any]], captions: list[dict[str, Any]], size: str) -> None:
-    """Prints the tables and what they need to be read."""
+    """Prints the tables and their legends."""
     if steps:
         print(f"\n{table(STEP_HEADER, step_rows(steps, size))}\n")
         print(
@@ -221,11 +221,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="base", help="size of the model (default: base)")
-    parser.add_argument("--batch", type=positive, help="pairs a step and images to caption (default: by size)")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--batch", type=positive, help="pairs per step and images to caption (default: by size)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--only", choices=["steps", "captions"], help="one of the two parts (default: both)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=positive, help="threads of the CPU (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     return parser.parse_args(arguments)
 

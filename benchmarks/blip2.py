@@ -63,7 +63,7 @@ STEP_HEADER = "part,contender,GFLOP a pair,ratio,goal,seconds,ratio,without Adam
 
 
 def start(builders: dict[str, Any], folder: Path, args: argparse.Namespace, precision: str) -> dict[str, Worker]:
-    """Contenders in their processes, built."""
+    """Contenders, each built in its process."""
     workers = {name: Worker(build, folder, args.device, precision) for name, build in builders.items()}
     for worker in workers.values():
         worker.wait()
@@ -90,7 +90,7 @@ def check_outputs(part: str, workers: dict[str, Worker]) -> dict[str, float]:
 
 
 def measure_steps(part: str, precision: str, workers: dict[str, Worker], args: argparse.Namespace, batch: int) -> list:
-    """Contenders of one stage: compares their losses, times them in turns, counts their work."""
+    """Contenders of one stage: compares their losses, times them in turn, counts FLOPs."""
     differences = check_outputs(part, workers)
     rounds = interleave(workers, args.repeats, f"{part}, {precision}", Contender.run)
     own = [ways[OWN] for ways in rounds[OWN]]
@@ -107,7 +107,7 @@ def measure_steps(part: str, precision: str, workers: dict[str, Worker], args: a
 
 
 def measure_stage1(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Steps of the first stage: from cached features, from images, and the plain way."""
+    """Steps of the first stage: from cached features, from images, and plain."""
     batch = args.batch or SIZES[args.size]["batch"]
     prepare_stage1(folder, args.size, batch)
     builders = {
@@ -135,7 +135,7 @@ def measure_stage2(folder: Path, args: argparse.Namespace) -> list[dict[str, Any
 
 
 def measure_captions(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both captioners in each precision: times them in turns, compares their tokens."""
+    """Both captioners in each precision: times them in turn, compares their tokens."""
     prepare_stage2(folder, args.size, args.captions or SIZES[args.size]["captions"])
     results = []
     for precision in PRECISIONS:
@@ -155,7 +155,7 @@ def measure_captions(folder: Path, args: argparse.Namespace) -> list[dict[str, A
 
 
 def compare_captions(rounds: dict[str, list[tuple[float, list[list[int]]]]]) -> list[dict[str, Any]]:
-    """Speed and tokens of each captioner, of seconds and tokens by round."""
+    """Speed and tokens of each captioner, from seconds and tokens by round."""
     own_tokens, results = rounds[OWN][-1][1], []
     for name, written in rounds.items():
         seconds = [each for each, _ in written]
@@ -205,7 +205,7 @@ def caption_rows(results: list[dict[str, Any]], size: str) -> list[list[str]]:
 
 
 def print_steps(results: list[dict[str, Any]], size: str) -> None:
-    """Prints the table of a stage and what it needs to be read."""
+    """Prints the table of a stage and its legend."""
     print(f"\n{table(STEP_HEADER, step_rows(results, size))}\n")
     print("x: pairs a step. Seconds: of a whole step, median (range). Ratios: over hf_vlm's in the same round. The")
     print(
@@ -215,7 +215,7 @@ def print_steps(results: list[dict[str, Any]], size: str) -> None:
 
 
 def print_captions(results: list[dict[str, Any]], size: str) -> None:
-    """Prints the table of the captions and what it needs to be read."""
+    """Prints the table of the captions and its legend."""
     print(f"\n{table(CAPTION_HEADER, caption_rows(results, size))}\n")
     print("Median (range). Ratio: seconds of transformers over hf_vlm's in the same round. Different captions:")
     counts = (f"{r['precision']} {r['search']} {r['different_captions']} of {r['batch']}" for r in results[::2])
@@ -227,12 +227,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     small = "tiny models, to see whether the program runs"
     parser.add_argument("--small", dest="size", action="store_const", const="small", default="base", help=small)
-    parser.add_argument("--batch", type=positive, help="pairs a step (default: 8, with --small 4)")
+    parser.add_argument("--batch", type=positive, help="pairs per step (default: 8, with --small 4)")
     parser.add_argument("--captions", type=positive, help="images to caption (default: 4, with --small 2)")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=positive, help="threads of the CPU (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     return parser.parse_args(arguments)
 

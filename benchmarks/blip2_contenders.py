@@ -43,7 +43,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def make_config(size: str, with_llm: bool) -> VlmBlip2Config:
-    """BLIP-2 of a size, without dropout, which would make every loss another one.
+    """BLIP-2 of a size, without dropout, so that losses are comparable.
 
     With an LLM, the Q-Former has no text branch, which nothing would use and transformers' class has not.
     """
@@ -82,7 +82,7 @@ def make_texts(batch: int, vocab_size: int, start: int, pad: int) -> dict[str, t
 
 
 def prepare_stage1(folder: Path, size: str, batch: int) -> None:
-    """Writes weights and a batch: images and what the tower makes of them, and captions."""
+    """Writes weights and a batch: images, their features and captions."""
     torch.manual_seed(0)
     model = VlmBlip2ForPreTraining(make_config(size, with_llm=False)).eval()
     widen(model)
@@ -119,7 +119,7 @@ def read_batch(folder: Path, device: str) -> dict[str, torch.Tensor]:
 
 
 class Contender:
-    """Training steps of one model on one batch, done in one way or, with the same weights, in several.
+    """Training steps of one model on one batch, in one or several variants with the same weights.
 
     Args:
         model: The model to train.
@@ -147,25 +147,25 @@ class Contender:
             step.optimizer = optimizer
 
     def run(self) -> dict[str, Times]:
-        """A training step in each way."""
+        """A training step of each variant."""
         return {name: step.run() for name, step in self.steps.items()}
 
     def flops(self) -> dict[str, int]:
-        """Floating-point operations of forward and backward, in each way."""
+        """FLOPs of forward and backward, for each variant."""
         return {name: step.flops() for name, step in self.steps.items()}
 
     @torch.no_grad()
     def float32_outputs(self) -> dict[str, dict[str, list[float]]]:
-        """What must agree, of the present weights in float32, in each way."""
+        """The outputs that must agree, from the current weights in float32, for each variant."""
         outputs = {name: forward() for name, forward in self.forwards.items()}
         return {name: {key: each[key].flatten().tolist() for key in self.compared} for name, each in outputs.items()}
 
     def num_trained(self) -> int:
-        """Number of weights that are trained."""
+        """Number of trainable weights."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     def peak_memory(self) -> int:
-        """Most bytes held so far."""
+        """Peak memory in bytes."""
         return peak_memory(self.device)
 
 
@@ -202,7 +202,7 @@ def build_stage2(folder: Path, device: str, precision: str, name: str) -> Conten
 
 
 def build_native_stage2(folder: Path, device: str, precision: str, name: str, trimmed: str) -> Contender:
-    """transformers' second stage, where the same weights are trained; also with logits of the texts alone."""
+    """transformers' second stage, with the same trainable weights; also with logits of the texts only."""
     from transformers import Blip2ForConditionalGeneration
 
     model = Blip2ForConditionalGeneration.from_pretrained(folder / "transformers").requires_grad_(False)
@@ -217,7 +217,7 @@ def build_native_stage2(folder: Path, device: str, precision: str, name: str, tr
 
 
 class Writer:
-    """A model that writes captions of 20 new tokens, in weights of the precision."""
+    """A model that generates captions of 20 new tokens, with weights in the given precision."""
 
     def __init__(self, model: PreTrainedModel, folder: Path, device: str, precision: str):
         # transformers keeps the Q-Former in float32 unless told again.
@@ -236,7 +236,7 @@ class Writer:
         return time.perf_counter() - start, tokens[:, -NEW_TOKENS:].tolist()
 
     def peak_memory(self) -> int:
-        """Most bytes held so far."""
+        """Peak memory in bytes."""
         return peak_memory(self.device)
 
 

@@ -32,7 +32,7 @@ class PlainBlip2(VlmBlip2ForPreTraining):
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
 
     def match(self, memory, input_ids, attention_mask=None, memory_index=None) -> torch.Tensor:
-        """Logits `(B, 2)`; `memory` are the patch states of images, of which every row gets those of its own."""
+        """Logits `(B, 2)`; `memory` holds the images' patch states; every row gets its own copy."""
         memory = self.project_memory(memory[memory_index])
         states = self.model.qformer(memory, input_ids, attention_mask).last_hidden_state
         return self.itm_head(states[:, : self.config.qformer_config.num_query_tokens]).mean(dim=1)

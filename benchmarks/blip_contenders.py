@@ -34,7 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def make_config(size: str, image_size: int) -> VlmBlipConfig:
-    """BLIP of a size for images of a side, without dropout, which would make every loss another one."""
+    """BLIP of a size for images of a side, without dropout, so that losses are comparable."""
     width, layers, vocab_size = (SIZES[size][name] for name in ("width", "layers", "vocab"))
     shape = {
         "hidden_size": width,
@@ -53,14 +53,14 @@ def make_config(size: str, image_size: int) -> VlmBlipConfig:
 
 @torch.no_grad()
 def widen(model: nn.Module) -> None:
-    """Draws larger weights than a new model has, so that pairs match unlike one another and captions differ."""
+    """Draws larger weights than a new model has, so that matching scores and captions differ between pairs."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.normal_(std=1.5 * module.in_features**-0.5)
 
 
 def make_images(batch: int, side: int, generator: torch.Generator) -> torch.Tensor:
-    """Smooth random pictures with a little noise: noise alone would look alike to the model."""
+    """Smooth random images with a little noise: pure noise images would all look alike to the model."""
     coarse = torch.randn(batch, 3, 4, 4, generator=generator)
     images = F.interpolate(coarse, size=(side, side), mode="bilinear")
     return images + 0.1 * torch.randn(images.shape, generator=generator)
@@ -107,7 +107,7 @@ def prepare_steps(folder: Path, size: str, image_size: int, batch: int) -> None:
 
 
 class GivenStates(nn.Module):
-    """In the place of an image tower: the same states whatever the images, with a gradient."""
+    """A stand-in for an image tower: constant hidden states with a gradient."""
 
     def __init__(self, states: torch.Tensor):
         super().__init__()
@@ -118,7 +118,7 @@ class GivenStates(nn.Module):
 
 
 class PretrainingStep(TrainingStep):
-    """A whole step: momentum update, forward, backward, AdamW and the queue. `text_side` is one without the towers.
+    """A whole step: momentum update, forward, backward, AdamW and the queue. `text_side` has no towers.
 
     The text side leaves out both image towers, whose output is given, and the momentum update.
     """
@@ -143,7 +143,7 @@ class PretrainingStep(TrainingStep):
         return self.model(pixel_values=self.pixel_values, **self.inputs).loss
 
     def text_loss(self) -> torch.Tensor:
-        """The loss with states in the place of both towers."""
+        """The loss with constant hidden states instead of both towers."""
         body, encoders = self.model.model, self.model.momentum.encoders
         towers = body.vision_model, encoders["vision_model"]
         body.vision_model, encoders["vision_model"] = self.given
@@ -154,16 +154,16 @@ class PretrainingStep(TrainingStep):
 
     @torch.no_grad()
     def float32_outputs(self) -> dict[str, list[float]]:
-        """Each loss of the present weights in float32, and all matching logits, which tell the pairs apart."""
+        """Each loss of the current weights in float32, and all matching logits."""
         output = self.model(pixel_values=self.pixel_values, **self.inputs)
         return {name: output[name].flatten().tolist() for name in COMPARED}
 
     def run_text(self) -> Times:
-        """A step of the text side alone."""
+        """A step of the text side only."""
         return self.text_side.run()
 
     def text_flops(self) -> int:
-        """Floating-point operations of forward and backward of the text side."""
+        """FLOPs of forward and backward of the text side."""
         return self.text_side.flops()
 
 
@@ -194,7 +194,7 @@ def prepare_captions(folder: Path, size: str, batch: int) -> None:
 
 
 class Writer:
-    """A model that writes captions of 20 new tokens, in weights of the precision."""
+    """A model that generates captions of 20 new tokens, with weights in the given precision."""
 
     def __init__(self, model_class: Any, name: str, folder: Path, device: str, precision: str):
         self.model = model_class.from_pretrained(folder / name, dtype=DTYPES[precision]).to(device).eval()
@@ -211,7 +211,7 @@ class Writer:
         return time.perf_counter() - start, tokens.tolist()
 
     def peak_memory(self) -> int:
-        """Most bytes held so far."""
+        """Peak memory in bytes."""
         return peak_memory(self.device)
 
 

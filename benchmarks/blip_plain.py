@@ -40,7 +40,7 @@ class PlainBlip(VlmBlipForPreTraining):
         return similarity.embed_images(vision_features), similarity.embed_texts(texts)
 
     def _match_pass(self, states: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Matching logits `(rows, 2)` of one pass, with an image `(P, width)` a row."""
+        """Matching logits `(rows, 2)` of one pass, with one image `(P, width)` per row."""
         encoder = self.model.text_encoder
         input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
         states = encoder(input_ids, attention_mask, encoder.project_memory(states)).last_hidden_state
@@ -49,7 +49,7 @@ class PlainBlip(VlmBlipForPreTraining):
     def _match_pairs(
         self, output, states, input_ids, attention_mask, pair_ids, seed
     ) -> tuple[torch.Tensor, ImageKeyValues]:
-        """Fills logits; returns the loss's sum and count, and keys and values for language modelling, computed anew."""
+        """Fills logits; returns the loss's sum and count, and newly computed keys and values for language modelling."""
         negative_images, negative_texts, exists = self._hard_negatives(output, pair_ids, seed)
         of_pairs = self._match_pass(states, input_ids, attention_mask)
         of_negatives = self._match_pass(

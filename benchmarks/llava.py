@@ -59,7 +59,7 @@ ANSWER_HEADER = "precision,contender,first token,ratio,last token,ratio,goal,tok
 
 
 def measure_training(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Steps of every contender: compares their losses, times them in turns, counts their work."""
+    """Steps of every contender: compares their losses, times them in turn, counts FLOPs."""
     batches = Batches(args.size, args.samples, args.micro_batch, args.checkpointing)
     builders = {
         OWN: partial(build_own, name=OWN, batches=batches, packed=True),
@@ -100,7 +100,7 @@ def measure_second_turn(folder: Path, args: argparse.Namespace) -> list[dict[str
 def measure_speakers(
     part: str, builders: dict[str, Any], folder: Path, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Speakers in each precision: times them in turns, compares their tokens."""
+    """Answering contenders in each precision: times them in turn, compares their tokens."""
     results = []
     for precision in PRECISIONS:
         workers = start(builders, folder, args, precision)
@@ -119,7 +119,7 @@ def measure_speakers(
 
 
 def compare(answers: list[Answer], own: list[Answer]) -> dict[str, Any]:
-    """Seconds and tokens of a speaker, by round, beside ours."""
+    """Seconds and tokens of an answering contender by round, and its ratio to ours."""
     tokens, pairs = own[-1].tokens, list(zip(answers, own, strict=True))
     count = sum(map(len, tokens))
     return {
@@ -154,7 +154,7 @@ def training_rows(results: list[dict[str, Any]], size: str) -> list[list[str]]:
 
 
 def answer_rows(results: list[dict[str, Any]], size: str) -> list[list[str]]:
-    """The speakers' results as rows of the table."""
+    """The answering results as rows of the table."""
     rows = []
     for result in results:
         is_own = result["contender"] == OWN
@@ -170,7 +170,7 @@ def answer_rows(results: list[dict[str, Any]], size: str) -> list[list[str]]:
 
 
 def print_training(results: list[dict[str, Any]], size: str) -> None:
-    """Prints the table of the steps and what it needs to be read."""
+    """Prints the table of the steps and its legend."""
     own = results[0]
     print(f"\n{table(TRAINING_HEADER, training_rows(results, size))}\n")
     print(f"Median (range) of {own['batch']} conversations a step: {own['tokens']} tokens without padding, of which")
@@ -179,7 +179,7 @@ def print_training(results: list[dict[str, Any]], size: str) -> None:
 
 
 def print_answers(results: list[dict[str, Any]], size: str) -> None:
-    """Prints the table of a part with answers and what it needs to be read."""
+    """Prints the table of a part with answers and its legend."""
     print(f"\n{results[0]['part'].capitalize()}, {results[0]['batch']} at once\n")
     print(f"{table(ANSWER_HEADER, answer_rows(results, size))}\n")
     print("Seconds to the first and the last token, median (range). Ratios: over hf_vlm's in the same round. Different")
@@ -191,14 +191,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     small = "tiny models, to see whether the program runs"
     parser.add_argument("--small", dest="size", action="store_const", const="small", default="base", help=small)
-    parser.add_argument("--samples", type=positive, help="conversations a step (default: 8)")
-    parser.add_argument("--micro-batch", type=positive, help="of them at once (default: 4)")
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
-    parser.add_argument("--images", type=positive, help="to answer about at once (default: 4, with --small 2)")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--samples", type=positive, help="conversations per step (default: 8)")
+    parser.add_argument("--micro-batch", type=positive, help="conversations per micro-batch (default: 4)")
+    parser.add_argument("--checkpointing", action="store_true", help="use activation checkpointing")
+    parser.add_argument("--images", type=positive, help="images per batch of questions (default: 4, with --small 2)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=positive, help="threads of the CPU (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     args = parser.parse_args(arguments)
     for name, value in {**SIZES[args.size]["steps"], **SIZES[args.size]["answers"]}.items():

@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 
 class Clock(StoppingCriteria):
-    """Notes when the first token is there, and stops nothing."""
+    """Records the time of the first token; never stops generation."""
 
     def __init__(self) -> None:
         self.first = 0.0
@@ -43,7 +43,7 @@ class Clock(StoppingCriteria):
 
 
 class Speaker:
-    """A model that answers greedily by a fixed number of tokens.
+    """A model that answers greedily with a fixed number of tokens.
 
     Args:
         model: The model, with its weights in the precision.
@@ -58,11 +58,11 @@ class Speaker:
         self.ways: Mapping[str, Inputs] = {}
 
     def run(self) -> dict[str, Answer]:
-        """An answer in each way."""
+        """An answer by each variant."""
         return {name: self.answer(inputs) for name, inputs in self.ways.items()}
 
     def answer(self, inputs: Inputs) -> Answer:
-        """An answer; a cache that is handed on is copied before the clock runs, for it grows."""
+        """An answer; a given cache is copied before timing, because generation extends it."""
         inputs, clock = copy.deepcopy(inputs), Clock()
         synchronize(self.device)
         start = time.perf_counter()
@@ -78,12 +78,12 @@ class Speaker:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, output.past_key_values
 
     def peak_memory(self) -> int:
-        """Most bytes held so far."""
+        """Peak memory in bytes."""
         return peak_memory(self.device)
 
 
 def make_prompts(folder: Path, size: str, count: int, device: str, precision: str) -> Inputs:
-    """Questions of several lengths about an image each, padded on the left."""
+    """Questions of several lengths, each about one image, padded on the left."""
     processor, chance = VlmLlavaProcessor.from_pretrained(folder / "hf_vlm"), random.Random(1)
     words = [make_words(chance, size, *QUESTION_WORDS) for _ in range(count)]
     parts = [[{"type": "image"}, {"type": "text", "text": text}] for text in words]
@@ -94,7 +94,7 @@ def make_prompts(folder: Path, size: str, count: int, device: str, precision: st
 
 
 def make_follow_up(folder: Path, size: str, device: str) -> torch.Tensor:
-    """What comes between two answers: the end of the first, and the second question."""
+    """The tokens between two answers: the end of the first, and the second question."""
     processor, question = VlmLlavaProcessor.from_pretrained(folder / "hf_vlm"), make_words(random.Random(2), size, 8, 8)
     text = "<end> " + processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
     return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(device)
@@ -125,7 +125,7 @@ def build_answers(
 
 @torch.no_grad()
 def build_own_turn(folder: Path, device: str, precision: str, name: str, size: str) -> Speaker:
-    """The second turn of this package, which goes on from the image's features and from the cache of the first."""
+    """The second turn of this package, from the image features and the key/value cache of the first."""
     speaker = own_speaker(folder, device, precision, size)
     inputs = make_prompts(folder, size, 1, device, precision)
     features = {"mm_encoder_outputs": {"image": speaker.model.get_image_features(inputs.pop("pixel_values"))}}
@@ -135,7 +135,7 @@ def build_own_turn(folder: Path, device: str, precision: str, name: str, size: s
 
 
 def build_native_turn(folder: Path, device: str, precision: str, name: str, cached: str, size: str) -> Speaker:
-    """The second turn of transformers: the whole conversation anew; and with the cache of the first handed on.
+    """The second turn of transformers: the whole conversation again; also with the key/value cache of the first turn.
 
     There the cache goes without `pixel_values`: with them, the new tokens would be expected to have the placeholders.
     """

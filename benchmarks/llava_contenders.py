@@ -103,7 +103,7 @@ def prepare(folder: Path, size: str) -> None:
 
 
 def make_pictures(size: str, count: int) -> list[Image.Image]:
-    """Smooth random pictures, wider than high."""
+    """Smooth random images in landscape format."""
     side = SIZES[size]["vision"]["image_size"]
     pixels = make_images(count, side, torch.Generator().manual_seed(0))[:, :, : side * 3 // 4]
     levels = (128 + 50 * pixels).clamp(0, 255).byte().permute(0, 2, 3, 1)
@@ -111,13 +111,13 @@ def make_pictures(size: str, count: int) -> list[Image.Image]:
 
 
 def make_words(chance: random.Random, size: str, shortest: int, longest: int) -> str:
-    """So many random words, all numbers equally likely."""
+    """A random number of random words, uniform over the range."""
     known = SIZES[size]["text"]["vocab_size"] - SPARE_ROWS - len(SPECIAL)
     return " ".join(f"w{chance.randrange(known)}" for _ in range(chance.randint(shortest, longest)))
 
 
 def make_conversations(size: str, count: int) -> Rows:
-    """Conversations of 1 to 3 questions whose answers have 8 to 300 words in all; one in five is without an image."""
+    """Conversations of 1 to 3 questions whose answers have 8 to 300 words in total; one in five has no image."""
     chance, rows = random.Random(0), []
     for picture in make_pictures(size, count):
         answers, turns = make_words(chance, size, *ANSWER_WORDS).split(), chance.randint(1, MOST_QUESTIONS)
@@ -141,7 +141,7 @@ def length_of(row: dict[str, Any], size: str) -> int:
 
 
 class Batches(NamedTuple):
-    """Which conversations a training step has.
+    """The conversations of a training step.
 
     Args:
         size: A key of `SIZES`.
@@ -156,7 +156,7 @@ class Batches(NamedTuple):
     checkpointing: bool
 
     def rows(self, grouped: bool = False) -> list[Rows]:
-        """The conversations of each micro-batch; `grouped`: those of like length together."""
+        """The conversations of each micro-batch; `grouped`: sorted by length."""
         rows = make_conversations(self.size, self.samples)
         if grouped:
             rows.sort(key=lambda row: length_of(row, self.size))
@@ -164,7 +164,7 @@ class Batches(NamedTuple):
 
 
 def accumulate(trainer: Trainer, batches: list[Inputs], supervised: int) -> CausalLMOutput:
-    """The trainer's own loss of all micro-batches; the gradients of all but the last are there when it returns."""
+    """The trainer's own loss of all micro-batches; backward has run for all but the last."""
     total = torch.zeros((), device=batches[0]["input_ids"].device)
     for number, batch in enumerate(batches, start=1):
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=supervised)
@@ -197,7 +197,7 @@ class Learner(Contender):
         super().__init__(trainer.model, forwards, ("loss",), device, precision)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Tokens without padding, positions that the LLM computes and supervised tokens of a step, in each way."""
+        """Tokens without padding, positions that the LLM computes and supervised tokens of a step, for each variant."""
         return {
             name: {
                 "tokens": sum(int((batch["input_ids"] != SPECIAL.index("<pad>")).sum()) for batch in batches),
@@ -209,7 +209,7 @@ class Learner(Contender):
 
 
 def trainer_options(folder: Path, device: str) -> dict[str, Any]:
-    """Arguments of both trainers; autocast and checkpointing are switched on outside of them."""
+    """Arguments of both trainers; autocast and checkpointing are enabled elsewhere."""
     options = {"output_dir": str(folder / "run"), "report_to": "none", "use_cpu": device == "cpu"}
     return {**options, "bf16": False, "activation_checkpointing": False, "max_length": None}
 
@@ -232,7 +232,7 @@ def build_own(folder: Path, device: str, precision: str, name: str, batches: Bat
 
 
 def build_native(folder: Path, device: str, precision: str, name: str, batches: Batches, grouped: str) -> Learner:
-    """transformers' class under TRL's trainer; also with conversations of like length together."""
+    """transformers' class under TRL's trainer; also with conversations grouped by length."""
     from transformers import LlavaForConditionalGeneration
     from trl import SFTConfig, SFTTrainer
 
