@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from harness import Spread, environment, positive, table, write_json
 
-from hf_vlm.search.rows import Row
-from hf_vlm.search.store import VectorTable
+from hf_vlm.search.store import Row, VectorTable
 
 TOPICS = 2000
 GOAL_RECALL, GOAL_MILLISECONDS = 0.95, 10.0

@@ -1,4 +1,4 @@
-"""Search among pictures and texts, and its results as a sheet."""
+"""Search among images and texts with a two-tower model: the index, its items, and result sheets."""
 
 from typing import TYPE_CHECKING
 

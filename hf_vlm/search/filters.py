@@ -1,4 +1,4 @@
-"""Filters on metadata: equality from values, quoted here, or a condition in SQL that the caller answers for."""
+"""Filters on metadata: values to compare with, which are quoted here, or a condition in SQL from a trusted caller."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ NAME = re.compile(r"[^\W\d]\w*")
 
 
 def literal(value: Value) -> str:
-    """A value as SQL writes it.
+    """A value as an SQL literal.
 
     Raises:
-        ValueError: for a value of another type.
+        ValueError: if the value has an unsupported type.
     """
     if isinstance(value, bool):
         return "TRUE" if value else "FALSE"
@@ -23,24 +23,24 @@ def literal(value: Value) -> str:
         return repr(value)
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
-    raise ValueError(f"A filter compares with text, numbers, true, false or nothing, not with {value!r}.")
+    raise ValueError(f"A filter cannot compare with {value!r}; use text, a number, True, False or None.")
 
 
 def condition(column: str, value: Value | Sequence[Value], schema: pa.Schema) -> str:
-    """`column` equals `value`, is one of them (a list), or is empty (None), as SQL.
+    """SQL for: `column` equals `value`, is one of the values (a list), or is empty (None).
 
     Raises:
-        ValueError: if there is no such column or the value is of a type that no column has.
+        ValueError: if the table has no such column, or the value has an unsupported type.
     """
     if column not in schema.names:
-        raise ValueError(f"There is no column {column!r} to filter on; there are {', '.join(filterable(schema))}.")
+        raise ValueError(f"There is no column {column!r} to filter on; use one of {', '.join(filterable(schema))}.")
     name = f"`{column}`"
     if value is None:
         return f"{name} IS NULL"
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if is_list and None in values:
-        raise ValueError(f"The values for column {column!r} hold None; ask for {{{column!r}: None}} alone.")
+        raise ValueError(f"The values for column {column!r} include None; filter for {{{column!r}: None}} alone.")
     literals = ", ".join(literal(each) for each in values)
     if pa.types.is_list(schema.field(column).type):
         return f"array_has_any({name}, [{literals}])" if values else "FALSE"
@@ -53,17 +53,17 @@ def to_sql(where: Where | None, schema: pa.Schema, kind: str | None = None) -> s
     """A filter as SQL.
 
     Args:
-        where: `{"style": "noto", "year": [2020, 2021]}`: all must hold, a list means one of these, a column of lists
-            must hold the value, None means empty; values are quoted, so they may come from anybody. Or a condition in
-            SQL, which is passed on as it is: never build it from what others wrote.
-        schema: Of the table.
-        kind: "image", "text" or None for both.
+        where: `{"style": "noto", "year": [2020, 2021]}`: all conditions must hold. A list means any of its values, a
+            column of lists must contain the value, None means empty. Values are quoted, so untrusted values are safe.
+            Or a condition in SQL, which is passed on unchanged: never build it from untrusted text.
+        schema: Schema of the table.
+        kind: "image", "text", or None for both.
 
     Returns:
-        The condition, or None if everything is wanted.
+        The condition, or None if all rows match.
     """
     if kind not in (None, "image", "text"):
-        raise ValueError(f"There is no kind {kind!r}; ask for 'image', 'text' or None for both.")
+        raise ValueError(f"kind={kind!r} is unknown; use 'image', 'text', or None for both.")
     parts = [] if kind is None else [f"kind = {literal(kind)}"]
     if isinstance(where, str):
         parts.append(f"({where})")
@@ -78,13 +78,15 @@ def filterable(schema: pa.Schema) -> list[str]:
 
 
 def check_name(name: str, taken: Sequence[str]) -> None:
-    """Refuses the name of a metadata column that would clash or that SQL could not name.
+    """Checks the name of a metadata column.
 
     Raises:
-        ValueError: if so.
+        ValueError: if the name is taken or is not an SQL identifier.
     """
     if not NAME.fullmatch(name) or name in taken or name.startswith("_"):
-        raise ValueError(f"A metadata column cannot be called {name!r}: use letters, digits and _, not {list(taken)}.")
+        raise ValueError(
+            f"A metadata column cannot be called {name!r}: use letters, digits and _, and none of {list(taken)}."
+        )
 
 
 __all__ = ["Where", "check_name", "condition", "filterable", "literal", "to_sql"]

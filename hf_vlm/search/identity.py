@@ -1,4 +1,4 @@
-"""Which model made the embeddings of an index, so that those of another are refused."""
+"""Identity of the model whose embeddings an index holds. Embeddings of any other model are refused."""
 
 import hashlib
 import importlib.metadata
@@ -16,15 +16,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What an index remembers of its model.
+    """The model of an index.
 
     Args:
-        model: Folder (absolute) or Hub id that it was loaded from; empty if it was never saved.
-        revision: The commit on the Hub, where it came from there.
-        digest: Of the weights, see [`weights_digest`].
+        model: Absolute folder or Hub id that the model was loaded from; empty if it was never saved.
+        revision: Commit of a model from the Hub.
+        digest: Digest of the weights; see [`weights_digest`].
         dim: Size of an embedding.
-        hf_vlm: The version of this package that wrote the index.
-        format: Of this record.
+        hf_vlm: Version of hf_vlm that wrote the index.
+        format: Version of this record's format.
     """
 
     model: str
@@ -44,14 +44,14 @@ class ModelIdentity:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "ModelIdentity":
-        """Reads what `to_json` wrote.
+        """The identity from the output of `to_json`.
 
         Raises:
-            ValueError: if a newer version of this package wrote it.
+            ValueError: if a newer version of hf_vlm wrote it.
         """
         record = json.loads(text)
         if record["format"] > FORMAT:
-            raise ValueError(f"The index was written by hf_vlm {record['hf_vlm']}: update this hf_vlm to read it.")
+            raise ValueError(f"The index was written by hf_vlm {record['hf_vlm']}: update hf_vlm to read it.")
         return cls(**record)
 
     def to_json(self) -> str:
@@ -63,28 +63,28 @@ class ModelIdentity:
         return f"{self.model or 'an unsaved model'}{revision} (weights {self.digest[:8]})"
 
     def check(self, model: VlmClipModel, uri: str) -> None:
-        """Refuses another model.
+        """Checks that a model is the index's own.
 
         Raises:
-            ValueError: if its weights are not those that made the index.
+            ValueError: if its weights differ from those that made the index.
         """
         other = ModelIdentity.of(model)
         if (other.digest, other.dim) != (self.digest, self.dim):
             raise ValueError(f"{uri} holds embeddings of {self}, not of {other}: use that model or build a new index.")
 
     def load(self) -> tuple[VlmClipModel, ProcessorMixin]:
-        """The model and its processor, from where they were when the index was built.
+        """The model and its processor, loaded from where they were when the index was built.
 
         Raises:
-            ValueError: if they are not there any more.
+            ValueError: if they cannot be loaded from there.
         """
         if not self.model:
-            raise ValueError("The index does not know where its model is saved: pass the model and its processor.")
+            raise ValueError("The index was built with a model that was never saved: pass the model and its processor.")
         try:
             return load_model(self.model, self.revision)
         except OSError as error:
             raise ValueError(
-                f"The index was built with {self}, which cannot be loaded: say where it is now."
+                f"The index was built with {self}, which cannot be loaded: pass the model, or say where it is now."
             ) from error
 
 
@@ -92,19 +92,19 @@ def load_model(source: str, revision: str | None = None) -> tuple[VlmClipModel, 
     """Model and processor from a folder or the Hub.
 
     Raises:
-        ValueError: if it is of another architecture.
+        ValueError: if the model is not a CLIP of hf_vlm.
     """
     model: PreTrainedModel = AutoModel.from_pretrained(source, revision=revision)
     if not isinstance(model, VlmClipModel):
-        raise ValueError(f"{source} is a {model.config.model_type} model: an index needs a vlm_clip model.")
+        raise ValueError(f"{source} is a {model.config.model_type} model; an index needs a vlm_clip model.")
     return model.eval(), AutoProcessor.from_pretrained(source, revision=revision)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over the names and values of all weights, the latter as bfloat16.
+    """SHA-256 over the names and the bfloat16 values of all weights.
 
-    So a checkpoint loaded in float32 and in bfloat16 is one model, while a step of training makes another: of millions
-    of weights some cross a rounding limit.
+    A checkpoint has the same digest when loaded in float32 and in bfloat16. One training step changes it, because some
+    of millions of weights round differently.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

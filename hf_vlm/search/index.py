@@ -1,9 +1,9 @@
-"""An index of pictures and texts that a two-tower model embedded, to be searched by text, by picture, or by both.
+"""An index of images and texts, searched by text, by image, or by both.
 
-- Embeddings are of length 1; a score is the cosine between a query and what was found.
-- A query is a weighted sum: text and picture are added, what shall not be found is taken away.
-- The index knows its model by the digest of the weights and refuses any other.
-- What `add` has returned for, or counted in its progress bar, is on the disk; see `store.py` for crashes and speed.
+- A two-tower model embeds items and queries. Embeddings have length 1; a score is a cosine.
+- A query is a weighted sum of embeddings: text and image are added, `minus` and `minus_image` are subtracted.
+- The index identifies its model by the digest of the weights and refuses any other.
+- Rows that `add` has returned for, or counted in its progress bar, are on disk. See `store.py` for crashes and speed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,15 +25,14 @@ from .filters import Where, to_sql
 from .identity import ModelIdentity
 from .items import Item, read_items
 from .match import AddReport, Match
-from .rows import COLUMNS
-from .store import CANDIDATES, VectorTable, exists, id_in
+from .store import CANDIDATES, COLUMNS, VectorTable, exists, id_in
 from .writer import EMBED_BATCH, Writer
 
 Source: TypeAlias = str | Path | datasets.Dataset | Iterable[Item]
 
 
 class EmbeddingIndex:
-    """Pictures, texts, or both, with captions, thumbnails and metadata; `create`, `open` or `build` one.
+    """An index of images, texts, or both, with captions, thumbnails and metadata: `create`, `open` or `build` one.
 
     Example:
         ```python
@@ -46,7 +45,7 @@ class EmbeddingIndex:
         self.table = table
         self.identity = ModelIdentity.from_json(table.record)
         if (model is None) != (processor is None):
-            raise ValueError("Give the model together with its processor, or neither.")
+            raise ValueError("Model and processor belong together: give both or neither.")
         if model is not None:
             self.identity.check(model, table.uri)
         self._model, self._processor = model, processor
@@ -64,13 +63,13 @@ class EmbeddingIndex:
 
         Args:
             uri: A folder, or a URI of an object store such as `s3://bucket/index`.
-            model: Embeds what is added and what is asked for.
-            processor: Of the model.
-            storage_options: Of the object store, as LanceDB names them; by default from the environment.
-            replace: Whether to replace an index that is there.
+            model: Embeds items and queries.
+            processor: The model's processor.
+            storage_options: Options of the object store, as LanceDB names them; by default from the environment.
+            replace: Whether to replace an existing index.
 
         Raises:
-            ValueError: if there is an index already.
+            ValueError: if an index exists and `replace` is False.
             ModuleNotFoundError: if LanceDB is not installed.
         """
         identity = ModelIdentity.of(model)
@@ -85,10 +84,10 @@ class EmbeddingIndex:
         processor: ProcessorMixin | None = None,
         storage_options: dict[str, str] | None = None,
     ) -> "EmbeddingIndex":
-        """An existing index. Without a model, the one it was built with is loaded when something is to be embedded.
+        """An existing index. Without a model, the index loads its own when it first embeds something.
 
         Raises:
-            ValueError: if there is none, or it was built with another model.
+            ValueError: if there is no index, or it was built with another model.
         """
         return cls(VectorTable.open(uri, storage_options), model, processor)
 
@@ -104,19 +103,19 @@ class EmbeddingIndex:
         on_error: OnError = "raise",
         progress: bool = True,
     ) -> tuple["EmbeddingIndex", AddReport]:
-        """Makes an index of a source, or goes on where a build was interrupted: what is there is not embedded again.
+        """Builds an index of a source, or resumes an interrupted build without embedding existing items again.
 
         Args:
             uri: See `create`.
             source: See `add`.
             model: See `create`.
-            processor: Of the model.
+            processor: The model's processor.
             storage_options: See `create`.
             on_error: See `add`.
             progress: See `add`.
 
         Returns:
-            The index and what was added to it.
+            The index, and a report of the added items.
         """
         start = cls.open if exists(uri, storage_options) else cls.create
         index = start(uri, model, processor, storage_options=storage_options)
@@ -128,20 +127,20 @@ class EmbeddingIndex:
     def add(
         self, source: Source, *, keep: bool = False, on_error: OnError = "raise", progress: bool = True
     ) -> AddReport:
-        """Embeds and adds items; one whose id is there replaces it.
+        """Embeds and adds items. An item whose id exists replaces the old one.
 
         Args:
-            source: Items, a data set (see `DatasetItems` for more choice), a folder of pictures, or a file of
-                descriptions (txt, jsonl, csv).
-            keep: Leave items whose id is there as they are, without embedding them again.
-            on_error: "raise", or "skip": pictures that cannot be read and empty texts are left out and reported.
-            progress: Show a progress bar, of rows that are safe.
+            source: Items, a dataset (see `DatasetItems` for options), a folder of images, or a file of descriptions
+                (txt, jsonl, csv).
+            keep: Keep items whose id exists, without embedding them again.
+            on_error: "raise", or "skip": unreadable images and empty texts are left out and reported.
+            progress: Show a progress bar of the rows on disk.
 
         Raises:
-            ImageError, CaptionError: with "raise"; what was read before it is in the index.
+            ImageError, CaptionError: with "raise"; the items before the bad one are in the index.
         """
         if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r} is unknown; write 'raise' or 'skip'.")
+            raise ValueError(f"on_error={on_error!r} is unknown; use 'raise' or 'skip'.")
         items = read_items(source) if isinstance(source, str | Path | datasets.Dataset) else source
         writer = Writer(self.table, self.embed_images, self.embed_texts, on_error, keep)
         report = writer.write(items, progress)
@@ -152,17 +151,17 @@ class EmbeddingIndex:
         """Deletes by id or by a filter (see `search`).
 
         Returns:
-            How many rows were deleted.
+            The number of deleted rows.
 
         Raises:
-            ValueError: unless exactly one of the two is given.
+            ValueError: unless either ids or a filter are given, and not both.
         """
         if isinstance(ids, str) or bool(ids) == bool(where):
-            raise ValueError("Say what to delete: a list of ids, or a filter.")
+            raise ValueError("Say what to delete: a list of ids or a filter, and not both.")
         return self.table.delete(id_in(ids) if ids else to_sql(where, self.table.schema) or "")
 
     def info(self) -> dict[str, Any]:
-        """What the index holds: counts, columns, size, and the model that it was built with."""
+        """Counts, columns, size, and the model of the index."""
         schema, rows = self.table.schema, len(self)
         images = self.table.table.count_rows(to_sql(None, schema, "image"))
         return {
@@ -195,23 +194,23 @@ class EmbeddingIndex:
         """The nearest items, best first.
 
         Args:
-            text: To look for.
-            image: To look for; anything that `hf_vlm.data.load_image` reads.
-            minus: A text to stay away from.
-            minus_image: A picture to stay away from.
+            text: Text to search for.
+            image: Image to search for; anything that `hf_vlm.data.load_image` reads.
+            minus: Text to avoid.
+            minus_image: Image to avoid.
             text_weight: Factor of `text`.
             image_weight: Factor of `image`.
-            minus_weight: Factor of `minus` and of `minus_image`. At 1, what the two texts share is gone as well.
-            kind: "image", "text", or None for both. (A text is nearer to any text than to most pictures.)
-            k: How many at most.
-            where: `{"style": "noto", "year": [2020, 2021]}`, whose values are quoted and may come from anybody, or a
-                condition in SQL (`"style = 'noto' AND year > 2020"`), which must not. It is applied first.
-            exact: Compare every row, where a large index would go through its graph.
-            candidates: The more, the more of the true nearest does the graph find, and the slower.
+            minus_weight: Factor of `minus` and of `minus_image`. At 1, what both texts have in common is removed.
+            kind: "image", "text", or None for both. (A text is closer to any text than to most images.)
+            k: Maximum number of results.
+            where: Filter applied before the search: `{"style": "noto", "year": [2020, 2021]}`, whose values may be
+                untrusted, or a condition in SQL (`"style = 'noto' AND year > 2020"`), which must be trusted.
+            exact: Compare with every row, also in a large index.
+            candidates: Candidates kept by the approximate search; higher is more accurate and slower.
 
         Raises:
-            ValueError: if there is nothing to look for or the filter names no column.
-            ImageError: if a picture cannot be read.
+            ValueError: if there is neither text nor image, or the filter names an unknown column.
+            ImageError: if an image cannot be read.
         """
         vector = self.query_vector(text, image, minus, minus_image, text_weight, image_weight, minus_weight)
         return self.nearest(vector, kind, k, where, exact, candidates)
@@ -225,9 +224,9 @@ class EmbeddingIndex:
         exact: bool = False,
         candidates: int = CANDIDATES,
     ) -> list[Match]:
-        """What is nearest to an embedding `(dim,)` of this index's model; arguments as in `search`."""
+        """The items nearest to an embedding `(dim,)` of the index's model; arguments as in `search`."""
         if k < 1:
-            raise ValueError(f"k is {k}; ask for at least one.")
+            raise ValueError(f"k is {k}; it must be at least 1.")
         condition = to_sql(where, self.table.schema, kind)
         rows = self.table.search(np.asarray(vector), k, condition, exact, candidates)
         return [Match.from_row(row) for row in rows]
@@ -246,24 +245,24 @@ class EmbeddingIndex:
         texts = [(text, text_weight), (minus, -minus_weight)]
         images = [(image, image_weight), (minus_image, -minus_weight)]
         if text is None and image is None:
-            raise ValueError("There is nothing to look for: give a text, a picture, or both.")
+            raise ValueError("There is nothing to search for: give a text, an image, or both.")
         terms = [self.embed_texts([each])[0] * weight for each, weight in texts if each is not None]
         terms += [self.embed_images([load_image(each)])[0] * weight for each, weight in images if each is not None]
         total = torch.stack(terms).sum(0)
         if total.norm() < 1e-3:
-            raise ValueError("The parts of the query cancel each other; change one or its weight.")
+            raise ValueError("The parts of the query cancel each other: change one of them or its weight.")
         return torch.nn.functional.normalize(total, dim=0)
 
     def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """`(images, dim)` of length 1."""
+        """Embeddings `(images, dim)` of length 1."""
         return embed_images(*self.model(), images, EMBED_BATCH, progress=False)
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """`(texts, dim)` of length 1."""
+        """Embeddings `(texts, dim)` of length 1."""
         return embed_texts(*self.model(), texts, progress=False)
 
     def model(self) -> tuple[VlmClipModel, ProcessorMixin]:
-        """The model and its processor, loaded from where they were if nobody gave them."""
+        """The model and its processor; loaded if they were not passed."""
         if self._model is None or self._processor is None:
             model, processor = self.identity.load()
             self.identity.check(model, self.table.uri)

@@ -1,7 +1,7 @@
-"""What goes into an index: items from a folder of pictures, a file of descriptions, or a data set.
+"""Items of an index, from a folder of images, a file of descriptions, or a dataset.
 
-Ids are the same whenever a source is read, so that an interrupted build goes on where it stopped: the path of a
-picture, an `id` column, or a hash of the content.
+The id of an item is the path of its image, its `id` column, or a hash of its content. It is the same whenever a source
+is read, so that an interrupted build can resume.
 """
 
 import csv
@@ -23,21 +23,21 @@ from ..data.sources.rows import CaptionError, Origin, image_of
 CAPTION_NAMES = ("caption", "text", "name", "title", "description")
 TEXT_FILES = (".txt", ".jsonl", ".csv")
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
-NOT_PICTURES = (".txt", ".json", ".jsonl", ".csv", ".md", ".parquet", ".html", ".xml", ".yaml", ".yml")
+NOT_IMAGES = (".txt", ".json", ".jsonl", ".csv", ".md", ".parquet", ".html", ".xml", ".yaml", ".yml")
 
 
 @dataclass
 class Item:
-    """A picture or a text for an index.
+    """An image or a text for an index.
 
     Args:
         id: Unique; adding it again replaces it.
-        image: What `hf_vlm.data.load_image` reads, for a picture.
-        text: The text, or the caption of the picture.
+        image: The image, as anything that `hf_vlm.data.load_image` reads; None for a text.
+        text: The text, or the caption of the image.
         kind: "image" or "text".
-        path: Where the picture is, if it is in a file.
-        metadata: Further columns: text, numbers, true or false, lists of text.
-        place: What to call it in an error; by default its id.
+        path: Path of an image that is in a file.
+        metadata: Further columns: text, numbers, booleans, lists of text.
+        place: Name of the item in errors; by default its id.
     """
 
     id: str
@@ -49,10 +49,10 @@ class Item:
     place: str = ""
 
     def load(self) -> Image.Image:
-        """The decoded picture.
+        """The decoded image.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: if the image cannot be read.
         """
         return load_image(self.image, where=self.place or self.id)
 
@@ -60,20 +60,20 @@ class Item:
         """The text.
 
         Raises:
-            CaptionError: if there is none.
+            CaptionError: if it is empty.
         """
         if not isinstance(self.text, str) or not self.text.strip():
-            raise CaptionError(f"{self.place or self.id}: there is no text here; fill it or remove the row.")
+            raise CaptionError(f"{self.place or self.id}: the text is empty; fill it or remove the row.")
         return self.text
 
 
 def folder_items(folder: str | Path) -> list[Item]:
-    """The pictures of a folder and of the folders in it; ids and captions are their paths.
+    """The images of a folder and its subfolders; ids and captions are their paths.
 
-    Hidden files and files that are no pictures by their ending (text, tables, pages) are not taken.
+    Hidden files, and files whose suffix says that they are not images (text, tables, pages), are left out.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no images.
     """
     root = Path(folder).expanduser().resolve()
     items = []
@@ -81,23 +81,25 @@ def folder_items(folder: str | Path) -> list[Item]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent, name)
-            if not name.startswith(".") and path.suffix.lower() not in NOT_PICTURES:
+            if not name.startswith(".") and path.suffix.lower() not in NOT_IMAGES:
                 items.append(Item(str(path), path, path.relative_to(root).as_posix(), path=str(path)))
     if not items:
-        raise ValueError(f"{folder}: there are no pictures in this folder.")
+        raise ValueError(f"{folder}: no images in this folder; name another folder.")
     return items
 
 
 def text_items(path: str | Path) -> list[Item]:
-    """Descriptions from a file: txt (one a line), jsonl or csv (a column of `CAPTION_NAMES`; others are metadata).
+    """Items from a file of descriptions: txt (one a line), or jsonl or csv with a column of `CAPTION_NAMES`.
+
+    Other columns become metadata.
 
     Raises:
-        ValueError: if the file cannot be read so; with its line.
+        ValueError: if the file is not in its format; names the line.
     """
     path = Path(path).expanduser()
     readers = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
     if path.suffix not in readers:
-        raise ValueError(f"{path}: descriptions come in files that end in {', '.join(readers)}.")
+        raise ValueError(f"{path}: not a file of descriptions; use one that ends in {', '.join(readers)}.")
     items = []
     try:
         for number, row in readers[path.suffix](path):
@@ -105,7 +107,7 @@ def text_items(path: str | Path) -> list[Item]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     if not items:
-        raise ValueError(f"{path}: there are no descriptions in this file.")
+        raise ValueError(f"{path}: no descriptions in this file; name another file.")
     return items
 
 
@@ -113,7 +115,7 @@ def _text_item(row: dict[str, Any], place: str) -> Item:
     row = dict(row)
     name = next((name for name in CAPTION_NAMES if name in row), None)
     if name is None:
-        raise ValueError(f"{place}: no column for the text; call it one of {', '.join(CAPTION_NAMES)}.")
+        raise ValueError(f"{place}: no text column; name it one of {', '.join(CAPTION_NAMES)}.")
     text, row_id = row.pop(name), row.pop("id", None)
     identity = content_id("text", text, json.dumps(row, sort_keys=True)) if row_id is None else str(row_id)
     return Item(identity, text=text, kind="text", metadata=row, place=place)
@@ -144,7 +146,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = []
         for row in reader:
             if None in row or None in row.values():
-                raise ValueError(f"{path}, line {reader.line_num}: not as many cells as the first line names.")
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: more or fewer cells than the header; correct the line."
+                )
             rows.append((reader.line_num, row))
     for name in {*(reader.fieldnames or ())} - {"id", *CAPTION_NAMES}:
         for (_, row), value in zip(rows, _numbers([row[name] for _, row in rows]), strict=True):
@@ -153,7 +157,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _numbers(cells: list[str]) -> list[Any]:
-    """The cells of a column as numbers, if all of them are, with None where they are empty."""
+    """The cells of a column as numbers if all are numbers, else as texts; None for empty cells."""
     for convert in (int, float):
         try:
             values = [convert(cell) if cell else None for cell in cells]
@@ -168,16 +172,16 @@ def _numbers(cells: list[str]) -> list[Any]:
 
 @dataclass
 class DatasetItems:
-    """The rows of a `datasets.Dataset` as items; each picture is read when its turn comes.
+    """The rows of a `datasets.Dataset` as items. An image is read when the iteration reaches it.
 
     Args:
-        rows: The data set.
-        columns: Role -> column, of `image`, `caption` and `id`. Default: the first column of pictures, one called like
-            a caption, and `id`.
-        kinds: "image": the pictures, with their captions. "text": each caption as an item of its own.
-        metadata: Columns to keep; by default all others that hold text, numbers, or lists of text.
-        label: What to call the data set in an error.
-        origin: Which files the rows may name; None: any.
+        rows: The dataset.
+        columns: Role (`image`, `caption`, `id`) -> column. Default: the first image column, a column of
+            `CAPTION_NAMES`, and `id`.
+        kinds: "image": images with their captions. "text": each caption as an item.
+        metadata: Columns to keep as metadata; by default all others that hold text, numbers, or lists of text.
+        label: Name of the dataset in errors.
+        origin: Which files the rows may name; None allows any.
 
     Raises:
         ValueError: if a column is missing.
@@ -187,14 +191,14 @@ class DatasetItems:
     columns: dict[str, str] | None = None
     kinds: Sequence[str] = ("image",)
     metadata: Sequence[str] | None = None
-    label: str = "data set"
+    label: str = "dataset"
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
         features = self.rows.features
-        pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+        image_columns = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         named = [name for name in IMAGE_NAMES if name in features] if self.origin is not None else []
-        roles = {"image": [*pictures, *named], "caption": CAPTION_NAMES, "id": ("id",)}
+        roles = {"image": [*image_columns, *named], "caption": CAPTION_NAMES, "id": ("id",)}
         found = {role: next((name for name in names if name in features), None) for role, names in roles.items()}
         self.roles = {role: name for role, name in {**found, **(self.columns or {})}.items() if name is not None}
         needed = {"image": "image", "text": "caption"}
@@ -206,7 +210,7 @@ class DatasetItems:
             others = [name for name in features if name not in self.roles.values()]
             self.metadata = [name for name in others if _is_metadata(features[name])]
         self.rows = self.rows.with_format(None)
-        for name in pictures:
+        for name in image_columns:
             self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
         self.rows = self.rows.select_columns([*self.roles.values(), *self.metadata])
 
@@ -220,13 +224,13 @@ class DatasetItems:
             metadata = {name: row[name] for name in self.metadata or ()}
             place = f"{self.label}, row {number}"
             if "image" in self.kinds:
-                yield self._picture(row, captions, metadata, place)
+                yield self._image_item(row, captions, metadata, place)
             if "text" in self.kinds:
                 for text in captions:
                     identity = content_id("text", text, json.dumps(metadata, sort_keys=True, default=str))
                     yield Item(identity, text=text, kind="text", metadata=metadata, place=place)
 
-    def _picture(self, row: dict[str, Any], captions: list[str], metadata: dict[str, Any], place: str) -> Item:
+    def _image_item(self, row: dict[str, Any], captions: list[str], metadata: dict[str, Any], place: str) -> Item:
         cell = row[self.roles["image"]]
         source: dict[str, Any] = cell if isinstance(cell, dict) else {"path": cell}
         if isinstance(cell, bytes):
@@ -249,7 +253,7 @@ def _is_metadata(feature: Any) -> bool:
 
 
 def content_id(kind: str, *parts: str | bytes) -> str:
-    """An id from what an item holds."""
+    """An id made of an item's content."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
@@ -272,10 +276,10 @@ def is_dataset(path: Path, columns: dict[str, str] | None = None) -> bool:
 def read_items(
     source: str | Path | datasets.Dataset, kinds: Sequence[str] = ("image",)
 ) -> Sequence[Item] | DatasetItems:
-    """The items of a source: a data set, a folder of pictures, a picture, or a file of descriptions.
+    """The items of a source: a dataset, a folder of images, an image, or a file of descriptions.
 
     Raises:
-        ValueError: if there is no such thing.
+        ValueError: if the path does not exist.
     """
     if isinstance(source, datasets.Dataset):
         return DatasetItems(source, kinds=kinds)

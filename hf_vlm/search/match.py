@@ -1,4 +1,4 @@
-"""What a search and an addition return."""
+"""Results of a search and of an addition."""
 
 import io
 from dataclasses import dataclass, field
@@ -6,13 +6,13 @@ from typing import Any
 
 from PIL import Image
 
-from .rows import COLUMNS
 from .sheet import Hit
+from .store import COLUMNS
 
 
 @dataclass
 class Match:
-    """Something found: `score` is the cosine with the query, the rest is as it was added."""
+    """A search result: `score` is the cosine with the query; the other fields are those of the added item."""
 
     id: str
     kind: str
@@ -28,26 +28,24 @@ class Match:
         return None if self.thumbnail is None else Image.open(io.BytesIO(self.thumbnail))
 
     def hit(self) -> Hit:
-        """For the sheet."""
+        """The match as an entry of a result sheet."""
         return Hit(self.text or self.id, self.score, self.image)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Match":
-        """From a row of the table with its score."""
+        """A match from a row of the table with its score."""
         metadata = {name: value for name, value in row.items() if name not in (*COLUMNS, "score")}
         own = {name: row[name] for name in ("id", "kind", "text", "score", "path", "thumbnail")}
         return cls(**own, metadata=metadata)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the thumbnail."""
+        """The match without its thumbnail, for JSON."""
         return {name: value for name, value in vars(self).items() if name != "thumbnail"}
 
 
 @dataclass
 class AddReport:
-    """What an addition did: rows that are new, rows replaced, rows that were there already and not embedded again, and
-    for each row left out the error that names it.
-    """
+    """Counts of an addition: new, replaced and kept rows, and one error for each skipped row."""
 
     added: int = 0
     replaced: int = 0
@@ -56,7 +54,7 @@ class AddReport:
 
     @property
     def seen(self) -> int:
-        """How many items were dealt with."""
+        """Number of items processed."""
         return self.added + self.replaced + self.kept + len(self.errors)
 
     def __str__(self) -> str:

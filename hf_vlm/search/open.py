@@ -1,4 +1,4 @@
-"""`hf-vlm index`: what its commands do."""
+"""The commands of `hf-vlm index`: opening an index and sources, filters, and result sheets."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,20 +20,20 @@ KINDS = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
 
 
 def open_index(uri: str, model: str = "") -> EmbeddingIndex:
-    """An index, with the model from `model` or else from where it was when the index was built."""
+    """An existing index, with the model at `model` or, if that is empty, the one it was built with."""
     if not model:
         return EmbeddingIndex.open(uri)
-    EmbeddingIndex.open(uri)  # tells that there is no index before a large model is loaded
+    EmbeddingIndex.open(uri)  # a missing index is reported before a large model is loaded
     return EmbeddingIndex.open(uri, *load_model(model))
 
 
 def build(
     uri: str, model: str, sources: Sequence[Sequence[Item] | DatasetItems], on_error: OnError, remake: bool
 ) -> AddReport:
-    """Makes an index, or goes on with an interrupted one.
+    """Builds an index, or resumes an interrupted build.
 
     Raises:
-        ValueError: if a new index is to be made and no model is named.
+        ValueError: if a new index is needed and no model is named.
     """
     if remake or not exists(uri):
         if not model:
@@ -47,7 +47,7 @@ def build(
 def add(
     index: EmbeddingIndex, sources: Sequence[Sequence[Item] | DatasetItems], on_error: OnError, keep: bool
 ) -> AddReport:
-    """Adds every source; returns the sums."""
+    """Adds every source; returns the summed report."""
     total = AddReport()
     for source in sources:
         report = index.add(source, keep=keep, on_error=on_error)
@@ -61,13 +61,13 @@ def add(
 
 
 def open_sources(names: Sequence[str], kind: str, split: str, columns: str) -> list[Sequence[Item] | DatasetItems]:
-    """The items of each source: a folder, a file, a saved data set, `emoji`, or a data set on the Hub.
+    """The items of each source: a folder, a file, a saved dataset, `emoji`, or a dataset on the Hub.
 
     Raises:
-        ValueError: if one cannot be opened.
+        ValueError: if a source cannot be opened.
     """
     if kind not in KINDS:
-        raise ValueError(f"--kind {kind} is unknown; write {', '.join(KINDS)}.")
+        raise ValueError(f"--kind {kind} is unknown; use {', '.join(KINDS)}.")
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else None
     return [open_source(name, KINDS[kind], split, mapping) for name in names]
 
@@ -75,7 +75,7 @@ def open_sources(names: Sequence[str], kind: str, split: str, columns: str) -> l
 def open_source(
     name: str, kinds: Sequence[str], split: str, columns: dict[str, str] | None
 ) -> Sequence[Item] | DatasetItems:
-    """See `open_sources`."""
+    """The items of one source; see `open_sources`."""
     path = Path(name).expanduser()
     if name in BUILTIN and not path.exists():
         builtin = BUILTIN[name]
@@ -89,37 +89,37 @@ def open_source(
 
 
 def read_filter(items: Sequence[str], sql: str, schema: pa.Schema) -> dict[str, Any] | str:
-    """The filter of a command: `NAME=VALUE` texts, whose values get the type of their column, or SQL.
+    """The filter of a command: `NAME=VALUE` texts, whose values are cast to their column's type, or SQL.
 
     Raises:
-        ValueError: if there are both, a text has no `=`, names no column, or its value does not fit the column.
+        ValueError: if both are given, a text has no `=` or no such column, or a value does not fit its column.
     """
     if items and sql:
-        raise ValueError("Give --where or --sql, not both.")
+        raise ValueError("--where and --sql are both given: use one of them.")
     where: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--where {item}: write NAME=VALUE, or a condition in SQL after --sql.")
-        condition(name, None, schema)  # raises if there is no such column
+        condition(name, None, schema)  # raises ValueError for an unknown column
         kind = schema.field(name).type
         kind = kind.value_type if pa.types.is_list(kind) else kind
         try:
             where[name] = pa.scalar(value).cast(kind).as_py()
         except pa.ArrowInvalid as error:
-            raise ValueError(f"--where {item}: column {name} holds {kind}.") from error
+            raise ValueError(f"--where {item}: column {name} holds {kind}; give such a value.") from error
     return sql or where
 
 
 def write_results(path: Path, uri: str, query: str, image: Path | None, matches: Sequence[Match]) -> Path:
-    """The sheet of one search."""
-    picture = None if image is None else load_image(image)
-    result = Result(query, [match.hit() for match in matches], picture)
+    """Writes the result sheet of one search."""
+    shown = None if image is None else load_image(image)
+    result = Result(query, [match.hit() for match in matches], shown)
     return write_sheet(path, "Search results", f"{len(matches)} matches in {uri}", [result])
 
 
 def query_label(text: str | None, image: Path | None, minus: str | None, minus_image: Path | None) -> str:
-    """What was asked, in words."""
+    """The query in words."""
     wanted = [part for part in (text, None if image is None else f"like {image.name}") if part]
     unwanted = [part for part in (minus, None if minus_image is None else f"like {minus_image.name}") if part]
     return " − ".join([" + ".join(wanted), *unwanted])

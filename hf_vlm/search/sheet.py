@@ -1,6 +1,6 @@
-"""A result sheet: queries and what was found for them, as one HTML file that needs nothing else.
+"""A result sheet: queries and their results as one self-contained HTML file.
 
-Everything that comes from data is escaped; pictures are embedded, so the file can be mailed or opened offline.
+All text from data is escaped. Images are embedded, so the file can be mailed or opened offline.
 """
 
 import base64
@@ -36,7 +36,7 @@ figcaption span { opacity: .65; }
 
 @dataclass
 class Hit:
-    """One thing found: a caption, its score, and a picture where there is one."""
+    """One result: a caption, its score, and its image if it has one."""
 
     caption: str
     score: float
@@ -45,7 +45,7 @@ class Hit:
 
 @dataclass
 class Result:
-    """A query, as text, as a picture, or both, and its hits, best first."""
+    """A query (text, image, or both) and its hits, best first."""
 
     query: str
     hits: Sequence[Hit]
@@ -53,7 +53,7 @@ class Result:
 
 
 def image_tag(image: Image.Image, description: str) -> str:
-    """An `<img>` with the picture inside, as a PNG thumbnail."""
+    """An `<img>` tag with an embedded PNG thumbnail."""
     thumbnail = image.convert("RGBA")
     thumbnail.thumbnail((2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
     buffer = io.BytesIO()
@@ -63,18 +63,18 @@ def image_tag(image: Image.Image, description: str) -> str:
 
 
 def result_section(result: Result) -> str:
-    """One query with its hits."""
+    """The HTML of one query with its hits."""
     figures = "".join(
         f"<figure>{'' if hit.image is None else image_tag(hit.image, hit.caption)}"
         f"<figcaption>{html.escape(hit.caption)} <span>{hit.score:.3f}</span></figcaption></figure>"
         for hit in result.hits
     )
-    picture = "" if result.image is None else image_tag(result.image, result.query)
-    return f'<section><h2>{picture}{html.escape(result.query)}</h2><div class="hits">{figures}</div></section>'
+    image = "" if result.image is None else image_tag(result.image, result.query)
+    return f'<section><h2>{image}{html.escape(result.query)}</h2><div class="hits">{figures}</div></section>'
 
 
 def table_section(table: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head."""
+    """The HTML of a table whose first row is its header."""
     head, *rows = [[html.escape(str(cell)) for cell in row] for row in table]
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table>"
@@ -87,17 +87,17 @@ def write_sheet(
     results: Sequence[Result],
     table: Sequence[Sequence[str]] = (),
 ) -> Path:
-    """Writes the sheet.
+    """Writes a result sheet.
 
     Args:
-        path: Where to; an existing file is replaced.
-        title: The heading.
-        note: A line below it.
+        path: The file; an existing one is replaced.
+        title: Heading of the page.
+        note: Line below the heading.
         results: Queries and hits, in order.
-        table: Rows of cells to show first, such as metrics; the first row is the head.
+        table: Rows of cells to show first, such as metrics; the first row is the header.
 
     Returns:
-        The absolute path.
+        The absolute path of the file.
     """
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>',

@@ -1,13 +1,14 @@
 """Vectors with their captions, thumbnails and metadata in a LanceDB table, in a folder or an object store.
 
-- A write is one commit: a process killed at any moment leaves the table as it was before the write or after it.
+- A write is one commit: a process killed at any moment leaves the table as before the write or as after it.
 - Rows are unique by id; writing an id again replaces its row.
-- Up to `APPROXIMATE_FROM` rows a search compares the query with every row. Beyond, it goes through an HNSW graph over
-  vectors of 8 bits a number and ranks what that finds anew by the exact vectors. Rows written since the graph was built
-  are compared one by one, so they are found at once.
+- Up to `APPROXIMATE_FROM` rows, a search compares the query with every row. Beyond that it uses an HNSW graph over
+  8-bit vectors and re-ranks the candidates by the exact vectors. Rows written since the graph was built are compared
+  one by one, so they are found at once.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,88 @@ import numpy as np
 import pyarrow as pa
 
 from .filters import check_name, literal
-from .rows import COLUMNS, Row, arrow_type, to_arrow
 
 TABLE = "items"
+COLUMNS = ("id", "kind", "text", "path", "thumbnail", "vector")
 RECORD = b"hf_vlm"
-KEY = {"lance-schema:unenforced-primary-key": "true"}  # or two processes that write one id at a time would both add it
+KEY = {
+    "lance-schema:unenforced-primary-key": "true"
+}  # without it, two processes that write the same id at once would both add it
 APPROXIMATE_FROM = 20_000
-# The graph takes in new rows when they are more than this part of all: until then they cost less than that work.
+# New rows join the graph when they exceed this share of all rows; until then, comparing them one by one is cheaper.
 UNINDEXED_SHARE = 0.1
 MANY_FRAGMENTS = 32
-CANDIDATES = 100  # that the graph's search keeps, where nobody says otherwise
-REFINE = 2  # times k candidates are compared by their exact vectors
-PARTITION_ROWS = 2_000_000  # a graph of more would take too much memory to build
-OLD_VERSIONS = timedelta(hours=1)  # for readers that still have an old one open
-FRESHNESS = timedelta(seconds=5)  # after which a reader sees what other processes wrote
+CANDIDATES = 100  # default number of candidates that the graph search keeps
+REFINE = 2  # k times this number of candidates are re-ranked by their exact vectors
+PARTITION_ROWS = 2_000_000  # building a larger graph would need too much memory
+OLD_VERSIONS = timedelta(hours=1)  # kept for readers that still have an old version open
+FRESHNESS = timedelta(seconds=5)  # after this time a reader sees the writes of other processes
+
+
+@dataclass
+class Row:
+    """A row of the table without its vector.
+
+    Args:
+        id: Unique id.
+        kind: "image" or "text".
+        text: The text, or the caption of an image.
+        path: Path of an image that is in a file.
+        thumbnail: A small image as the bytes of a file.
+        metadata: Further columns: text, numbers, booleans, lists of text.
+    """
+
+    id: str
+    kind: str
+    text: str = ""
+    path: str | None = None
+    thumbnail: bytes | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def arrow_type(name: str, values: Sequence[Any]) -> pa.DataType | None:
+    """The Arrow type of a metadata column; None if all its values are empty.
+
+    Raises:
+        ValueError: if the values have several types, or a type that cannot be filtered on.
+    """
+    try:
+        kind = pa.array(values).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(
+            f"Metadata column {name!r}: {str(error).splitlines()[0]}; give it values of one type."
+        ) from None
+    if pa.types.is_null(kind):
+        return None
+    element = kind.value_type if pa.types.is_list(kind) else kind
+    allowed = (pa.types.is_string, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_temporal)
+    if not any(check(element) for check in allowed):
+        raise ValueError(f"Metadata column {name!r} holds {kind}; give it text, numbers, dates or lists of text.")
+    return kind
+
+
+def to_arrow(rows: Sequence[Row], vectors: np.ndarray, schema: pa.Schema) -> pa.Table:
+    """Rows as an Arrow table with a given schema.
+
+    Raises:
+        ValueError: if a metadata value does not fit its column.
+    """
+    columns: dict[str, Any] = {name: [vars(row)[name] for row in rows] for name in COLUMNS if name != "vector"}
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    for name in schema.names:
+        if name not in COLUMNS:
+            columns[name] = [row.metadata.get(name) for row in rows]
+    arrays = []
+    for each in schema:
+        try:
+            arrays.append(columns[each.name] if each.name == "vector" else pa.array(columns[each.name], each.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ValueError(f"Column {each.name!r} holds {each.type}: {str(error).splitlines()[0]}") from None
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 class VectorTable:
-    """A table of vectors; make one with `create` or `open`."""
+    """A table of vectors; `create` or `open` one."""
 
     def __init__(self, table: Any, uri: str):
         self.table = table
@@ -53,16 +118,16 @@ class VectorTable:
         Args:
             uri: A folder, or a URI such as `s3://bucket/index`.
             dim: Size of the vectors.
-            record: Kept in the table from its first commit on.
-            storage_options: Of the object store, as LanceDB names them; by default from the environment.
+            record: A text that is stored in the table from its first commit on.
+            storage_options: Options of the object store, as LanceDB names them; by default from the environment.
             replace: Whether to replace an existing table.
 
         Raises:
-            ValueError: if there is one already.
+            ValueError: if a table exists and `replace` is False.
         """
         there = exists(uri, storage_options)
         if there and not replace:
-            raise ValueError(f"{uri}: there is an index already; add to it, or replace it.")
+            raise ValueError(f"{uri}: an index already exists; add to it or replace it.")
         types = (pa.string(), pa.string(), pa.string(), pa.string(), pa.binary(), pa.list_(pa.float32(), dim))
         fields = [
             pa.field(name, kind, nullable=name in ("path", "thumbnail"), metadata=KEY if name == "id" else None)
@@ -77,14 +142,14 @@ class VectorTable:
         """An existing table.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no table, or it is not an index.
         """
         found = _open_table(uri, storage_options)
         if found is None:
-            raise ValueError(f"{uri}: there is no index here; build one first.")
+            raise ValueError(f"{uri}: no index here; build one first.")
         table = cls(found, str(uri))
         if RECORD not in (table.schema.metadata or {}):
-            raise ValueError(f"{uri}: a LanceDB table that is no index of hf_vlm; name another folder.")
+            raise ValueError(f"{uri}: a LanceDB table, but not an index of hf_vlm; name another folder.")
         return table
 
     @property
@@ -94,7 +159,7 @@ class VectorTable:
 
     @property
     def record(self) -> bytes:
-        """What `create` was given to keep."""
+        """The `record` passed to `create`."""
         return self.schema.metadata[RECORD]
 
     @property
@@ -106,24 +171,24 @@ class VectorTable:
         return self.table.count_rows()
 
     def known(self, ids: Sequence[str]) -> set[str]:
-        """Which of these ids the table has."""
+        """The subset of these ids that the table has."""
         if not ids:
             return set()
         rows = self.table.search().where(id_in(ids)).select(["id"]).limit(len(ids)).to_arrow()
         return set(rows["id"].to_pylist())
 
     def write(self, rows: Sequence[Row], vectors: np.ndarray) -> tuple[int, int]:
-        """Writes rows in one commit; those whose id is there replace the old ones.
+        """Writes rows in one commit. A row whose id exists replaces the old one.
 
         Args:
-            rows: With ids unique among them.
-            vectors: `(rows, dim)`, of length 1.
+            rows: Rows with distinct ids.
+            vectors: Vectors `(rows, dim)` of length 1.
 
         Returns:
-            How many rows were new and how many were replaced.
+            The numbers of new and of replaced rows.
 
         Raises:
-            ValueError: if the vectors are of another size, not finite or not of length 1, an id comes twice, or a
+            ValueError: if vectors have a wrong shape, are not finite or not of length 1, an id appears twice, or a
                 metadata value does not fit its column.
         """
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
@@ -131,9 +196,9 @@ class VectorTable:
             raise ValueError(f"{len(rows)} rows need vectors of shape {(len(rows), self.dim)}, not {vectors.shape}.")
         lengths = np.linalg.norm(vectors, axis=1)
         if bad := [row.id for row, length in zip(rows, lengths, strict=True) if not abs(length - 1) < 1e-3]:
-            raise ValueError(f"{bad[0]}: its vector is not of length 1; does the model give numbers that are finite?")
+            raise ValueError(f"{bad[0]}: the vector does not have length 1; check that the model's outputs are finite.")
         if len({row.id for row in rows}) < len(rows):
-            raise ValueError("An id comes twice among the rows of one write; give each row an id of its own.")
+            raise ValueError("An id appears twice among the rows of one write; give each row its own id.")
         self._add_columns(rows)
         merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         result = merge.execute(to_arrow(rows, vectors, self.schema))
@@ -154,7 +219,7 @@ class VectorTable:
             self.table.add_columns(pa.schema(fields))
 
     def delete(self, where: str) -> int:
-        """Deletes the rows that a condition holds for; returns how many."""
+        """Deletes the rows that match a condition; returns their number."""
         return self.table.delete(where).num_deleted_rows
 
     def search(
@@ -163,17 +228,17 @@ class VectorTable:
         """The nearest rows by cosine, best first.
 
         Args:
-            vector: `(dim,)`.
-            k: How many.
-            where: A condition in SQL; it is applied before the nearest are chosen.
-            exact: Compares every row even where there is a graph.
-            candidates: That the graph's search keeps, more finds more; no effect where there is no graph.
+            vector: Query `(dim,)`.
+            k: Number of rows.
+            where: A condition in SQL, applied before the search.
+            exact: Compare with every row, also if there is a graph.
+            candidates: Candidates kept by the approximate search; higher is more accurate and slower.
 
         Returns:
-            Rows without their vectors, with `score`, the cosine.
+            Rows without their vectors, with the cosine as `score`.
 
         Raises:
-            ValueError: if the condition is wrong.
+            ValueError: if the condition is invalid.
         """
         names = [name for name in self.schema.names if name != "vector"]
         query = self.table.search(np.asarray(vector, dtype=np.float32), vector_column_name="vector")
@@ -186,22 +251,22 @@ class VectorTable:
         except (ValueError, RuntimeError) as error:
             if where is None:
                 raise
-            raise ValueError(f"The filter {where!r} does not work: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"The filter {where!r} is invalid: {str(error).splitlines()[0]}") from error
         for row in rows:
             row["score"] = 1 - row.pop("_distance")
         return rows
 
     def tidy(self, approximate_from: int = APPROXIMATE_FROM) -> None:
-        """Merges small files, and builds the graph or takes new rows into it, where that pays.
+        """Merges small files, and builds the graph or adds new rows to it, when that pays off.
 
         Args:
-            approximate_from: Rows from which on there is a graph.
+            approximate_from: Number of rows from which on a graph is built.
         """
         stats = self.table.stats()
         rows, approximate = stats["num_rows"], self.is_approximate
         scattered = stats["fragment_stats"]["num_small_fragments"] > MANY_FRAGMENTS
         if scattered or (approximate and self.unindexed() > UNINDEXED_SHARE * rows):
-            self.table.optimize(cleanup_older_than=OLD_VERSIONS)  # which takes new rows into the graph, too
+            self.table.optimize(cleanup_older_than=OLD_VERSIONS)  # adds new rows to the graph, too
         if rows >= approximate_from and not approximate:
             self._build_graph(rows)
 
@@ -216,11 +281,11 @@ class VectorTable:
 
     @property
     def is_approximate(self) -> bool:
-        """Whether there is a graph."""
+        """Whether the table has a graph."""
         return self._graph() is not None
 
     def unindexed(self) -> int:
-        """How many rows the graph does not hold yet; all, if there is none."""
+        """Number of rows that are not in the graph; all rows if there is no graph."""
         name = self._graph()
         return len(self) if name is None else self.table.index_stats(name).num_unindexed_rows
 
@@ -246,24 +311,24 @@ def connect(uri: str | Path, storage_options: dict[str, str] | None = None) -> A
 
 
 def exists(uri: str | Path, storage_options: dict[str, str] | None = None) -> bool:
-    """Whether there is a table."""
+    """Whether a table exists."""
     return _open_table(uri, storage_options) is not None
 
 
 def _open_table(uri: str | Path, storage_options: dict[str, str] | None) -> Any:
     if "://" not in str(uri) and not Path(uri).expanduser().is_dir():
-        return None  # connecting would make the folder
+        return None  # connecting would create the folder
     try:
         return connect(uri, storage_options).open_table(TABLE)
     except (ValueError, FileNotFoundError) as error:
-        if "was not found" in str(error):  # true as well of what a process left that was killed before its first commit
+        if "was not found" in str(error):  # also after a process was killed before its first commit
             return None
         raise
 
 
 def id_in(ids: Sequence[str]) -> str:
-    """The condition that an id is one of these."""
+    """SQL for: the id is one of these."""
     return f"id IN ({', '.join(literal(each) for each in ids)})"
 
 
-__all__ = ["APPROXIMATE_FROM", "VectorTable", "exists", "id_in"]
+__all__ = ["APPROXIMATE_FROM", "CANDIDATES", "COLUMNS", "Row", "VectorTable", "exists", "id_in"]

@@ -1,4 +1,4 @@
-"""Matches as an aligned table for the terminal; nothing from data reaches the terminal as a command."""
+"""Matches as an aligned table for the terminal. Control characters in data are escaped."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ JOINERS = ("\u200d", "\ufe0f", "\ufe0e")  # within emoji
 
 
 def printable(text: str) -> str:
-    """Text whose control characters, and those that reverse the direction of writing, are written as escapes."""
+    """Text with control characters and changes of writing direction escaped."""
     return "".join(each if each.isprintable() or each in JOINERS else _escape(each) for each in text)
 
 
@@ -19,7 +19,7 @@ def _escape(character: str) -> str:
 
 
 def width(text: str) -> int:
-    """How many cells of a terminal a text takes, to the best of Unicode's tables."""
+    """Number of terminal cells that a text takes, by Unicode's width tables."""
     total = 0
     joined = False
     for each in text:
@@ -32,7 +32,7 @@ def width(text: str) -> int:
 
 
 def cell(text: str) -> str:
-    """A printable text of at most `MAX_WIDTH` cells."""
+    """A printable text, truncated to `MAX_WIDTH` cells."""
     text = printable(text)
     if width(text) <= MAX_WIDTH:
         return text

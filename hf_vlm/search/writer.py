@@ -1,4 +1,4 @@
-"""From items to rows on the disk: read, embedded in batches, written in commits of a few hundred rows."""
+"""Writing items: read, embedded in batches, and written in commits of a few hundred rows."""
 
 import io
 import time
@@ -13,12 +13,11 @@ from ..data.sources.images import ImageError
 from ..data.sources.rows import CaptionError, OnError
 from .items import Item
 from .match import AddReport
-from .rows import Row
-from .store import VectorTable
+from .store import Row, VectorTable
 
 EMBED_BATCH = 32
 WRITE_ROWS = 512
-WRITE_SECONDS = 10.0  # so that a slow model loses no more than this to a crash
+WRITE_SECONDS = 10.0  # a crash loses at most this much work, also with a slow model
 THUMBNAIL_SIDE = 96
 
 
@@ -26,11 +25,11 @@ class Writer:
     """Adds items to a table.
 
     Args:
-        table: To write to.
-        embed_images: Pictures in, embeddings `(pictures, dim)` of length 1 out.
-        embed_texts: The same for texts.
+        table: The table to write to.
+        embed_images: Maps images to embeddings `(images, dim)` of length 1.
+        embed_texts: Maps texts to embeddings `(texts, dim)` of length 1.
         on_error: "raise", or "skip": items that cannot be read are left out and reported.
-        keep: Leave items whose id is in the table as they are.
+        keep: Keep items whose id is in the table, without embedding them again.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Writer:
         self.last_write = time.monotonic()
 
     def write(self, items: Iterable[Item], progress: bool = True) -> AddReport:
-        """Writes all of them. Whatever ends it early, what was embedded is written first."""
+        """Writes all items. If an error or interrupt ends it early, the embedded items are written first."""
         total = len(items) if isinstance(items, Sized) else None
         with tqdm(total=total, desc="index", unit=" items", disable=not progress) as bar:
             try:
@@ -80,7 +79,7 @@ class Writer:
                         images.append((item, item.load()))
                 except (ImageError, CaptionError) as error:
                     if self.on_error == "raise":
-                        raise type(error)(f"{error} Or leave such items out with on_error='skip'.") from error
+                        raise type(error)(f"{error} Use on_error='skip' to leave such items out.") from error
                     self.report.errors.append(str(error))
         finally:
             self._embed(images, texts)
@@ -93,9 +92,9 @@ class Writer:
             for (item, _), vector in zip(texts, self.embed_texts([each for _, each in texts]), strict=True):
                 self._wait(item, vector, None)
 
-    def _wait(self, item: Item, vector: torch.Tensor, picture: bytes | None) -> None:
-        row = Row(item.id, item.kind, item.text or "", item.path, picture, item.metadata)
-        self.report.replaced += item.id in self.waiting  # twice in one source: the later one stays
+    def _wait(self, item: Item, vector: torch.Tensor, image: bytes | None) -> None:
+        row = Row(item.id, item.kind, item.text or "", item.path, image, item.metadata)
+        self.report.replaced += item.id in self.waiting  # twice in one source: the later one is kept
         self.waiting[item.id] = (row, vector)
 
     def _flush(self) -> None:
@@ -110,7 +109,7 @@ class Writer:
 
 
 def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE) -> bytes:
-    """A small picture as the bytes of a WebP file."""
+    """A thumbnail as the bytes of a WebP file."""
     small = image.convert("RGBA")
     small.thumbnail((side, side))
     buffer = io.BytesIO()

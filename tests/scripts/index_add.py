@@ -5,8 +5,7 @@ from multiprocessing.synchronize import Event
 
 import numpy as np
 
-from hf_vlm.search.rows import Row
-from hf_vlm.search.store import VectorTable, connect, exists
+from hf_vlm.search.store import Row, VectorTable, connect, exists
 
 DIM, ROWS, GRAPH_FROM = 8, 6, 120
 

@@ -17,8 +17,7 @@ from hf_vlm.evaluation import embed_images, embed_texts, retrieval_metrics
 from hf_vlm.search import DatasetItems, EmbeddingIndex, Item, Result, text_items, write_sheet
 from hf_vlm.search.filters import condition, literal
 from hf_vlm.search.identity import weights_digest
-from hf_vlm.search.rows import Row
-from hf_vlm.search.store import VectorTable
+from hf_vlm.search.store import Row, VectorTable
 from hf_vlm.search.terminal import matches_table, printable
 
 pytest.importorskip("lancedb")
@@ -127,13 +126,13 @@ def test_quoted_values_are_values(clip, tmp_path, value):
 
 def test_wrong_queries_are_one_line(index):
     for query, message in [
-        ({}, "nothing to look for"),
+        ({}, "nothing to search for"),
         ({"text": "cat", "minus": "cat", "minus_weight": 1.0}, "cancel"),
         ({"text": "cat", "where": {"no": 1}}, "style, year"),
-        ({"text": "cat", "where": {"year": object()}}, "compares with"),
-        ({"text": "cat", "where": "year = = 3"}, "does not work"),
-        ({"text": "cat", "kind": "video"}, "no kind"),
-        ({"text": "cat", "k": 0}, "at least one"),
+        ({"text": "cat", "where": {"year": object()}}, "cannot compare with"),
+        ({"text": "cat", "where": "year = = 3"}, "is invalid"),
+        ({"text": "cat", "kind": "video"}, "kind='video' is unknown"),
+        ({"text": "cat", "k": 0}, "at least 1"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             index.search(**query)
@@ -291,7 +290,7 @@ def test_descriptions(tmp_path):
     for name, text, message in [
         ("d.jsonl", '{"caption": "a"}\n{"caption"', "line 2"),
         ("e.csv", "text,b\n1,2,3\n", "line 2"),
-        ("f.csv", "words\nhello\n", "line 2: no column"),
+        ("f.csv", "words\nhello\n", "line 2: no text column"),
         ("g.txt", "\n", "no descriptions"),
         ("h.doc", "x", "end in"),
     ]:
