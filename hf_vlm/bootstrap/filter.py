@@ -1,9 +1,9 @@
-"""The filter of BLIP's CapFilt (arXiv 2201.12086, section 3.3): pairs whose text does not match their image go.
+"""The filter of BLIP's CapFilt (arXiv 2201.12086, section 3.3): removes pairs whose text does not match the image.
 
-- A text is scored by the matching head (ITM): the probability that it matches. Below the threshold it is noise.
-- With a captioner every image also gets a synthetic caption, by nucleus sampling, that is filtered in the same way.
-- What is written is a data set of parquet files, one for each block of rows. After each block `filter.json` says what
-  is done, so that a run that was stopped goes on with the block after; a block comes out the same in every run.
+- The matching head (ITM) scores each text with the probability that it matches. Texts below the threshold are noise.
+- With a captioner, every image also gets a synthetic caption (nucleus sampling), which is filtered in the same way.
+- The output is a dataset of parquet files, one for each block of rows. `filter.json` lists the finished blocks, so that
+  an interrupted run resumes with the next block. A block is the same in every run.
 """
 
 import json
@@ -44,22 +44,22 @@ the threshold that filter.json names; `origin`: `given`, or `synthetic` for a ca
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """What decides the outcome of a filtering.
+    """The settings that determine the output.
 
     Args:
         checkpoint: folder or Hub id of the BLIP that filters.
-        captioner: the same of the one that writes synthetic captions; None for none.
+        captioner: folder or Hub id of the BLIP that writes synthetic captions; None for none.
         action: `"keep"` writes the texts that match, `"flag"` all of them; both with a column `keep`.
         threshold: smallest probability of a match that is kept.
-        itc: also give the similarity of embeddings, as column `itc`.
-        prompt: what synthetic captions begin with; it is not part of them.
+        itc: also write the similarity of the embeddings, as column `itc`.
+        prompt: text before a synthetic caption; not part of the caption.
         on_error: `"raise"`, or `"skip"` for bad rows.
-        shard_rows: rows of a source for each file that is written.
+        shard_rows: rows of a source per output file.
         bf16: compute under autocast to bfloat16.
-        seed: decides the synthetic captions.
+        seed: seed of the synthetic captions.
 
     Raises:
-        ValueError: another action, or a number out of range.
+        ValueError: if the action is unknown or a number is out of range.
     """
 
     checkpoint: str
@@ -86,7 +86,7 @@ def load_filter(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A BLIP with a matching head, and its processor.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if the model has no matching head.
     """
     model, processor = load_checkpoint(checkpoint)
     if not isinstance(model, VlmBlipForPreTraining):
@@ -98,10 +98,10 @@ def load_filter(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def load_captioner(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A BLIP that writes captions, made of a pretraining head if need be, and its processor.
+    """A BLIP that writes captions (also from a pretraining checkpoint), and its processor.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if the model has no text decoder for captions.
     """
     model, processor = load_checkpoint(checkpoint)
     if not isinstance(model, VlmBlipForPreTraining | VlmBlipForConditionalGeneration) or (
@@ -132,11 +132,11 @@ class PairFilter:
         return match_logits(self.model, self.processor, images, texts, pairs, **self.shown).softmax(dim=-1)[:, 1]
 
     def similarity(self, images: Sequence[Image.Image], texts: Sequence[str], owner: Sequence[int]) -> torch.Tensor:
-        """The cosine `(texts,)` of the embeddings (ITC) of each text and its image."""
+        """The cosine `(texts,)` between the embeddings (ITC) of each text and its image."""
         return similarity(self.model, self.processor, images, texts, owner, **self.shown)
 
     def write(self, images: Sequence[Image.Image], seed: int) -> list[str]:
-        """A synthetic caption `(images,)` of each image: nucleus sampling with p = 0.9 (section 3.3)."""
+        """A synthetic caption for each image, by nucleus sampling with p = 0.9 (section 3.3)."""
         assert self.captioner is not None
         model, processor = self.captioner
         prompt = self.settings.prompt
@@ -148,7 +148,7 @@ class PairFilter:
             return caption_images(model, processor, images, prompt, **self.shown, **options)
 
     def columns(self, rows: Sequence[StoredRow], label: str, seed: int) -> dict[str, list]:
-        """The columns of all texts of some rows, scored: given ones, then of each image the synthetic one."""
+        """The output columns for some rows: each image's given texts, then its synthetic caption, with scores."""
         images = [row.image for row in rows]
         texts = [(i, text, "given") for i, row in enumerate(rows) for text in row.captions]
         if self.captioner is not None and rows:
@@ -180,14 +180,14 @@ def similarity(
     owner: Sequence[int],
     **shown: Any,
 ) -> torch.Tensor:
-    """The cosine `(texts,)` of each text and its image (of several embeddings, the nearest), by any two-tower model."""
+    """The cosine `(texts,)` of each text and its image by any two-tower model (best of several image embeddings)."""
     image_embeds = unit_images(embed_images(model, processor, images, **shown))
     pairs = torch.stack([torch.tensor(owner), torch.arange(len(texts))], dim=1)
     return pair_cosines(image_embeds, embed_texts(model, processor, texts, **shown), pairs)
 
 
 def features(itc: bool) -> datasets.Features:
-    """The columns that are written."""
+    """The columns of the output."""
     kinds = {"caption": "string", "origin": "string", "id": "string", "source": "string", "row": "int64"}
     kinds |= {"itm": "float32", "keep": "bool", **({"itc": "float32"} if itc else {})}
     return datasets.Features(
@@ -198,10 +198,10 @@ def features(itc: bool) -> datasets.Features:
 def filter_sources(
     folder: str | Path, sources: Sequence[dict[str, Any]], settings: FilterSettings, progress: bool = True
 ) -> dict[str, int]:
-    """Filters sources into a folder, from which `datasets.load_dataset(folder)` reads the outcome.
+    """Filters sources into a folder, which `datasets.load_dataset(folder)` then loads.
 
     Args:
-        folder: new, or of a run that was stopped, which then goes on.
+        folder: new, or of an interrupted run, which is then resumed.
         sources: fields of `DataSource`, one dict a source; read one after the other.
         settings: see [`FilterSettings`].
         progress: show a progress bar.
@@ -210,7 +210,7 @@ def filter_sources(
         `images`, `texts`, `kept` (texts that reach the threshold), `synthetic` and `kept_synthetic`.
 
     Raises:
-        ValueError: if the folder holds the outcome of other sources or settings, or a source cannot be read.
+        ValueError: if the folder holds the output of other sources or settings, or a source cannot be read.
     """
     folder, opened = Path(folder), [DataSource(**source) for source in sources]
     state = _state(folder, {**asdict(settings), "sources": json.loads(json.dumps(list(sources)))})
@@ -235,13 +235,15 @@ def filter_sources(
 
 
 def _state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the folder's run has done; of a new folder, nothing."""
+    """The state of the folder's run; empty for a new folder."""
     path = folder / STATE_NAME
     if path.is_file():
         state = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name, value in settings.items() if state["settings"].get(name) != value]
         if changed:
-            raise ValueError(f"{folder} holds what another {changed[0]} gave: take a new folder, or delete this one.")
+            raise ValueError(
+                f"{folder} holds the output of another {changed[0]}: use a new folder, or delete this one."
+            )
         return state
     (folder / "data").mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(CARD, encoding="utf-8")

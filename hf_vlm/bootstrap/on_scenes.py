@@ -1,8 +1,8 @@
-"""The filter at work where the truth is known: scenes whose captions are corrupted at a known rate.
+"""Evaluation of the filter with known labels: scenes whose captions are corrupted at a known rate.
 
-Beside the matching head (ITM) the same captions are judged by BLIP's embeddings (ITC) and by another model's, such as
-CLIP's. No similarity has a natural threshold: each score's is the one with the best F1 on scenes of the validation
-split, which are not measured. ITM's is given as well, one half by default.
+The captions are scored by the matching head (ITM), by BLIP's embeddings (ITC), and optionally by another model such as
+CLIP. Each score's threshold is the one with the best F1 on the validation split. ITM is also measured at its
+given threshold, one half by default.
 """
 
 import json
@@ -23,26 +23,26 @@ from ..hub.cards.card import RESULTS_NAME, read_results, write_card
 from .filter import PairFilter, similarity
 
 Score = Callable[[Sequence[Image.Image], Sequence[str], Sequence[int]], torch.Tensor]
-# What a report holds besides its own numbers, and what to call it.
+# Nested metrics of a report -> row names.
 ROWS = {
     "itm": "ITM, threshold from validation",
     "itc": "ITC, threshold from validation",
     "clip": "CLIP, threshold from validation",
-    "blind": "ITM on a grey picture",
+    "blind": "ITM with a grey image",
 }
 SHOWN = {"precision": "precision", "recall": "recall", "f1": "F1", "average_precision": "AP", "roc_auc": "ROC AUC"}
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """What the scenes' captions are made of.
+    """How the captions of scenes are corrupted.
 
     Args:
-        num_scenes: scenes of each split, each with one caption.
-        size: pixels a side of a scene.
+        num_scenes: scenes per split, each with one caption.
+        size: side of a scene in pixels.
         another_image: share of captions that are another scene's.
         wrong_attribute: share of captions with one wrong attribute.
-        seed: decides which.
+        seed: seed of the corruption.
         splits: test sets, of `EMOJI_SPLITS`.
     """
 
@@ -54,23 +54,23 @@ class Corruption:
     splits: Sequence[str] = TEST_SPLITS
 
     def captions(self, split: str) -> tuple[Sequence[Image.Image], list[JudgedCaption]]:
-        """The scenes' pictures and a caption of each."""
+        """The images of the scenes and one caption for each."""
         scenes = load_scenes(split, self.num_scenes, size=self.size)
         parts = scenes.select_columns(["objects", "hard_negatives"]).to_list()
         return scenes["image"], corrupt_captions(parts, self.another_image, self.wrong_attribute, self.seed)
 
 
 def filter_scenes(pair_filter: PairFilter, corruption: Corruption, clip: str | None = None) -> dict[str, dict]:
-    """How well each score finds the bad captions.
+    """How well each score finds the corrupted captions.
 
     Args:
         pair_filter: the BLIP that filters; its settings' threshold is ITM's.
         corruption: see [`Corruption`].
-        clip: folder or Hub id of a model with two towers to compare with.
+        clip: folder or Hub id of a two-tower model to compare with.
 
     Returns:
-        By test set the keys of `filter_metrics` for ITM at the given threshold, and under `itm`, `itc`, `clip` the same
-        at thresholds chosen on validation scenes; under `blind`, ITM's beside a grey picture.
+        Test set -> the metrics of `filter_metrics` for ITM at the given threshold. Under `itm`, `itc`, `clip`: the same
+        metrics at thresholds chosen on validation scenes; under `blind`, those of ITM with a grey image.
     """
     scores: dict[str, Score] = {"itm": pair_filter.match, "itc": pair_filter.similarity}
     if clip is not None:
@@ -97,7 +97,7 @@ def filter_scenes(pair_filter: PairFilter, corruption: Corruption, clip: str | N
 
 
 def filter_table(reports: dict[str, dict[str, Any]]) -> str:
-    """The reports of [`filter_scenes`] as lines of text."""
+    """The reports of [`filter_scenes`] as a table for the terminal."""
     first = next(iter(reports.values()))
     kinds = sorted(key.removeprefix("bad_") for key in first if key.startswith("bad_"))
     lines = ["  ".join([f"{'':<34}", *(f"{label:>9}" for label in SHOWN.values()), *(f"AUC {k}" for k in kinds)])]
@@ -113,7 +113,7 @@ def filter_table(reports: dict[str, dict[str, Any]]) -> str:
 
 
 def add_results(folder: str | Path, results: dict[str, dict]) -> None:
-    """Adds evaluations to a checkpoint's `results.json`, in place of earlier ones of their name, and to its card."""
+    """Adds evaluations to a checkpoint's `results.json` and card; replaces earlier ones of the same name."""
     path = Path(folder) / RESULTS_NAME
     path.write_text(json.dumps({**read_results(folder), **results}, indent=2), encoding="utf-8")
     write_card(folder)

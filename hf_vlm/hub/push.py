@@ -1,9 +1,9 @@
 """Pushing a checkpoint to the Hub: model, processor, card and training record in one commit, or nothing at all.
 
-- The folder is checked before anything is sent, and only files named here leave the machine: no pickles, no optimiser
-  state, no checkpoints to resume from, no notes.
-- The commit names its parent: a repository that changed meanwhile refuses it, and nobody's work is lost.
-- A repository or branch that a push made is removed again when that push fails.
+- The folder is checked before anything is sent. Only the files listed here are sent: no pickles, no optimiser state, no
+  checkpoints to resume from, no notes.
+- The commit names its parent, so a repository that has changed since then refuses it and no other commit is lost.
+- A repository or branch that a push created is removed again if the push fails.
 """
 
 import json
@@ -39,7 +39,7 @@ PROCESSOR = (
     "*.model",
     "chat_template.jinja",
 )
-SECOND_TOKENIZER = "qformer_tokenizer"  # the folder of InstructBLIP's
+SECOND_TOKENIZER = "qformer_tokenizer"  # the folder of InstructBLIP's Q-Former tokenizer
 ABOUT = (CARD_NAME, "LICENSE", "training_record.json", "results.json")
 PUSHED = ("config.json", "generation_config.json", *WEIGHTS, *PROCESSOR, *ABOUT)
 
@@ -71,22 +71,22 @@ def push_folder(
     """Pushes the checkpoint in a folder in one commit.
 
     Args:
-        folder: What `save_pretrained` of a model and its processor wrote, with README.md, training_record.json and
-            results.json where they are. All else in it stays where it is.
-        repo_id: `org/name`, or a name in the namespace of the token; made if it does not exist.
+        folder: A folder written by `save_pretrained` of a model and its processor. README.md, training_record.json and
+            results.json are pushed too if present; other files are not.
+        repo_id: `org/name`, or a name in the token's own namespace; created if it does not exist.
         private: Make a new repository private; None leaves it to the organisation.
-        revision: Branch, made from `main` if it does not exist; `main` by default.
-        create_pr: Open a pull request on `main` in place of committing to it.
-        with_code: Push the modules too, so that `trust_remote_code=True` loads it where hf_vlm is not installed.
-        commit_message: Its summary.
-        token: By default HF_TOKEN, or what `hf auth login` has stored.
+        revision: Branch, created from `main` if it does not exist; `main` by default.
+        create_pr: Open a pull request on `main` instead of committing to it.
+        with_code: Push the code too, so that `trust_remote_code=True` loads the model where hf_vlm is not installed.
+        commit_message: Summary of the commit.
+        token: By default HF_TOKEN, or the token stored by `hf auth login`.
 
     Returns:
         The address of the repository, branch or pull request.
 
     Raises:
-        ValueError: if the folder holds no complete checkpoint, or the name or the options cannot be.
-        PushError: if the Hub refused or could not be reached. It is left as it was before.
+        ValueError: if the folder holds no complete checkpoint, or the name or options are invalid.
+        PushError: if the Hub refused or could not be reached. The Hub is then as before the push.
     """
     folder = Path(folder)
     config = check_checkpoint(folder)
@@ -104,7 +104,7 @@ def push_folder(
             contents = {**paths, **{name: text.encode() for name, text in named.items()}}
             additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
             parent = prepare(api, repo_id, private, revision, create_pr, undo, undone)
-            # Not upload_folder: where hf_xet is installed it commits in batches.
+            # Not upload_folder: it commits in several batches if hf_xet is installed.
             commit = api.create_commit(
                 repo_id,
                 [*stale_weights(api, repo_id, parent, additions), *additions],
@@ -113,16 +113,16 @@ def push_folder(
                 create_pr=create_pr,
                 parent_commit=parent,
             )
-            undo.pop_all()  # it went well: keep what was made for it
+            undo.pop_all()  # success: keep the new repository or branch
     branch = "" if revision in (None, "main") else f"/tree/{quote(revision, safe='')}"
     return commit.pr_url or f"{api.endpoint}/{repo_id}{branch}"
 
 
 def push_run(args: TrainingArguments) -> str | None:
-    """Ends a recipe: with `--push_to_hub`, rank 0 pushes the output folder as the other hub options say.
+    """The push at the end of a recipe: with `--push_to_hub`, rank 0 pushes the output folder.
 
     Returns:
-        The address of what was pushed, or None.
+        The address of the repository, or None without `--push_to_hub`.
     """
     if not args.push_to_hub or args.process_index != 0:
         return None
@@ -138,10 +138,10 @@ def push_run(args: TrainingArguments) -> str | None:
 
 
 def check_checkpoint(folder: Path) -> dict:
-    """The config of a folder that holds a whole checkpoint.
+    """The config of a complete checkpoint.
 
     Raises:
-        ValueError: if the config, the processor or a file of weights is absent or broken, or the type is unknown.
+        ValueError: if the config, the processor or a weight file is missing or broken, or the model type is unknown.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no checkpoint: no config.json (push an adapter by PEFT's push_to_hub).")
@@ -160,14 +160,14 @@ def check_checkpoint(folder: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of the safetensors that hold a folder's model: one, or the shards that its index names."""
+    """Names of a folder's weight files: one file, or the shards that its index names."""
     if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
         return ["model.safetensors"]
     return sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """Every file of a checkpoint that the Hub gets; the code only if the config says that it is part of it."""
+    """The files of a checkpoint to push; code only if the config refers to it."""
     patterns = (*PUSHED, "*.py") if "auto_map" in _read_json(folder / "config.json") else PUSHED
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     kept = [path for path in paths if any(fnmatch(path.name, pattern) for pattern in patterns)]
@@ -176,10 +176,10 @@ def files_to_push(folder: Path) -> list[Path]:
 
 
 def copy_with_code(folder: Path, config: dict, copy: Path) -> Path:
-    """A copy of a checkpoint that brings its code, with its card and records.
+    """A copy of a checkpoint with its code, card and records.
 
     Raises:
-        ValueError: if the checkpoint is of an architecture that transformers itself brings.
+        ValueError: if the checkpoint is of a native transformers architecture.
     """
     architecture = (config.get("architectures") or ["model of unknown class"])[0]
     if not any(architecture in family.classes for family in FAMILIES.values()):
@@ -201,14 +201,14 @@ def prepare(
     undo: ExitStack,
     undone: list[str],
 ) -> str | None:
-    """Makes the repository and the branch if they are absent.
+    """Creates the repository and the branch if they do not exist.
 
     Args:
-        undo: Gets the calls that remove what was made.
-        undone: Gets a sentence from each such call.
+        undo: Receives the calls that remove what was created.
+        undone: Receives a sentence from each such call.
 
     Returns:
-        The commit that the push builds on.
+        The parent commit of the push.
     """
     try:
         info = api.model_info(repo_id)
@@ -233,7 +233,7 @@ def prepare(
 def stale_weights(
     api: HfApi, repo_id: str, parent: str | None, additions: list[CommitOperationAdd]
 ) -> list[CommitOperationDelete]:
-    """Deletes weights of an earlier push that this one has under other names, or loading would still find those."""
+    """Deletions of an earlier push's weight files that this push does not replace; loading would still use them."""
     new = {addition.path_in_repo for addition in additions}
     old = set(api.list_repo_files(repo_id, revision=parent)) - new
     return [CommitOperationDelete(name) for name in sorted(old) if any(fnmatch(name, weights) for weights in WEIGHTS)]
@@ -241,7 +241,7 @@ def stale_weights(
 
 @contextmanager
 def one_line_errors(repo_id: str) -> Iterator[list[str]]:
-    """Raises what the client and the Hub raise as a [`PushError`]; it ends with what is put into the list."""
+    """Turns errors of the client and the Hub into a [`PushError`] that ends with the sentences in the yielded list."""
     undone: list[str] = []
     try:
         yield undone
@@ -250,9 +250,9 @@ def one_line_errors(repo_id: str) -> Iterator[list[str]]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """The cause of an error, in one line."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__  # the client wraps what stops the upload of a large file
+        error = error.__cause__  # the client wraps errors of large uploads
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status == 429 or status >= 500:
@@ -264,7 +264,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _remove_repo(api: HfApi, repo_id: str, undone: list[str]) -> None:
-    """Deletes the repository that this push has made, unless somebody has put files there since."""
+    """Deletes the repository that this push created, unless it has files by now."""
     try:
         if set(api.list_repo_files(repo_id)) <= {".gitattributes"}:
             api.delete_repo(repo_id)
@@ -274,7 +274,7 @@ def _remove_repo(api: HfApi, repo_id: str, undone: list[str]) -> None:
 
 
 def _remove_branch(api: HfApi, repo_id: str, branch: str, sha: str | None, undone: list[str]) -> None:
-    """Deletes the branch that this push has made, unless somebody has committed there since."""
+    """Deletes the branch that this push created, unless it has new commits."""
     try:
         if api.model_info(repo_id, revision=branch).sha == sha:
             api.delete_branch(repo_id, branch=branch)
@@ -289,7 +289,7 @@ def _flat(text: object) -> str:
 
 
 def _read_json(path: Path) -> dict:
-    """A JSON file's content, or a ValueError that names it."""
+    """The content of a JSON file; a ValueError names the file."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:

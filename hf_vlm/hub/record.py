@@ -1,9 +1,9 @@
-"""The record of a run, `training_record.json` beside the weights: all that a model card says about the training.
+"""The record of a run, `training_record.json` beside the weights: everything that a model card says about the training.
 
-- Arguments as they were used, versions, steps, time, parameters, and where data and pretrained parts came from.
-- It is made to be published: no tokens, no absolute paths, no credentials in addresses.
-- A stopped and resumed run has one record. Its minutes are added up from the throughput that the Trainer's log holds,
-  so they survive with the checkpoints; steps that a killed process did in vain do not count.
+- It holds the arguments, versions, steps, time, parameters, and the sources of data and pretrained parts.
+- It can be published: no tokens, no absolute paths, no credentials in addresses.
+- An interrupted and resumed run has one record. Its minutes are summed from the throughput in the Trainer's log, which
+  checkpoints keep. Steps that were lost when the process was killed do not count.
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 def run_record(
     trainer: Trainer, recipe: str, arguments: dict[str, dict[str, Any]], data: list[Record], parts: list[Record]
 ) -> Record:
-    """What there is to say of a training that has ended.
+    """The record of a finished training.
 
     Args:
         trainer: The trainer, after `train()`.
@@ -45,11 +45,11 @@ def run_record(
             `licence`.
 
     Returns:
-        The record, ready for JSON; see [`published`] for what is left out.
+        The record, ready for JSON; [`published`] says what is left out.
     """
     training = trainer.args.to_dict()
     if trainer.args.max_steps > 0:
-        del training["num_train_epochs"]  # it is not heeded then
+        del training["num_train_epochs"]  # ignored when max_steps is set
     return published(
         {
             "recipe": recipe,
@@ -64,11 +64,11 @@ def run_record(
 
 
 def training_facts(trainer: Trainer) -> Record:
-    """Steps, batch, time and device of a training; what is not known is left out."""
+    """Steps, batch size, time and device of a training; unknown facts are left out."""
     state, args = trainer.state, trainer.args
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     facts: Record = {"steps": state.global_step, "global_batch_size": batch}
-    if isinstance(trainer.train_dataset, Sized):  # the epochs of an endless stream mean nothing
+    if isinstance(trainer.train_dataset, Sized):  # an endless stream has no epochs
         facts |= {"epochs": state.epoch, "rows": len(trainer.train_dataset)}
     facts |= training_time(state.log_history, batch)
     is_cuda = args.device.type == "cuda"
@@ -84,11 +84,11 @@ def training_time(log_history: Sequence[dict[str, float]], samples_per_step: int
     """Minutes of training (evaluation and saving in between included) and the number of steps that they cover.
 
     Args:
-        log_history: The Trainer's log; the lines of [`VlmTrainer`] carry `samples_per_second` since the line before.
+        log_history: The Trainer's log; lines of [`VlmTrainer`] have the `samples_per_second` since the previous line.
         samples_per_step: The global batch size.
 
     Returns:
-        `minutes` and `timed_steps`, or nothing where no line tells.
+        `minutes` and `timed_steps`; empty if no line has a throughput.
     """
     lines = [line for line in log_history if line.get("samples_per_second")]
     seconds, last = 0.0, 0.0
@@ -99,20 +99,20 @@ def training_time(log_history: Sequence[dict[str, float]], samples_per_step: int
 
 
 def has_trained(trainer: Trainer) -> bool:
-    """Whether `train()` did any step: a finished run that is started again does none, and its loss is then nought."""
+    """Whether `train()` did any step. A finished run that is started again does none and reports a loss of 0."""
     losses = [line["train_loss"] for line in trainer.state.log_history if "train_loss" in line]
     return bool(losses) and losses[-1] != 0
 
 
 def count_parameters(model: nn.Module) -> Record:
-    """Numbers of parameters: `total`, `trained` (with a gradient), and both of each part of the model, under `parts`.
+    """Numbers of parameters: `total`, `trained` (with a gradient), and the same for each part, under `parts`.
 
-    Parts are the model's own modules; those of the base model within a head count as parts of the head. Shared
+    Parts are the model's modules; a head's base model counts as its modules, not as one part. Shared
     parameters count once.
     """
     parts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
-        name = name.removeprefix("base_model.model.").removeprefix("model.")  # the first is an adapter's
+        name = name.removeprefix("base_model.model.").removeprefix("model.")  # the first prefix is an adapter's
         part = parts.setdefault(name.split(".")[0], {"total": 0, "trained": 0})
         part["total"] += parameter.numel()
         part["trained"] += parameter.numel() * parameter.requires_grad
@@ -120,15 +120,15 @@ def count_parameters(model: nn.Module) -> Record:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a training rests on."""
+    """Versions of Python and of the packages that a training depends on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def published(value: Any) -> Any:
     """A value as JSON that may be published.
 
-    Entries whose key names a secret are dropped, Hub tokens and credentials within addresses are cut out, and of an
-    absolute path only its last component stays. What JSON does not know becomes text.
+    Entries whose key names a secret are dropped. Hub tokens, and credentials within addresses, are removed. An absolute
+    path is shortened to its last component. Values that JSON cannot hold become text.
     """
     if isinstance(value, dict):
         return {str(key): published(item) for key, item in value.items() if not SECRET_KEY.search(str(key))}
@@ -157,25 +157,25 @@ def record_text(record: Record) -> str:
 
 
 def read_record(folder: str | Path) -> Record:
-    """The record of a checkpoint; an empty one, with all its sections, if there is none.
+    """The record of a checkpoint; empty sections if it has none.
 
     Raises:
-        ValueError: if it is broken.
+        ValueError: if the file is not a record.
     """
     path = Path(folder) / RECORD_NAME
     record = {**{name: kind() for name, kind in SECTIONS.items()}, **read_json(path)}
     wrong = [name for name, kind in SECTIONS.items() if not isinstance(record[name], kind)]
     wrong = wrong or [n for n in ("data", "parts") if not all(isinstance(entry, dict) for entry in record[n])]
     if wrong:
-        raise ValueError(f"{path}: {wrong[0]!r} is not what a recipe writes; delete the file and run the recipe again.")
+        raise ValueError(f"{path}: {wrong[0]!r} is not as recipes write it; delete the file and run the recipe again.")
     return record
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, an empty one if there is no such file.
+    """A JSON object from a file; an empty one if the file does not exist.
 
     Raises:
-        ValueError: if the file holds anything else.
+        ValueError: if the file does not hold a JSON object.
     """
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""`hf-vlm quickstart`: train a small CLIP on the built-in pictures, evaluate it, load it back, and search with it."""
+"""`hf-vlm quickstart`: train a small CLIP on the built-in drawings, evaluate it, load it again, and search with it."""
 
 import json
 import math
@@ -34,12 +34,12 @@ NUM_HITS = 8
 
 
 def build_model() -> tuple[VlmClipModel, VlmClipProcessor]:
-    """A new vision transformer of 2.8 million parameters beside a locked MiniLM text encoder, and its processor."""
+    """A new vision transformer of 2.8 million parameters with a frozen MiniLM text encoder, and their processor."""
     minilm = resolve_part("wheel:minilm")
     tower = VlmTowerConfig(
         hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=IMAGE_SIZE
     )
-    # The initial factor of 30 suits MiniLM, whose features lie close together.
+    # An initial scale of 30, because MiniLM's features are very similar to each other.
     model = VlmClipModel.from_parts(
         VlmTowerModel(tower), minilm, projection_dim=256, logit_scale_init_value=math.log(30)
     )
@@ -49,7 +49,7 @@ def build_model() -> tuple[VlmClipModel, VlmClipProcessor]:
 
 
 class TimeLimit(TrainerCallback):
-    """Stops a training that a busy machine makes longer than was measured."""
+    """Stops training after a time limit, in case the machine is slower than measured."""
 
     def __init__(self, seconds: float):
         self.deadline = time.perf_counter() + seconds
@@ -62,7 +62,7 @@ class TimeLimit(TrainerCallback):
 def steps_within(
     seconds: float, model: VlmClipModel, collator: ContrastiveCollator, pairs: PairDataset, bf16: bool
 ) -> int:
-    """How many training steps this machine does in so many seconds, at most `MAX_STEPS`; measured on three."""
+    """Number of training steps that fit into the given seconds, measured on three steps; at most `MAX_STEPS`."""
     batch = [pairs[i % len(pairs)] for i in range(BATCH_SIZE)]
     times = []
     for _ in range(3):
@@ -75,7 +75,7 @@ def steps_within(
 
 
 def train(model: VlmClipModel, processor: ProcessorMixin, splits: DatasetDict, output: Path, minutes: float, seed: int):
-    """Trains the image tower; returns the steps done and the seconds they took."""
+    """Trains the image tower; returns the number of steps and their seconds."""
     args = ContrastiveTrainingArguments(
         output_dir=str(output / "training"),
         max_steps=MAX_STEPS,
@@ -104,7 +104,7 @@ def train(model: VlmClipModel, processor: ProcessorMixin, splits: DatasetDict, o
 
 
 def search(model: PreTrainedModel, processor: ProcessorMixin, splits: DatasetDict, folder: Path) -> list[Result]:
-    """Indexes the pictures in the style that training never showed, and answers the queries from the index."""
+    """Indexes drawings in a style not used in training, and runs the queries on the index."""
     pool = concatenate_datasets([splits["unseen_style"], splits["unseen_both"]])
     index = EmbeddingIndex.create(folder, model, processor, replace=True)
     index.add(DatasetItems(pool, {"caption": "name"}), progress=False)
@@ -120,20 +120,20 @@ def search(model: PreTrainedModel, processor: ProcessorMixin, splits: DatasetDic
 
     results = [answer(text, text=text) for text in TEXT_QUERIES]
     for row in map(drawing, IMAGE_QUERIES):
-        results.append(answer(f"pictures like this {row['style']} drawing", row["image"]))
+        results.append(answer(f"images like this {row['style']} drawing", row["image"]))
     for emoji, text in BOTH_QUERIES:
-        results.append(answer(f"pictures like this, and: {text}", drawing(emoji)["image"], text=text, text_weight=2.0))
+        results.append(answer(f"images like this, and: {text}", drawing(emoji)["image"], text=text, text_weight=2.0))
     for text, minus in MINUS_QUERIES:
         results.append(answer(f"{text}, but not {minus}", text=text, minus=minus, minus_weight=0.3))
     return results
 
 
 def run(output: Path, max_minutes: float = 7.5, seed: int = 0) -> dict[str, Any]:
-    """The whole quickstart.
+    """Runs the quickstart.
 
     Args:
         output: Folder for the model, the index, `results.json` and `results.html`.
-        max_minutes: Longest training time; the number of steps is fitted into it.
+        max_minutes: Maximum training time; the number of steps is chosen to fit.
         seed: Seed of weights, data order and augmentation.
 
     Returns:
@@ -141,15 +141,15 @@ def run(output: Path, max_minutes: float = 7.5, seed: int = 0) -> dict[str, Any]
     """
     set_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
-    print("1/5  Pictures: OpenMoji and Twemoji to train, Noto to test.")
+    print("1/5  Data: OpenMoji and Twemoji drawings for training, Noto for testing.")
     splits = load_emoji()
-    print("2/5  Model: a new vision transformer beside a locked MiniLM text encoder.")
+    print("2/5  Model: a new vision transformer with a frozen MiniLM text encoder.")
     model, processor = build_model()
     print(f"3/5  Training for at most {max_minutes:g} minutes.")
     steps, seconds = train(model, processor, splits, output, max_minutes, seed)
     model.save_pretrained(output / "model")
     processor.save_pretrained(output / "model")
-    print(f"4/5  Evaluation of {output / 'model'}, loaded by AutoModel.")
+    print(f"4/5  Evaluation of {output / 'model'}, loaded with AutoModel.")
     loaded, loaded_processor = (
         AutoModel.from_pretrained(output / "model"),
         AutoProcessor.from_pretrained(output / "model"),
@@ -158,7 +158,7 @@ def run(output: Path, max_minutes: float = 7.5, seed: int = 0) -> dict[str, Any]
     print(format_report(report, "retrieval"))
     print("5/5  Search.")
     results = search(loaded, loaded_processor, splits, output / "index")
-    note = f"{steps} steps in {seconds / 60:.1f} minutes; what is found are Noto's drawings, a style never trained on."
+    note = f"{steps} steps in {seconds / 60:.1f} minutes; results are Noto drawings, a style not used in training."
     sheet = write_sheet(
         output / "results.html", "hf_vlm quickstart", note, results, report_table(report, describe("retrieval", report))
     )

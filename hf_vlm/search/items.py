@@ -99,7 +99,7 @@ def text_items(path: str | Path) -> list[Item]:
     path = Path(path).expanduser()
     readers = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
     if path.suffix not in readers:
-        raise ValueError(f"{path}: not a file of descriptions; use one that ends in {', '.join(readers)}.")
+        raise ValueError(f"{path}: not a file of descriptions; those end in {', '.join(readers)}.")
     items = []
     try:
         for number, row in readers[path.suffix](path):

@@ -1,8 +1,8 @@
-"""The model card: `README.md` beside the weights, written from what the checkpoint and its run say of themselves.
+"""The model card: `README.md` beside the weights, written from the checkpoint and the records of its run.
 
-- Sources: config.json, the processor's files, training_record.json and results.json. What they do not hold is left out.
-- The metadata at the top is what the Hub reads: task, licence, data sets, base models and, as model-index, the numbers.
-- Names and other text from outside are shown as text, never as Markdown or HTML.
+- Sources: config.json, the processor's files, training_record.json and results.json. Facts that they lack are left out.
+- The metadata at the top is for the Hub: task, licence, datasets, base models and, as model-index, the numbers.
+- Names and other external text are escaped: they are never Markdown or HTML.
 """
 
 import hashlib
@@ -140,8 +140,8 @@ def card_metadata(name: str, model_type: str, head: HeadTexts, record: Record, r
     """The metadata of a card; see [`write_card`]."""
     evaluated = eval_results(results, model_type)
     return ModelCardData(
-        # Not hf_vlm: of a library that it does not know, the Hub shows no snippet. transformers' snippet is right as it
-        # stands where the repository carries its code, else the line `import hf_vlm` comes first, as the card says.
+        # Not hf_vlm: the Hub shows no snippet for an unknown library. transformers' snippet works as it is if the
+        # repository carries its code, and after `import hf_vlm` if not; the card says so.
         library_name="transformers",
         pipeline_tag=head.pipeline_tag,
         license=record.get("licence"),
@@ -154,7 +154,7 @@ def card_metadata(name: str, model_type: str, head: HeadTexts, record: Record, r
 
 
 def read_results(folder: str | Path) -> Results:
-    """What the evaluation wrote: metrics by evaluation and test set, or nothing.
+    """The results of the evaluation: metrics by evaluation and test set; empty if there are none.
 
     Raises:
         ValueError: if it is broken.
@@ -210,7 +210,7 @@ def eval_results(results: Results, model_type: str) -> list[EvalResult]:
 
 
 def results_section(name: str, by_set: dict[str, dict[str, Any]], model_type: str) -> str:
-    """One evaluation as heading, note and table; what was computed to compare with stands below each test set's row."""
+    """One evaluation as heading, note and table; baselines stand below each test set's row."""
     evaluation = evaluation_of(name, by_set, model_type)
     used = {key for scores in by_set.values() for key in scores}
     sizes = {key: label for key, label in evaluation.description.sizes.items() if key in used}
@@ -229,14 +229,14 @@ def results_section(name: str, by_set: dict[str, dict[str, Any]], model_type: st
 
 
 def training_sections(record: Record) -> dict[str, str]:
-    """The parts of a card that come from the record of the run, by the template's names; empty where it is silent."""
+    """The sections from the record of the run, by the template's names; empty where the record has nothing."""
     parameters, sections = record["parameters"], {}
     if record["training"]:
         sections["training"] = training_text(record)
     if parameters:
         rows = [[part, number(n["total"], 0), number(n["trained"], 0)] for part, n in parameters["parts"].items()]
         rows.append(["total", number(parameters["total"], 0), number(parameters["trained"], 0)])
-        sections["parameters"] = table(["part", "parameters", "of these trained"], rows)
+        sections["parameters"] = table(["part", "parameters", "trained"], rows)
     if record["arguments"]:
         arguments = {group: without_unset(values) for group, values in record["arguments"].items()}
         sections["arguments"] = json.dumps(arguments, indent=2, ensure_ascii=False)
@@ -248,7 +248,7 @@ def training_sections(record: Record) -> dict[str, str]:
 
 
 def training_text(record: Record) -> str:
-    """How long, on what and with which batches the model was trained."""
+    """Steps, batch size, time and device of the training, as a table."""
     facts = dict(record["training"])
     if facts.get("timed_steps") == facts.get("steps"):
         facts.pop("timed_steps", None)
@@ -275,7 +275,7 @@ def training_text(record: Record) -> str:
 
 
 def data_table(data: Sequence[Record]) -> str:
-    """The data sources with what each gave to which split, and their licences."""
+    """The data sources with their rows by split, and their licences."""
     rows = []
     for entry in data:
         counts = ", ".join(f"{split}: {number(count, 0)}" for split, count in entry.get("rows", {}).items())
@@ -287,29 +287,29 @@ def data_table(data: Sequence[Record]) -> str:
 
 
 def entries_table(entries: Sequence[Record], keys: Sequence[str]) -> str:
-    """A table of dictionaries with the columns that any of them fills."""
+    """A table of dictionaries; a column that none of them fills is left out."""
     filled = [key for key in keys if any(entry.get(key) is not None for entry in entries)]
     return table(filled, [[entry.get(key) for key in filled] for entry in entries]) if entries else ""
 
 
 def licence_text(record: Record) -> str:
-    """The licence of the weights, and that data and parts have their own."""
+    """The licence of the weights, with a note that data and parts keep theirs."""
     stated = (
         f"These weights: {escape(record['licence'])}."
         if record.get("licence")
-        else ("The licence of these weights is not stated here: it is for whoever publishes them to say.")
+        else ("No licence is stated for these weights; whoever publishes them must state one.")
     )
-    sources = " What it was trained on, or from, stays under the licences named above."
+    sources = " Training data and pretrained parts keep the licences named above."
     return stated + (sources if record["data"] or record["parts"] else "")
 
 
 def data_limits(record: Record) -> list[str]:
-    """What follows from the data that the model was trained on."""
+    """Limits that follow from the training data."""
     names = [entry["name"] for entry in record["data"] if "train" in entry.get("rows", {"train": 0})]
     if not names:
         return []
     listed = ", ".join(escape(name) for name in names)
-    return [f"All pictures of its training came from {listed}. How it fares on any other kind was not measured."]
+    return [f"All training images came from {listed}. Performance on other kinds of images was not measured."]
 
 
 def facts_table(folder: Path, texts: CardTexts, model_type: str) -> str:
@@ -319,21 +319,21 @@ def facts_table(folder: Path, texts: CardTexts, model_type: str) -> str:
 
 
 def input_sizes(folder: str | Path) -> dict[str, str]:
-    """What the processor makes of pictures (`images`) and texts (`texts`), as words; what no file says is left out."""
+    """Input sizes of the processor in words, for `images` and `texts`; unknown sizes are left out."""
     folder = Path(folder)
     processor = read_json(folder / "processor_config.json")
-    pictures = processor.get("image_processor") or read_json(folder / "preprocessor_config.json")
-    sizes, size = {}, pictures.get("size", {})
+    image_options = processor.get("image_processor") or read_json(folder / "preprocessor_config.json")
+    sizes, size = {}, image_options.get("size", {})
     if {"height", "width"} <= set(size):
         sizes["images"] = f"{size['height']} x {size['width']} pixels"
     longest = read_json(folder / "tokenizer_config.json").get("model_max_length")
-    if isinstance(longest, int) and longest < 10**6:  # tokenizers without a limit name a huge number
+    if isinstance(longest, int) and longest < 10**6:  # tokenizers without a limit give a huge number
         sizes["texts"] = f"at most {longest} tokens"
     return sizes
 
 
 def without_unset(values: dict[str, Any]) -> dict[str, Any]:
-    """Arguments without those that are unset or off; a nought is a value."""
+    """Arguments without those that are unset or off; 0 is a value."""
     return {key: value for key, value in values.items() if value not in (None, "", [], {}) and value is not False}
 
 
@@ -349,7 +349,7 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def escape(text: Any) -> str:
-    """Text in one line in which no character is Markdown or HTML."""
+    """Text on one line with Markdown and HTML characters escaped."""
     line = " ".join(("" if text is None else str(text)).split())
     return re.sub(r"([\\`*_{}\[\]<>#|!&~$])", r"\\\1", line)
 
