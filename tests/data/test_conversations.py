@@ -129,14 +129,14 @@ def test_text_alone_and_a_system_turn():
     ("row", "message"),
     [
         ({}, "neither messages nor conversations"),
-        ({"messages": talk("a", "b", "c")}, "take turns"),
-        ({"messages": talk("a", "<image>\nb"), "images": [0]}, "cannot show images"),
+        ({"messages": talk("a", "b", "c")}, "must alternate"),
+        ({"messages": talk("a", "<image>\nb"), "images": [0]}, "cannot contain images"),
         ({"messages": talk("<image>\na", "b")}, "1 <image> in its turns, but 0 images"),
         ({"messages": talk("a", " ")}, "turn 1 has no text"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "said by 'tool'"),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, r"said by \['user'\]"),
-        ({"messages": talk("a", "b")[1:], "images": [0]}, "take turns"),
-        ({"messages": ["a", "b"]}, "turn 0 is 'a'; it must say who speaks and what"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "has the role 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, r"has the role \['user'\]"),
+        ({"messages": talk("a", "b")[1:], "images": [0]}, "must alternate"),
+        ({"messages": ["a", "b"]}, "turn 0 is 'a'; write a dict with a role and a content"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "a part of type 'a'"),
         (None, "neither messages nor conversations"),
     ],
@@ -176,7 +176,7 @@ def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path):
         "/talk.json, row 2 (/absent.png)",
         "Row 3 of /talk.json has neither messages nor conversations",
     ]
-    with pytest.raises(ValueError, match="no good row among up to 1000 in succession"):
+    with pytest.raises(ValueError, match="up to 1000 consecutive rows could not be read"):
         ConversationRows(rows[1:3], tmp_path, on_error="skip")[0]
     for wrong, folder in ((rows[0], None), (asked | {"image": "../good.png"}, tmp_path)):  # of the source, not of a row
         with pytest.raises(ValueError, match="give image_folder, and paths that stay within it"):

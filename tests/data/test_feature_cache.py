@@ -27,8 +27,8 @@ from hf_vlm.data import (
     SceneRows,
     SceneStream,
     cache_features,
+    feature_key,
 )
-from hf_vlm.data.features import key as feature_key
 from hf_vlm.training import cached_tower_features
 
 ROWS = [{"image": tiny.image(seed=i), "caption": f"picture {i}"} for i in range(11)]
@@ -164,11 +164,11 @@ def test_stale(tmp_path, tower, complete):
         build(tmp_path, tower)
     with torch.no_grad():
         tower.post_norm.bias.copy_(bias)
-    with pytest.raises(FeatureCacheError, match=r"preprocessing\.size\.height is 32, asked is 48"):
+    with pytest.raises(FeatureCacheError, match=r"preprocessing\.size\.height is 32, not 48"):
         build(tmp_path, tower, processor=tiny.clip_processor(48))
-    with pytest.raises(FeatureCacheError, match=r"data\.path is 'tiny', asked is 'other'"):
+    with pytest.raises(FeatureCacheError, match=r"data\.path is 'tiny', not 'other'"):
         build(tmp_path, tower, data={**DATA, "path": "other"})
-    with pytest.raises(FeatureCacheError, match="number of rows is 11, asked is 10"):
+    with pytest.raises(FeatureCacheError, match="number of rows is 11, not 10"):
         build(tmp_path, tower, rows=ROWS[:10])
     assert contents(tmp_path) == before
 
@@ -249,7 +249,7 @@ def test_a_bad_picture_is_one_line(tmp_path, tower, workers):
 
 
 def test_wrong_shapes_and_no_rows(tmp_path, tower):
-    with pytest.raises(FeatureCacheError, match=r"shape \(3, 3\), wanted is \(3, tokens, width\)"):
+    with pytest.raises(FeatureCacheError, match=r"shape \(3, 3\), expected \(3, tokens, width\)"):
         cache_features(tmp_path, ROWS, tiny.clip_processor(), lambda x: x[:, :, 0, 0], {}, 3, progress=False)
     with pytest.raises(FeatureCacheError, match="no rows"):
         build(tmp_path, tower, rows=[])
@@ -332,11 +332,11 @@ def test_command(tmp_path):
     processor, tower = tiny.clip_processor(), model.vision_model
     again = cached_tower_features(tmp_path / "cache", rows, processor, tower, batch_size=0)  # no batch is made
     assert torch.equal(again[[0, 5]], features[[0, 5]])
-    with pytest.raises(FeatureCacheError, match="seed is 0, asked is 1"):
+    with pytest.raises(FeatureCacheError, match="seed is 0, not 1"):
         cached_tower_features(tmp_path / "cache", SceneRows(SceneStream("train", 1, 48), 6), processor, tower)
     assert CliRunner().invoke(app, [*command, "--verify"]).exit_code == 0
     other = CliRunner().invoke(app, [*command, "--image-size", "48"])
-    assert "image_size is 32, asked is 48" in str(other.exception)
+    assert "image_size is 32, not 48" in str(other.exception)
     endless = CliRunner().invoke(app, command[:4])
     assert "say how many" in str(endless.exception)
 

@@ -277,7 +277,7 @@ def test_the_report_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     del rows
     gc.collect()  # the last to hold the report
     (summary,) = [record.getMessage() for record in caplog.records if record.name == rows_module.__name__]
-    assert summary.startswith("Left out 7 bad rows: ")
+    assert summary.startswith("Skipped 7 bad rows: ")
     assert summary.endswith(" and 2 more")
     assert summary.count(", row ") == 5
 
@@ -320,7 +320,7 @@ def test_a_source_of_bad_rows_only_is_refused(stream: bool, tmp_path: Path, monk
     path = table(tmp_path)
     shutil.rmtree(tmp_path / "images")
     monkeypatch.setattr(rows_module, "HOPELESS", 4)
-    with pytest.raises(SourceError, match="no good row"):
+    with pytest.raises(SourceError, match="consecutive rows could not be read"):
         list(load_source(DataSource(str(path), streaming=stream), on_error="skip"))
 
 

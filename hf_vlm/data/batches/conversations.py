@@ -9,11 +9,11 @@ from .pairs import make_pair
 
 
 class CaptionConversations:
-    """Captions as rows of LLaVA's first stage: the image alone is the user's turn.
+    """Captions as conversations for LLaVA's first stage: the user's turn is the image alone.
 
     Args:
-        rows: Dicts with `image` and `caption`, a text or several of which one is chosen.
-        seed: Decides, together with the row's number, which.
+        rows: Dicts with `image` and `caption`, one text or a list from which one is chosen.
+        seed: Determines the choice, together with the row number.
 
     Raises:
         ValueError: on indexing, if a caption is empty.
@@ -33,12 +33,12 @@ class CaptionConversations:
 
 
 class QuestionConversations:
-    """Questions with short answers as rows, all those about an image in one conversation.
+    """Questions with short answers as conversations, one conversation per image.
 
     Args:
         questions: Dicts with `question`, `answer` and `index`, the row of the image.
         images: Dicts with `image`, by row number.
-        wording: What the first question of each image is put into.
+        wording: Template of the first question of each image, with `{question}`.
     """
 
     def __init__(self, questions: Sequence[Mapping[str, Any]], images: Rows, wording: str = SHORT_ANSWER):

@@ -1,6 +1,6 @@
 """Image-caption pairs whose random choices depend only on seed, epoch and row.
 
-A resumed run therefore sees the same captions and the same augmentations as an uninterrupted one.
+A resumed run therefore sees the same captions and augmentations as an uninterrupted run.
 """
 
 import copy
@@ -20,7 +20,7 @@ from ..sources.rows import OnError, Rows
 
 
 class Pair(TypedDict):
-    """One example: a picture, one of its captions, and where it came from."""
+    """One example: an image, one of its captions, and its row."""
 
     image: Image.Image
     caption: str
@@ -30,12 +30,12 @@ class Pair(TypedDict):
 
 
 def make_pair(row: dict[str, Any], index: int, seed: tuple[int, ...], epoch: int, shuffle_captions: bool) -> Pair:
-    """Chooses a caption of a row.
+    """Chooses one caption of a row.
 
     Args:
         row: `image`, `caption` (a string or a list of strings) and optionally `id`.
         index: The row's number.
-        seed: Decides, together with epoch and index, the caption and the pair's seed.
+        seed: Determines, together with epoch and index, the caption and the pair's seed.
         epoch: The number of the pass.
         shuffle_captions: Whether to choose a caption at random; otherwise the first is taken.
 
@@ -45,7 +45,7 @@ def make_pair(row: dict[str, Any], index: int, seed: tuple[int, ...], epoch: int
     rng = np.random.default_rng((*seed, epoch, index))
     captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
     if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise ValueError(f"Row {index} has an empty caption: {row['caption']!r}. Remove it or give it a text.")
+        raise ValueError(f"Row {index} has an empty caption: {row['caption']!r}. Add a text or remove the row.")
     choice = int(rng.integers(len(captions))) if shuffle_captions else 0
     return {
         "image": row["image"],
@@ -57,7 +57,7 @@ def make_pair(row: dict[str, Any], index: int, seed: tuple[int, ...], epoch: int
 
 
 class PairDataset(Dataset):
-    """Chooses one caption of each row, anew each epoch.
+    """One pair per row; the caption is chosen again each epoch.
 
     Args:
         rows: A sequence of dicts with `image`, `caption` (a string or a list of strings) and optionally `id`; rows with
@@ -69,7 +69,7 @@ class PairDataset(Dataset):
     def __init__(self, rows: Rows, seed: int = 0, shuffle_captions: bool = True):
         self.rows = rows
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see the new epoch
         self.shuffle_captions = shuffle_captions
 
     def set_epoch(self, epoch: int) -> None:
@@ -84,10 +84,10 @@ class PairDataset(Dataset):
 
 
 class PairStream(IterableDataset):
-    """The same for a stream, which is read in its own order; see [`PairDataset`].
+    """[`PairDataset`] for a stream, which is read in its own order.
 
     Args:
-        stream: What [`load_source`] or [`mix`] returned for streaming sources, on every rank the same.
+        stream: The result of [`load_source`] or [`mix`] for streaming sources, the same on every rank.
         seed: Decides captions and augmentation.
         shuffle_captions: Whether to choose a caption at random; otherwise the first is taken.
     """
@@ -99,10 +99,10 @@ class PairStream(IterableDataset):
         self.rank: int | None = None
 
     def split(self, rank: int, world_size: int, workers: int) -> "PairStream":
-        """The rows of one rank (see [`split_stream`]), pass after pass without end.
+        """The rows of one rank (see [`split_stream`]), repeated forever.
 
-        Without end, because ranks and workers end their passes at different steps, and so that a resumed run finds its
-        place in a later pass. Every pass but the first shuffles the shards.
+        Ranks and workers end their passes at different steps, and a resumed run must find its place in a later pass.
+        Every pass after the first shuffles the shards.
         """
         part = PairStream(split_stream(self.stream, rank, world_size, workers), self.seed, self.shuffle_captions)
         part.rank = rank
@@ -111,7 +111,7 @@ class PairStream(IterableDataset):
     def __iter__(self) -> Iterator[Pair]:
         worker = get_worker_info()
         reader = (self.rank or 0, worker.id if worker else 0)
-        stream = copy.deepcopy(self.stream)  # workers share the number of its pass
+        stream = copy.deepcopy(self.stream)  # workers would share the epoch counter
         for epoch in itertools.count():
             stream.set_epoch(epoch)
             index = -1
@@ -131,7 +131,7 @@ def load_pairs(
     """Opens the sources that a YAML file lists.
 
     Args:
-        sources: Fields of [`DataSource`], one dict a source.
+        sources: Fields of [`DataSource`], one dict per source.
         weights: How to mix several; see [`mix`].
         seed: Decides mixing, captions and augmentation.
         on_error: `"raise"` or `"skip"` for bad rows.

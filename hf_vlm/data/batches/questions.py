@@ -1,4 +1,4 @@
-"""Questions about images, whose random choices depend only on seed, epoch and row, as those of `pairs.py` do."""
+"""Questions about images. Random choices depend only on seed, epoch and row, as in `pairs.py`."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ..sources.rows import OnError, Rows
 
 
 class Question(TypedDict):
-    """One example: a picture, a question, its answers with weights that sum to 1, and where it came from."""
+    """One example: an image, a question, its answers with weights that sum to 1, and its row."""
 
     image: Image.Image
     question: str
@@ -26,18 +26,18 @@ class Question(TypedDict):
 
 
 def weigh_answers(answers: str | Sequence[str]) -> tuple[list[str], list[float]]:
-    """The different answers that people gave, and the share of people who gave each (BLIP, section 5.3)."""
+    """The distinct answers, and the share of people who gave each (BLIP, section 5.3)."""
     counts = Counter([answers] if isinstance(answers, str) else answers)
     total = sum(counts.values())
     return list(counts), [count / total for count in counts.values()]
 
 
 def make_question(row: dict[str, Any], index: int, seed: int, epoch: int) -> Question:
-    """Chooses a question of a row.
+    """Chooses one question of a row.
 
     Args:
-        row: `image`, and `question` with `answer` (a string, or what several people said), or `questions`, a list of
-            dicts of the two, of which one is chosen.
+        row: `image`, and either `question` with `answer` (a text, or one text per person asked), or `questions`, a list
+            of dicts with these two, from which one is chosen.
         index: The row's number.
         seed: Decides, together with epoch and index, the question and the example's seed.
         epoch: The number of the pass.
@@ -50,7 +50,7 @@ def make_question(row: dict[str, Any], index: int, seed: int, epoch: int) -> Que
     question, answer = asked.get("question", ""), asked.get("answer")
     said = [answer] if isinstance(answer, str) else answer or []
     if not said or not all(isinstance(text, str) and text.strip() for text in (question, *said)):
-        raise ValueError(f"Row {index} lacks a question or an answer: {question!r}, {answer!r}. Remove or mend it.")
+        raise ValueError(f"Row {index} lacks a question or an answer: {question!r}, {answer!r}. Remove or fix it.")
     answers, weights = weigh_answers(said)
     return {
         "image": row["image"],
@@ -63,7 +63,7 @@ def make_question(row: dict[str, Any], index: int, seed: int, epoch: int) -> Que
 
 
 class QuestionDataset(Dataset):
-    """Chooses one question of each row, anew each epoch.
+    """One question per row, chosen again each epoch.
 
     Args:
         rows: A sequence of the dicts that [`make_question`] takes.
@@ -73,7 +73,7 @@ class QuestionDataset(Dataset):
     def __init__(self, rows: Rows, seed: int = 0):
         self.rows = rows
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see the new epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer at the start of each epoch."""
@@ -89,7 +89,7 @@ class QuestionDataset(Dataset):
 def load_questions(
     sources: Sequence[dict[str, Any]], weights: Weights | None = None, seed: int = 0, on_error: OnError = "raise"
 ) -> QuestionDataset:
-    """Opens the sources that a YAML file lists; arguments as of `load_pairs`, columns as of [`question_source`]."""
+    """Opens the sources that a YAML file lists; arguments as in `load_pairs`, columns as in [`question_source`]."""
     rows = mix([question_source(source) for source in sources], weights, seed, on_error)
     assert isinstance(rows, Mixture)  # questions are not streamed
     return QuestionDataset(rows, seed)

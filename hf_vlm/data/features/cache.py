@@ -1,10 +1,9 @@
-"""What a frozen image tower makes of a data set, computed once and kept in files that training maps into memory.
+"""Feature cache: a frozen tower's outputs for a dataset, computed once and memory-mapped in training.
 
-- A folder of shards in bfloat16 (safetensors), each written whole or not at all and telling by itself what it holds, so
-  that a run that was killed goes on with the first missing shard. `cache.json`, written last, makes the cache complete.
-- A key says what the features were computed from. Another key is refused: features of another model, of other pictures
-  or of other preprocessing look just like the right ones.
-- Readers map the shards lazily: opening reads headers only, and a batch reads its own rows.
+- A folder of shards in bfloat16 (safetensors). Each shard is written atomically with a header that describes it, so a
+  killed run resumes at the first missing shard. `cache.json`, written last, marks the cache as complete.
+- A key names what the features were computed from: weights, preprocessing, data. A cache with another key is refused.
+- Shards are mapped lazily: opening a cache reads headers only, and a batch reads its own rows.
 """
 
 import os
@@ -35,11 +34,11 @@ from .shards import (
     write_index,
 )
 
-_ANEW = "cache the features again into this folder, which makes only what is missing or damaged."
+_ANEW = "cache the features again into this folder; only missing or damaged shards are computed."
 
 
 class CachedFeatures:
-    """The features of a complete cache by row number; pickles, and every process maps the files for itself.
+    """The features of a complete cache by row number. Picklable; every process maps the files itself.
 
     Indexed by a list or tensor of row numbers it gives `torch.bfloat16` features of shape `(n, tokens, width)`.
     Made by [`~CachedFeatures.open`] and [`cache_features`].
@@ -60,11 +59,11 @@ class CachedFeatures:
 
         Args:
             folder: Where [`cache_features`] wrote it.
-            key: What the features must have been computed from, as of [`feature_key`]; None accepts any.
+            key: The key that the cache must have, from [`feature_key`]; None accepts any.
             verify: Read all features and compare their checksums, besides sizes and headers.
 
         Raises:
-            FeatureCacheError: if the cache is incomplete or damaged, or its key is another one.
+            FeatureCacheError: if the cache is incomplete or damaged, or has another key.
         """
         folder = Path(folder)
         index = read_index(folder)
@@ -94,7 +93,7 @@ class CachedFeatures:
     def __getitem__(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
         numbers = np.asarray(rows)
         if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-            raise TypeError(f"Cached features are asked for by a list of row numbers, not by {rows!r}.")
+            raise TypeError(f"Cached features are indexed by a list of row numbers, got {rows!r}.")
         wrong = numbers[(numbers < 0) | (numbers >= self.num_rows)]
         if wrong.size:
             raise IndexError(f"{self.folder} has no row {wrong[0]}: its rows are numbered 0 to {self.num_rows - 1}.")
@@ -123,32 +122,32 @@ def cache_features(
     progress: bool = True,
     verify: bool = False,
 ) -> CachedFeatures:
-    """Computes the features of all rows into a folder, as far as they are not there already.
+    """Computes the features of all rows into a folder; features that exist already are kept.
 
-    A second process that asks for the same cache waits for the first and then opens what that wrote. A shard is held in
-    memory until it is written.
+    A second process with the same folder waits for the first and then opens its cache. A shard stays in memory until it
+    is written.
 
     Args:
-        folder: Of the cache; made if need be.
-        rows: Dicts with an `image`, whatever [`load_image`] takes.
+        folder: The folder of the cache; created if missing.
+        rows: Dicts with an `image` in any form that [`load_image`] takes.
         processor: Makes `pixel_values` of `images`: an image processor, or a processor that has one.
         encode: Features `(batch, tokens, width)` of `pixel_values` `(batch, channels, height, width)`, on any device
             and of any precision; they are rounded to bfloat16. Called without gradients.
-        key: What decides the features, see [`feature_key`].
-        batch_size: Pictures a call of `encode`.
-        rows_per_shard: Rows a file. A cache that is continued keeps its own.
-        num_workers: Processes that load pictures.
+        key: What the features depend on; see [`feature_key`].
+        batch_size: Images per call of `encode`.
+        rows_per_shard: Rows per file. A resumed cache keeps its own number.
+        num_workers: Processes that load images.
         progress: Show a progress bar.
-        verify: Read a complete cache too, and make shards anew whose checksums are wrong.
+        verify: Also read a complete cache, and recompute shards with a wrong checksum.
 
     Raises:
         FeatureCacheError: if the folder holds a cache of another key or number of rows, it cannot be written, there are
             no rows, or a feature is not a finite number.
-        ImageError: if a picture cannot be read.
+        ImageError: if an image cannot be read.
     """
     folder, key, num_rows = Path(folder), plain_json(key), len(rows)
     if num_rows == 0:
-        raise FeatureCacheError(f"{folder}: there are no rows to cache; name data with pictures.")
+        raise FeatureCacheError(f"{folder}: there are no rows to cache; name data with images.")
     with locked(folder):
         index = read_index(folder)
         found = index or any_shard(folder)
@@ -174,13 +173,11 @@ def _refuse_another(
         difference = ("number of rows", has_rows, asked_rows)
     if difference is not None:
         name, old, new = difference
-        raise FeatureCacheError(
-            f"{folder} is a cache of other features: its {name} is {old!r}, asked is {new!r}; {OTHER}"
-        )
+        raise FeatureCacheError(f"{folder} is a cache of other features: its {name} is {old!r}, not {new!r}; {OTHER}")
 
 
 class _Pictures(Dataset):
-    """Pixels of a range of rows. Errors in data are returned: raised in a worker they would come with its traceback."""
+    """Pixels of a range of rows. Data errors are returned: raised in a worker they would carry its traceback."""
 
     def __init__(self, rows: Rows, processor: Callable[..., Any]):
         self.rows, self.processor = rows, processor
@@ -194,13 +191,13 @@ class _Pictures(Dataset):
 
 
 def _write_shards(plan, missing, rows, processor, encode, batch_size, num_workers, progress) -> None:
-    """Encodes in batches that do not cross shards, so that a shard's bytes do not depend on which others are there."""
+    """Encodes in batches that do not cross shards, so that a shard's bytes do not depend on which shards exist."""
     batches = [
         plan.rows(shard)[start : start + batch_size]
         for shard in missing
         for start in range(0, len(plan.rows(shard)), batch_size)
     ]
-    generator = torch.Generator()  # or the loader would draw from the random numbers of a training to come
+    generator = torch.Generator()  # else the loader would advance the global RNG of a later training
     pictures = _Pictures(rows, processor)
     loader: DataLoader = DataLoader(
         pictures, batch_size=None, sampler=batches, num_workers=num_workers, generator=generator
@@ -228,10 +225,10 @@ def _write_shards(plan, missing, rows, processor, encode, batch_size, num_worker
 
 
 def _check(folder: Path, features: torch.Tensor, numbers: range, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The shape `(tokens, width)` of good features of some rows."""
+    """The shape `(tokens, width)` of the features of some rows; raises if they are bad."""
     if features.ndim != 3 or len(features) != len(numbers) or (shape and features.shape[1:] != shape):
         wanted = f"({len(numbers)}, {', '.join(map(str, shape or ('tokens', 'width')))})"
-        raise FeatureCacheError(f"{folder}: encode gave features of shape {tuple(features.shape)}, wanted is {wanted}.")
+        raise FeatureCacheError(f"{folder}: encode returned the shape {tuple(features.shape)}, expected {wanted}.")
     finite = features.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         row = numbers[int(finite.int().argmin())]

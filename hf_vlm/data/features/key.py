@@ -1,6 +1,6 @@
-"""What cached features were computed from, as JSON: weights, architecture, preprocessing and data.
+"""The key of a feature cache, as JSON: weights, architecture, preprocessing and data.
 
-Of a model its weights count, not its name or commit: a folder may move, and a branch may change under its name.
+The weights of a model identify it, not its name or commit: a folder may move, and a branch may change.
 """
 
 import hashlib
@@ -12,29 +12,29 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 FORMAT = 1
-# For people to read; two keys that differ in these alone are the same.
+# For information only; keys that differ only in these entries are equal.
 _SHOWN_ONLY = ("model", "revision")
-# Of an image processor's settings, those that change no pixel.
+# Settings of an image processor that change no pixel.
 _NO_PIXELS = ("processor_class", "auto_map", "return_tensors", "device", "data_format", "input_data_format")
-# Of a config, what changes no output or differs between a tower in memory and the same tower loaded.
+# Entries of a config that change no output, or that loading changes.
 _NO_OUTPUT = ("_name_or_path", "architectures", "dtype", "transformers_version", "auto_map", "id2label", "label2id")
 
 
 def feature_key(
     tower: torch.nn.Module, processor: Any, data: Mapping[str, Any], model: str = "", revision: str | None = None
 ) -> dict[str, Any]:
-    """The key of what a tower makes of a data set.
+    """The key of a tower's features of a dataset.
 
-    Whether it computed in float32 or under autocast is no part of it: that differs by rounding only. Which of the
-    tower's states were taken is not seen from here: where that may vary, say it in `data`.
+    Precision (float32 or autocast) is not part of the key: results differ by rounding only. The layer of the hidden
+    states is not known here: if it can vary, add it to `data`.
 
     Args:
-        tower: The image tower. The same weights in another precision are another key.
+        tower: The image tower. The same weights in another dtype give another key.
         processor: Its image processor, or a processor that has one.
-        data: What names the rows: path, split, seed, number of rows and the like, ready for JSON. A change of files
-            under the same name is not seen.
-        model: Folder or Hub id, to be read by people; not compared.
-        revision: Its commit, the same.
+        data: What identifies the rows: path, split, seed, number of rows and the like, ready for JSON. A change of
+            files under the same name is not detected.
+        model: Folder or Hub id, for information; not compared.
+        revision: Commit of the model, for information; not compared.
     """
     images = processor.image_processor if isinstance(processor, ProcessorMixin) else processor
     settings = {name: value for name, value in images.to_dict().items() if name not in _NO_PIXELS and value is not None}
@@ -52,21 +52,21 @@ def feature_key(
 
 
 def plain_json(key: Mapping[str, Any]) -> dict[str, Any]:
-    """A key as it is read back from a file: tuples are lists, enumerations their values.
+    """A key as read back from a file: tuples become lists, enumerations their values.
 
     Raises:
-        TypeError: if it holds what JSON cannot.
+        TypeError: if it holds a value that JSON cannot represent.
     """
     return json.loads(json.dumps(dict(key), sort_keys=True))
 
 
 def compared(key: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a key that makes it another one."""
+    """The entries of a key that are compared."""
     return {name: value for name, value in key.items() if name not in _SHOWN_ONLY}
 
 
 def first_difference(has: Any, asked: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first entry in which two keys differ, by its dotted name, with both values; None if they are the same."""
+    """The dotted name and both values of the first entry that differs between two keys; None if they are equal."""
     if isinstance(has, dict) and isinstance(asked, dict):
         for entry in sorted({*has, *asked}):
             path = f"{name}.{entry}" if name else entry

@@ -29,12 +29,12 @@ _ENTRIES = {"format", "key", "num_rows", "rows_per_shard", "tokens", "width", "s
 
 
 class FeatureCacheError(ValueError):
-    """A cache cannot be read or written as asked; one line that says what to do."""
+    """A cache cannot be read or written; one line that says what to do."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the rows of a cache lie in its shards, and what each shard says of itself."""
+    """How the rows of a cache are split into shards, and the expected header of each shard."""
 
     folder: Path
     key: dict[str, Any]
@@ -52,10 +52,10 @@ class Plan:
         return range(first, min(first + self.rows_per_shard, self.num_rows))
 
     def about(self, shard: int) -> dict[str, Any]:
-        """The part of a shard's header that is known before its features are."""
+        """The part of a shard's header that is known before its features are computed."""
         return {
             "format": FORMAT,
-            "key": compared(self.key),  # the same bytes whatever the model is called
+            "key": compared(self.key),  # the model's name does not change the bytes
             "num_rows": self.num_rows,
             "rows_per_shard": self.rows_per_shard,
             "first_row": self.rows(shard).start,
@@ -65,7 +65,7 @@ class Plan:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes from writing to it; a folder that nobody can write needs no lock."""
+    """Creates the folder and locks it against other processes; a read-only folder needs no lock."""
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The contents of `cache.json`; None if there is none or it cannot be read."""
+    """The contents of `cache.json`; None if the file is missing or unreadable."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -90,12 +90,12 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 
 def any_shard(folder: Path) -> dict[str, Any] | None:
-    """The header of some shard that can be read: what a cache that is not complete says of itself."""
+    """The header of the first readable shard, which describes an incomplete cache."""
     return next(filter(None, map(read_header, sorted(folder.glob("features-*.safetensors")))), None)
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """What a shard says of itself, with its `tokens` and `width`; None if it cannot be read."""
+    """The header of a shard, with `tokens` and `width`; None if it is unreadable."""
     try:
         with safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {}).get("about", ""))
@@ -107,7 +107,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def defect(plan: Plan, shard: int, known: dict[str, Any], deep: bool) -> str | None:
-    """What is wrong with a shard, in words; `known` is what its header must say beyond the plan."""
+    """What is wrong with a shard, in words; `known` holds expected header entries beyond those of the plan."""
     path = plan.path(shard)
     if not path.exists():
         return "is missing"
@@ -134,7 +134,7 @@ def save_shard(plan: Plan, shard: int, features: torch.Tensor) -> None:
     """Writes the features `(rows, tokens, width)` of one shard."""
     features = features.contiguous()
     checksum = hashlib.sha256(features.view(torch.uint8).numpy().data).hexdigest()
-    # One entry: safetensors writes several in any order, and a cache made twice shall be the same bytes.
+    # One entry, because safetensors writes several in any order and the bytes of a shard must be reproducible.
     about = {"about": json.dumps({**plan.about(shard), "sha256": checksum}, sort_keys=True)}
     _write(plan.path(shard), lambda path: save_file({_TENSOR: features}, path, about))
 
@@ -156,7 +156,7 @@ def write_index(plan: Plan) -> None:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under another name first, and gives it its own when it is on the disk."""
+    """Writes a file under a temporary name, syncs it to disk and renames it."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         try:

@@ -1,4 +1,4 @@
-"""Conversations about images, read from the formats they are published in, as rows of `messages` and `images`.
+"""Reads conversations about images from their published formats, as rows of `messages` and `images`.
 
 - LLaVA-Instruct and mix665k: `conversations` of `{"from": "human" | "gpt", "value": ...}` with `<image>` in the text,
   and `image`, a path or several; ShareGPT is the same with a `system` turn and often without images.
@@ -21,7 +21,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 class Message(TypedDict):
-    """One turn."""
+    """One turn of a conversation."""
 
     role: str
     content: str
@@ -37,12 +37,12 @@ class Conversation(TypedDict):
 def read_conversation(
     row: Mapping[str, Any], where: str, image_folder: str | Path | None = None, origin: Origin | None = None
 ) -> Conversation:
-    """A row of any of the formats.
+    """Normalise a row of any of the formats.
 
     Args:
-        row: With `messages` or `conversations`, and perhaps `image` or `images`.
-        where: Names the row in errors.
-        image_folder: Where paths of images begin; a path may not lead out of it.
+        row: A dict with `messages` or `conversations`, and optionally `image` or `images`.
+        where: The name of the row in errors.
+        image_folder: The folder that image paths are relative to and must stay in.
         origin: Where the rows come from, if `datasets` listed the images of a folder itself.
 
     Raises:
@@ -52,7 +52,7 @@ def read_conversation(
     """
     turns = (row.get("messages") or row.get("conversations")) if isinstance(row, Mapping) else None
     if not turns:
-        raise ValueError(f"{where} has neither messages nor conversations: there is nothing to learn from it.")
+        raise ValueError(f"{where} has neither messages nor conversations; add one of them or remove the row.")
     messages = [_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns)]
     images = row.get("images") if row.get("images") is not None else row.get("image")
     images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
@@ -61,17 +61,17 @@ def read_conversation(
         first["content"] = f"{IMAGE_MARK}\n" * len(images) + first["content"]
     marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
     if marks != len(images):
-        raise ValueError(f"{where} has {marks} {IMAGE_MARK} in its turns, but {len(images)} images: make them equal.")
+        raise ValueError(f"{where} has {marks} {IMAGE_MARK} in its turns, but {len(images)} images; make them equal.")
     _check_turns(messages, where)
     return {"messages": messages, "images": [_located(image, where, image_folder, origin) for image in images]}
 
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise ValueError(f"{where} is {turn!r}; it must say who speaks and what.")
+        raise ValueError(f"{where} is {turn!r}; write a dict with a role and a content.")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"{where} is said by {role!r}; it must be one of {', '.join(ROLES)}.")
+        raise ValueError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}.")
     if isinstance(content, list):
         kinds = [part.get("type") if isinstance(part, Mapping) else part for part in content]
         if unknown := [kind for kind in kinds if kind not in ("text", "image")]:
@@ -82,7 +82,7 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
         marks = f"{IMAGE_MARK}\n" * kinds.count("image")
         content = marks + "".join(part.get("text") or "" for part in content if part["type"] == "text")
     if not isinstance(content, str) or not content.replace(IMAGE_MARK, "").strip():
-        raise ValueError(f"{where} has no text: {content!r}. Remove the row or give it a text.")
+        raise ValueError(f"{where} has no text: {content!r}; add text or remove the row.")
     if content.count(IMAGE_MARK) == 1:
         content = f"{IMAGE_MARK}\n{content.replace(IMAGE_MARK, '').strip()}"
     return {"role": ROLES[role], "content": content}
@@ -93,9 +93,11 @@ def _check_turns(messages: list[Message], where: str) -> None:
     expected = ["user", "assistant"] * (len(spoken) // 2)
     if not spoken or spoken != expected or any(message["role"] == "system" for message in messages[1:]):
         said = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"{where} is said by {said}; user and assistant must take turns, and the assistant come last.")
+        raise ValueError(
+            f"{where} has the roles {said}; user and assistant must alternate, and the assistant must be last."
+        )
     if any(IMAGE_MARK in message["content"] for message in messages if message["role"] == "assistant"):
-        raise ValueError(f"{where} has {IMAGE_MARK} in a turn of the assistant, which cannot show images: remove it.")
+        raise ValueError(f"{where} has {IMAGE_MARK} in an assistant turn, which cannot contain images; remove it.")
 
 
 def _located(image: Any, where: str, folder: str | Path | None, origin: Origin | None) -> Any:
@@ -114,19 +116,19 @@ def _located(image: Any, where: str, folder: str | Path | None, origin: Origin |
 
 
 class ConversationRows:
-    """Conversations by row number, normalised when they are asked for.
+    """Conversations by row number, normalised on access.
 
     Args:
         rows: Rows of any of the formats: a list, a `datasets.Dataset`.
-        image_folder: Where paths of images begin.
-        name: What errors call the rows.
-        on_error: "raise", or "skip": for a row that is no conversation, or whose images cannot be read, the next good
-            one stands in, and it is counted. Images are then opened when a row is asked for, and not by the collator.
-        report: Counts them, together with those of other sources.
+        image_folder: The folder that image paths are relative to.
+        name: The name of the rows in errors.
+        on_error: "raise", or "skip": a row that is not a conversation, or whose images cannot be read, is counted and
+            replaced by the next good one. Images are then decoded on access and not by the collator.
+        report: Counts the skipped rows, possibly of several sources.
         origin: Where the rows come from, if `datasets` listed the images of a folder itself.
 
     Raises:
-        ValueError: on indexing: with "raise" for a row that is no conversation, with "skip" if row after row is bad.
+        ValueError: on indexing: if a row is not a conversation; with "skip" only after too many consecutive bad rows.
         SourceError: on indexing, also with "skip": if a row names an image that is not in image_folder.
     """
 

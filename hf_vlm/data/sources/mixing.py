@@ -1,7 +1,7 @@
 """Several sources mixed by weight, and streams shared between ranks and workers.
 
-One pass over a mixture is just long enough to meet every row of every source at least once; sources whose weight is
-above their size repeat their rows. Every choice follows from the seed, so a resumed run sees the same rows.
+One pass over a mixture contains every row of every source at least once; sources with a large weight for their size
+repeat rows. The seed determines every choice, so a resumed run sees the same rows.
 """
 
 import logging
@@ -25,12 +25,12 @@ Weights = Literal["size", "sqrt"] | Sequence[float]
 class Mixture(Dataset):
     """Map-style data sets mixed in fixed shares, in an order drawn from the seed.
 
-    With shares p, a pass has max(size / p) rows, of which every source gets its share to within a row; with shares by
-    size that is every row once. Ids are told apart by source, so rows of two sources are never positives by accident.
+    With shares p, a pass has max(size / p) rows, and each source its share of them to within a row. With shares
+    proportional to size, each row comes once. Ids are prefixed by source, so that ids of two sources never match.
 
     Args:
         sources: Map-style data sets of rows, none of them empty.
-        shares: One positive number a source; only their ratios count.
+        shares: One positive number per source; only the ratios matter.
         seed: Decides the order.
     """
 
@@ -64,10 +64,10 @@ def mix(
 
     Args:
         sources: What to mix: all streaming, or none.
-        weights: "size": shares proportional to the numbers of rows; "sqrt": to their square roots; or one positive
-            number a source. Default: the sources' own weights, "size" if they have none. Streams do not know their
+        weights: "size": shares proportional to the number of rows; "sqrt": to its square root; or one positive
+            number per source. Default: the sources' own weights, "size" if they have none. Streams do not know their
             sizes and need numbers.
-        seed: Decides the order in which sources take turns and, for streams, that of each source's shards.
+        seed: Decides the order of rows and, for streams, the order of each source's shards.
         on_error: As in `load_source`.
         report: As in `load_source`.
 
@@ -126,10 +126,10 @@ def _mix_streams(
 def split_stream(
     stream: datasets.IterableDataset, rank: int, world_size: int, workers: int = 0
 ) -> datasets.IterableDataset:
-    """The part of a stream that one rank reads, whatever the number of shards: each row goes to exactly one rank.
+    """The part of a stream that one rank reads: each row goes to exactly one rank, for any number of shards.
 
-    Ranks get whole shards where there are enough. Otherwise every rank reads the whole stream and keeps every
-    `world_size`-th row, and workers without a shard stay idle, which is slow and therefore logged.
+    Ranks get whole shards if there are enough. Otherwise every rank reads the whole stream and keeps every
+    `world_size`-th row, and workers without a shard are idle. This is slow, so a warning is logged.
 
     Args:
         stream: What `load_source` or `mix` returned, the same on all ranks.
@@ -144,7 +144,7 @@ def split_stream(
     wanted = world_size * max(workers, 1)
     if stream.num_shards < wanted and rank == 0:
         logger.warning(
-            "A stream of %d shards for %d ranks x %d workers: no row is lost or doubled, but %s; write >= %d shards.",
+            "A stream of %d shards for %d ranks x %d workers: no row is lost or repeated, but %s; write >= %d shards.",
             stream.num_shards,
             world_size,
             workers,

@@ -1,9 +1,9 @@
-"""From a stored row to an example: image decoded, caption checked; a bad row raises, or is left out and counted.
+"""Decodes a stored row into an example: image decoded, caption checked; a bad row raises, or is skipped and counted.
 
 - Images are decoded when a row is asked for, so opening a source reads no image.
 - A file named by a row must lie in the folder of its source: data cannot make us read other files.
-- Left out, map-style: the next good row of the same source stands in, so that the length, the order and a resumed run
-  stay what they were. Left out of a stream: the row is not there.
+- A bad row of a map-style source is replaced by the next good row of that source, so that length, order and resumed
+  runs do not change. A bad row of a stream is dropped.
 """
 
 import logging
@@ -25,25 +25,25 @@ logger = logging.getLogger(__name__)
 OnError = Literal["raise", "skip"]
 Example = TypeVar("Example")
 
-# So many bad rows in succession are no accident but a missing folder.
+# This many consecutive bad rows mean a missing folder.
 HOPELESS = 1000
 
 
 class SourceError(ValueError):
-    """A data source cannot be used as it is described; one line that says what to write instead."""
+    """A data source cannot be used as described; one line that says what to write instead."""
 
 
 class CaptionError(ValueError):
-    """A row has no usable caption; one line with its place."""
+    """A row has no usable caption, question or answer; one line that names the row."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where rows come from, and which files they may name.
+    """The origin of rows, and which files they may name.
 
     Args:
         label: What to call the source in an error.
-        root: The folder that paths in rows start from and must not leave; None: rows must carry their images.
+        root: The folder that paths in rows are relative to and must stay in; None: rows must contain their images.
         built: Whether `datasets` made the paths itself from an image folder, possibly on the Hub or in an archive.
     """
 
@@ -53,14 +53,13 @@ class Origin:
 
 
 class SkipReport:
-    """Counts the rows that `on_error="skip"` left out, over all workers of this process.
+    """Counts the rows skipped by `on_error="skip"`, over all workers of this process.
 
-    Worker processes have memory of their own, so every bad row is a line in a temporary file. The first is logged as a
-    warning at once, the sum when `log` is called (at the end of an epoch, say) and when the report is dropped or the
-    program ends.
+    Worker processes do not share memory, so every bad row is a line in a temporary file. The first one is logged as a
+    warning at once. The sum is logged by `log`, when the report is deleted, and when the program ends.
 
     Args:
-        shown: How many places the summary names.
+        shown: Number of bad rows that the summary names.
     """
 
     def __init__(self, shown: int = 5):
@@ -71,7 +70,7 @@ class SkipReport:
         self._at_exit = weakref.finalize(self, _close, self.path, shown, os.getpid())
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "shown": self.shown}  # a copy in a worker writes to the file and does not remove it
+        return {"path": self.path, "shown": self.shown}  # a copy in a worker appends to the file but does not delete it
 
     def __deepcopy__(self, memo: dict) -> "SkipReport":
         return self  # datasets copies its transforms: all copies count together
@@ -79,22 +78,22 @@ class SkipReport:
     def add(self, error: ValueError) -> None:
         """Counts a bad row; the error begins with its place."""
         if self.path.stat().st_size == 0:
-            logger.warning("Left out: %s More like it are counted and summed up at the end.", str(error))
+            logger.warning("Skipped: %s Further bad rows are counted and reported at the end.", str(error))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{error}\n")
 
     @property
     def errors(self) -> list[str]:
-        """The errors of the rows left out, each row once however many passes met it."""
+        """The errors of the skipped rows, one per row, however often the row was read."""
         return _lines(self.path)
 
     @property
     def count(self) -> int:
-        """How many rows were left out."""
+        """Number of skipped rows."""
         return len(self.errors)
 
     def log(self) -> None:
-        """Logs one warning with the count and the first places; nothing if no row was left out."""
+        """Logs one warning with the count and the first places; nothing if no row was skipped."""
         _log(self.path, self.shown)
 
 
@@ -105,7 +104,7 @@ def _lines(path: Path) -> list[str]:
 def _log(path: Path, shown: int) -> None:
     if errors := _lines(path):
         more = f" and {len(errors) - shown} more" if len(errors) > shown else ""
-        logger.warning("Left out %d bad rows: %s%s", len(errors), " | ".join(errors[:shown]), more)
+        logger.warning("Skipped %d bad rows: %s%s", len(errors), " | ".join(errors[:shown]), more)
 
 
 def _close(path: Path, shown: int, owner: int) -> None:
@@ -115,7 +114,7 @@ def _close(path: Path, shown: int, owner: int) -> None:
 
 
 def stored_path(image: Any) -> str | None:
-    """The path in an image cell: of the file to read, or only the name under which bytes were stored."""
+    """The path in an image cell: the file to read, or the name that was stored with the bytes."""
     if isinstance(image, dict):
         return image.get("path")
     return image if isinstance(image, str) else None
@@ -130,13 +129,13 @@ def read_example(row: dict[str, Any], origin: Origin, place: str) -> dict[str, A
         place: What to call the row in an error.
 
     Returns:
-        `image` decoded, `caption` (one text, or a list of several) and, if the row has one, `id`; an empty id is
-        replaced by the caption, so that equal captions are positives of each other.
+        `image` decoded, `caption` (one text, or a list of several) and, if the row has one, `id`; a missing id
+        is replaced by the caption, so that equal captions are positives of each other.
 
     Raises:
         ImageError: if the image cannot be read.
         CaptionError: if there is no caption.
-        SourceError: if the row names a file that it must not name.
+        SourceError: if the row names a file outside the folder of its source.
     """
     image = load_image(image_of(row["image"], origin, place), where=place)
     captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
@@ -159,10 +158,10 @@ def image_of(image: Any, origin: Origin, place: str) -> Any:
     if origin.root is None and origin.built:
         return path
     if origin.root is None:
-        raise SourceError(f"{place}: the row names a file, which is not read from here; store the image in the row.")
+        raise SourceError(f"{place}: the row names a file, but this source has no folder; store the image in the row.")
     file = Path(os.path.realpath(origin.root / path)) if "\0" not in path else None
     if file is None or not file.is_relative_to(os.path.realpath(origin.root)):
-        raise SourceError(f"{place}: the path leads out of {origin.root} and is not read; put the image in there.")
+        raise SourceError(f"{place}: the path leads out of {origin.root}; move the image into the folder.")
     return file
 
 
@@ -171,7 +170,7 @@ def _fetch(url: str, place: str) -> bytes:
         with fsspec.open(url, "rb") as file:
             return file.read()
     except OSError as error:
-        raise ImageError(f"{place}: cannot be fetched ({' '.join(str(error).split())}); is it still there?") from error
+        raise ImageError(f"{place}: cannot be fetched ({' '.join(str(error).split())}); check the address.") from error
 
 
 def report_for(on_error: OnError, report: SkipReport | None) -> SkipReport | None:
@@ -210,9 +209,9 @@ class RowReader:
     """The transform of a map-style source: rows in, examples out.
 
     Args:
-        rows: All rows of the source, undecoded, from which a stand-in is taken.
+        rows: All rows of the source, undecoded; they replace bad rows.
         origin: Where they come from.
-        report: Counts the rows left out; None: a bad row raises.
+        report: Counts the skipped rows; None: a bad row raises.
     """
 
     POSITION = "_row"
@@ -232,7 +231,7 @@ class RowReader:
         return {name: [example[name] for example in examples] for name in columns}
 
     def read(self, row: dict[str, Any], position: int) -> dict[str, Any]:
-        """The example at a position of the source, or, where bad rows are left out, the next good one (cyclically)."""
+        """The example at a position; if the row is bad and skipped, the next good one (cyclically)."""
 
         def example(index: int) -> dict[str, Any]:
             stored = row if index == position else self.rows[index]
@@ -242,17 +241,17 @@ class RowReader:
 
 
 class StreamReader:
-    """The last step of a stream: a batch of one row in, a batch of one example or none out.
+    """The last step of a stream: maps a batch of one row to a batch of one example, or to an empty batch.
 
     Args:
         origins: The sources of the stream; `_origin` in a row is a position in them.
-        report: Counts the rows left out; None: a bad row raises.
+        report: Counts the skipped rows; None: a bad row raises.
     """
 
     def __init__(self, origins: list[Origin], report: SkipReport | None):
         self.origins = origins
         self.report = report
-        self.bad = 0  # in succession
+        self.bad = 0  # consecutive bad rows
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         row = {name: column[0] for name, column in batch.items()}
@@ -271,7 +270,7 @@ class StreamReader:
 
 
 def place_of(label: str, index: int, image: Any) -> str:
-    """What to call a row in an error: its source, its number counted from 0, and the path stored in it."""
+    """The name of a row in errors: its source, its number from 0, and the path of its image."""
     path = stored_path(image)
     return f"{label}, row {index}" + (f" ({path})" if path else "")
 
@@ -283,12 +282,12 @@ def _leave_out(error: ImageError | CaptionError, report: SkipReport | None) -> N
 
 
 def hopeless(label: str) -> SourceError:
-    """The error for a source in which row after row is bad."""
-    return SourceError(f"{label}: no good row among up to {HOPELESS} in succession; are the images in their place?")
+    """The error for a source with too many consecutive bad rows."""
+    return SourceError(f"{label}: up to {HOPELESS} consecutive rows could not be read; check the image folder.")
 
 
 class Rows(Protocol):
-    """What is read by row number: a list, a `datasets.Dataset`, a mixture."""
+    """Anything with a length that is indexed by row number: a list, a `datasets.Dataset`, a mixture."""
 
     def __len__(self) -> int: ...
 

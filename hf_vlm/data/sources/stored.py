@@ -1,7 +1,7 @@
-"""Image-text rows of a source in their stored order, each once, with the image's file as it was stored.
+"""The image-text rows of a source in stored order, each once, with the bytes of the image file.
 
-For programs that write data back: the bytes of a picture are passed on, not decoded and encoded anew. Rows are read as
-a stream, so that nothing is prepared first and a run that was stopped goes on at any row.
+For programs that write data back: the bytes of an image are copied, not decoded and encoded again. Rows are read as a
+stream, so nothing is prepared first and an interrupted run resumes at any row.
 """
 
 import io
@@ -43,10 +43,10 @@ def stored_blocks(
 
     Args:
         source: what to read; always as a stream, in the order of its files.
-        block_size: rows a block; bad rows that are left out count, so that blocks begin at the same rows in every run.
+        block_size: rows a block; skipped rows count, so that blocks start at the same rows in every run.
         start: first block, counted from 0.
-        on_error: `"raise"`, or `"skip"`: bad rows are left out and counted.
-        report: counts the rows left out; a new one by default.
+        on_error: `"raise"`, or `"skip"`: bad rows are skipped and counted.
+        report: counts the skipped rows; a new one by default.
 
     Raises:
         SourceError, ImageError, CaptionError: as `load_source`.
