@@ -1,4 +1,4 @@
-"""Checkpoints that bring their code: they load with `trust_remote_code=True` where hf_vlm is not installed."""
+"""Checkpoints saved with their code, which load with `trust_remote_code=True` where hf_vlm is not installed."""
 
 import inspect
 import json
@@ -20,7 +20,7 @@ def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: st
     Args:
         model: A model of this package.
         processor: Its processor.
-        folder: Where to; made if need be.
+        folder: Destination; created if it does not exist.
     """
     folder = Path(folder)
     model.save_pretrained(folder)
@@ -40,12 +40,12 @@ def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: st
 
 
 def reference(part: object) -> str:
-    """The class of an object as `auto_map` names it: `modeling_clip.VlmClipModel`."""
+    """The class of an object as written in `auto_map`, such as `modeling_clip.VlmClipModel`."""
     return f"{type(part).__module__.rsplit('.', 1)[-1]}.{type(part).__name__}"
 
 
 def _edit_json(path: Path, **entries: Any) -> None:
-    """Adds entries to a JSON file, and the same `auto_map` to an image processor within it."""
+    """Adds entries to a JSON file; a nested image processor gets the same `auto_map`."""
     content = json.loads(path.read_text()) | entries
     if "image_processor" in content:
         content["image_processor"]["auto_map"] = entries["auto_map"]

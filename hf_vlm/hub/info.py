@@ -1,4 +1,4 @@
-"""`hf-vlm info`: what a checkpoint is, what it was trained on and its numbers, read without loading its weights."""
+"""`hf-vlm info`: architecture, training data and results of a checkpoint, read without loading its weights."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -27,25 +27,26 @@ from ..families import FAMILIES, load_class
 from .cards.card import RESULTS_NAME, card_texts, eval_results, input_sizes, read_results
 from .record import RECORD_NAME, count_parameters, read_json, read_record
 
-# All that is fetched of a repository on the Hub; of its weights, only the headers are read.
+# The files that are downloaded from the Hub. Of the weights, only the headers are read.
 FILES = ["config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"]
 FILES += [RECORD_NAME, RESULTS_NAME, "README.md"]
 Info = dict[str, Any]
 
 
 def checkpoint_info(source: str) -> Info:
-    """What a checkpoint says of itself.
+    """Facts about a checkpoint, from its files.
 
     Args:
         source: A folder or a Hub id.
 
     Returns:
-        `architecture`, `model_type`, `head`, `parameters` (`total` and by part), `weights` (`bytes` and `dtypes`:
-        values by data type), `inputs` (`images` and `texts`), `revision` (of Hub ids), and what the run left: `recipe`,
-        `training`, `data`, `parts`, `licence` and `results` (one entry a number). What is not known is left out.
+        `architecture`, `model_type`, `head`, `parameters` (`total` and by part), `weights` (`bytes`, and `dtypes` with
+        the number of values of each), `inputs` (`images` and `texts`) and `revision` (for Hub ids). From the training
+        record: `recipe`, `training`, `data`, `parts`, `licence` and `results` (one entry per number). Unknown facts are
+        left out.
 
     Raises:
-        ValueError: if there is no such checkpoint, it is of another architecture, or one of its files is broken.
+        ValueError: if the checkpoint does not exist, is of another architecture, or has a broken file.
     """
     folder, revision = local_files(source)
     config = own_config(folder, source)
@@ -73,7 +74,7 @@ def checkpoint_info(source: str) -> Info:
 
 
 def local_files(source: str) -> tuple[Path, str | None]:
-    """The folder of a checkpoint's small files and, of a Hub id, the commit that they are from."""
+    """The folder with a checkpoint's small files and, for a Hub id, their commit."""
     if Path(source).is_dir():
         return Path(source), None
     try:
@@ -91,7 +92,7 @@ def own_config(folder: Path, source: str) -> PreTrainedConfig:
     """The config of a checkpoint of this package.
 
     Raises:
-        ValueError: if it is missing, broken, or of another architecture.
+        ValueError: if config.json is missing, broken, or of another architecture.
     """
     content = read_json(folder / "config.json")
     if not content:
@@ -103,7 +104,7 @@ def own_config(folder: Path, source: str) -> PreTrainedConfig:
 
 
 def head_class(config: PreTrainedConfig, source: str) -> type[PreTrainedModel]:
-    """The class that wrote a checkpoint; the base model's if its config does not say."""
+    """The class that saved a checkpoint; the base model if the config does not name one."""
     family = FAMILIES[config.model_type]
     written_by = (config.architectures or [family.model])[0]
     if written_by not in family.classes:
@@ -113,7 +114,7 @@ def head_class(config: PreTrainedConfig, source: str) -> type[PreTrainedModel]:
 
 
 def stored_weights(folder: Path, repo_id: str | None, revision: str | None) -> Info | None:
-    """Bytes and data types of the weights, from the headers of their files; None where there are none."""
+    """Bytes and dtypes of the weights, from the headers of their files; None if there are no weights."""
     try:
         headers = [parse_local_safetensors_file_metadata(path) for path in sorted(folder.glob("model*.safetensors"))]
         if not headers and repo_id:
@@ -130,7 +131,7 @@ def stored_weights(folder: Path, repo_id: str | None, revision: str | None) -> I
 
 
 def remote_headers(repo_id: str, revision: str | None) -> list[SafetensorsFileMetadata]:
-    """The headers of a repository's weights, without the weights; none where it has none or the Hub is out of reach."""
+    """The headers of a repository's weight files; empty without weights or without a connection to the Hub."""
     try:
         return list(HfApi().get_safetensors_metadata(repo_id, revision=revision).files_metadata.values())
     except (NotASafetensorsRepoError, OfflineModeIsEnabled):
@@ -138,7 +139,7 @@ def remote_headers(repo_id: str, revision: str | None) -> list[SafetensorsFileMe
 
 
 def measured(folder: Path, model_type: str) -> list[Info]:
-    """The numbers of a checkpoint: those of its evaluation, else those that its model card carries."""
+    """The results of a checkpoint: from results.json, or else from the metadata of its model card."""
     card = folder / "README.md"
     found: list[EvalResult] = eval_results(read_results(folder), model_type)
     if not found and card.is_file():
@@ -156,7 +157,7 @@ def measured(folder: Path, model_type: str) -> list[Info]:
 
 
 def format_info(info: Info) -> str:
-    """A report of [`checkpoint_info`] as lines of text."""
+    """The result of [`checkpoint_info`] as lines of text."""
     parts = ", ".join(f"{part} {count:,}" for part, count in info["parameters"]["parts"].items())
     lines = [
         ("checkpoint", info["checkpoint"] + (f" at {info['revision']}" if "revision" in info else "")),
@@ -184,12 +185,12 @@ def format_info(info: Info) -> str:
 
 
 def short(value: Any) -> str:
-    """A value in few characters."""
+    """A value as short text, fractions with three decimals."""
     return f"{value:.3f}" if isinstance(value, float) and not value.is_integer() else f"{value}"
 
 
 def printable(text: Any) -> str:
-    """Text from a checkpoint without characters that would command the terminal."""
+    """Text from a checkpoint without control characters, which could drive the terminal."""
     return "".join(character for character in str(text) if character.isprintable())
 
 

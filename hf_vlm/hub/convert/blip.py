@@ -1,7 +1,8 @@
-"""BLIP between this package and transformers' classes (captions, question answering, retrieval), both ways.
+"""BLIP between this package and transformers' classes (captions, question answering, retrieval), in both directions.
 
-transformers keeps queries, keys and values of the text apart, and gives class token and positions more dimensions; its
-other names stand in the tables, of which the text's are those of the original code as well.
+- transformers stores query, key and value projections of the text separately; here they are fused.
+- transformers' class token and position embeddings have extra leading dimensions.
+- The tables translate all other names. The names of the text part are also those of the original code.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from .state_dict import Names, StateDict, flipped, fuse, prefixed, rename, split
 
 HEADS = native_heads("vlm_blip")
 
-# Ours on the left, where `q`, `k`, `v` are the parts of `qkv`, and `memory_k`, `memory_v` those of `key_value`.
+# Our names on the left; `q`, `k`, `v` are split from `qkv`, and `memory_k`, `memory_v` from `key_value`.
 QKV, KEY_VALUE = ("q", "k", "v"), ("memory_k", "memory_v")
 LAYER_NAMES: Names = (
     ("self_attention.q.*", "attention.self.query.*"),
@@ -50,7 +51,7 @@ TEXT_NAMES: Names = (
     ("embeddings.norm.*", "embeddings.LayerNorm.*"),
     *prefixed("layers.*.", "encoder.layer.*.", LAYER_NAMES),
 )
-# These are the original code's names too.
+# The original code uses these names too.
 SHARED_NAMES: Names = (
     *prefixed("model.text_encoder.", "text_encoder.", TEXT_NAMES),
     *prefixed("model.text_decoder.", "text_decoder.bert.", TEXT_NAMES),
@@ -71,7 +72,7 @@ VISION_NAMES: Names = (
     ("embeddings.*", "embeddings.*"),
 )
 NAMES: Names = (*prefixed("model.vision_model.", "vision_model.", VISION_NAMES), *SHARED_NAMES)
-# The same number twice, or no weight at all.
+# Duplicates of other tensors, and buffers.
 REDUNDANT = ("cls.predictions.bias", "position_ids", "logit_scale")
 
 VISION_FIELDS = (
@@ -110,7 +111,7 @@ ALLOWED_VISION = {
 
 
 def split_text(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """Our state dict with the projections of the text apart."""
+    """Our state dict with the fused projections of the text split."""
     vision = {name: tensor for name, tensor in state_dict.items() if name.startswith("model.vision_model.")}
     text = {name: tensor for name, tensor in state_dict.items() if name not in vision}
     return {**vision, **split(split(text, QKV, "qkv"), KEY_VALUE, "key_value")}
@@ -122,11 +123,11 @@ def fuse_text(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
 
 
 def read_config(native: BlipConfig, head: type[VlmBlipHead]) -> VlmBlipConfig:
-    """The config of our head for one of transformers'."""
+    """The config of our head for a config of transformers."""
     text = chosen(native.text_config, TEXT_FIELDS)
     text["hidden_dropout"] = native.text_config.hidden_dropout_prob
     text["attention_dropout"] = native.text_config.attention_probs_dropout_prob
-    # The two added tokens are the last of the vocabulary.
+    # The two tokens that BLIP adds are the last of the vocabulary.
     text["enc_token_id"] = text["vocab_size"] - 1
     return VlmBlipConfig(
         vision_config={**BLIP_VISION, **chosen(native.vision_config, VISION_FIELDS)},
@@ -165,7 +166,7 @@ def to_transformers(model: VlmBlipHead) -> PreTrainedModel:
         names = ", ".join(head.__name__ for head in natives)
         raise ValueError(f"transformers has no class for a {type(model).__name__}; make it one of {names} first.")
     if any(getattr(model.config, name) != value for name, value in model.layout.items()):
-        model = type(model).from_pretraining(model)  # without the parts of another head's checkpoint
+        model = type(model).from_pretraining(model)  # drops parts that came with another head's checkpoint
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
     check_allowed(vision, ALLOWED_VISION, "vision_config.", "BLIP")
     check_allowed(config, ALLOWED, owner="BLIP")
@@ -188,7 +189,7 @@ def to_transformers(model: VlmBlipHead) -> PreTrainedModel:
 
 
 def native_config(config: VlmBlipConfig) -> BlipConfig:
-    """The config of transformers' class for one of ours."""
+    """The config of transformers' class for our config."""
     text = chosen(config.text_config, TEXT_FIELDS)
     text["hidden_dropout_prob"] = config.text_config.hidden_dropout
     text["attention_probs_dropout_prob"] = config.text_config.attention_dropout

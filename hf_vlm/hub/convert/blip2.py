@@ -1,11 +1,14 @@
-"""BLIP-2 and InstructBLIP between this package and transformers' classes (generation, retrieval), both ways.
+"""BLIP-2 and InstructBLIP between this package and transformers' classes (generation, retrieval), in both directions.
 
-- The LLM is the same module on both sides, with its own names. All else is renamed; transformers keeps queries, keys
-  and values of the Q-Former apart, and has the LayerNorm after the image tower inside it.
-- A placeholder past the LLM's vocabulary is looked up by transformers: its embedding (and its output, if that is a
-  layer of its own) then gets rows up to it, each the mean of the others. Logits of the old vocabulary stay equal.
-- Of BLIP-2 with an LLM, transformers' class has no text branch: ours comes without one, and it is left behind.
-- Where dtypes differ, what is trained here takes that of the Q-Former, and there (LayerNorm, projection) the tower's.
+- The LLM is the same module on both sides and keeps its names. The tables translate all other names.
+- transformers stores query, key and value projections of the Q-Former separately; here they are fused.
+- transformers counts the LayerNorm after the image tower as part of the tower.
+- transformers looks up the embedding of the image token. If its id lies past the LLM's vocabulary, embedding and output
+  layer are extended up to the id. New rows are the mean of the old ones, so logits of old tokens stay equal.
+- transformers' BLIP-2 with an LLM has no text branch in the Q-Former. The text branch is dropped on the way there, and
+  the model converted from there has none.
+- If dtypes differ, the trained modules take the Q-Former's dtype here. In transformers, LayerNorm and projection take
+  the image tower's dtype.
 """
 
 import copy
@@ -38,7 +41,7 @@ from .state_dict import Names, StateDict, flipped, fuse, prefixed, rename, split
 
 HEADS = native_heads("vlm_blip2", "vlm_instructblip")
 
-# Ours on the left. These are the original code's names too.
+# Our names on the left. The original code uses the names on the right too.
 QFORMER_LAYER_NAMES: Names = (
     ("query_mlp.fc1.*", "intermediate_query.dense.*"),
     ("query_mlp.fc2.*", "output_query.dense.*"),
@@ -62,7 +65,7 @@ SHARED_NAMES: Names = (
 
 
 def embedding_names(norm: str, words: str) -> Names:
-    """The table of the Q-Former's embeddings, whose LayerNorm and words have these places in transformers' class."""
+    """The name table of the Q-Former's embeddings, given where transformers' class keeps LayerNorm and words."""
     return (
         ("model.qformer.embeddings.norm.*", f"{norm}.*"),
         ("model.qformer.embeddings.word_embedding.*", f"{words}.word_embeddings.*"),
@@ -79,7 +82,7 @@ NAMES: dict[type[PreTrainedModel], Names] = {
     ),
 }
 FROZEN = ("model.vision_model.", "model.language_model.")
-POST_NORM = "model.vision_model.post_norm."  # the tower's own, which nothing reads
+POST_NORM = "model.vision_model.post_norm."  # the tower's own final norm, which BLIP-2 does not use
 TEXT_BRANCH = (".mlp.", ".word_embedding.", ".position_embedding.")
 
 VISION_FIELDS = (*BLIP_VISION_FIELDS, "qkv_bias")
@@ -95,7 +98,7 @@ QFORMER_FIELDS = (
     "cross_attention_frequency",
     "initializer_range",
 )
-# What is after the tower's last layer (final norm, pooling) is not read; dropouts of the tower are those of training.
+# BLIP-2 does not use the tower's final norm and pooling, so they are not checked. Dropout does not change outputs.
 ALLOWED_VISION = {
     "model_type": ("vlm_tower",),
     "num_channels": (3,),
@@ -105,7 +108,7 @@ ALLOWED_VISION = {
 
 
 def fuse_qformer(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """Our state dict with the projections of the Q-Former fused; an LLM may have parts of the same names."""
+    """Our state dict with fused projections in the Q-Former only, because an LLM may have modules of the same names."""
     qformer = {name: tensor for name, tensor in state_dict.items() if name.startswith("model.qformer.")}
     rest = {name: tensor for name, tensor in state_dict.items() if name not in qformer}
     return {**rest, **fuse(fuse(qformer, QKV, "qkv"), KEY_VALUE, "key_value")}
@@ -122,7 +125,7 @@ def read_config(native: PreTrainedModel) -> VlmBlip2Config:
     """The config of our head for a model of transformers.
 
     Raises:
-        ValueError: if it has an LLM and no placeholder, or a text branch that lacks a part.
+        ValueError: if a model with an LLM has no image token, or the text branch is missing or not expected.
     """
     config, head = native.config, HEADS[type(native)]
     owner, is_retrieval = type(native).__name__, head is VlmBlip2ForImageTextRetrieval
@@ -137,7 +140,7 @@ def read_config(native: PreTrainedModel) -> VlmBlip2Config:
         "hidden_dropout": config.qformer_config.hidden_dropout_prob,
         "attention_dropout": config.qformer_config.attention_probs_dropout_prob,
         "pad_token_id": config.qformer_config.pad_token_id or 0,
-        "bos_token_id": qformer["vocab_size"] - 1,  # the added token is the last of the vocabulary
+        "bos_token_id": qformer["vocab_size"] - 1,  # the token that BLIP-2 adds is the last of the vocabulary
     }
     options: dict = {}
     if is_retrieval:
@@ -158,7 +161,7 @@ def read_config(native: PreTrainedModel) -> VlmBlip2Config:
 
 
 def check_same_llm(one: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Refuses an LLM that is made of the same config by another class."""
+    """Refuses an LLM whose class differs from the class that its config builds."""
     if type(one) is not type(other):
         raise ValueError(
             f"A {type(one).__name__} has no equivalent: from its config a {type(other).__name__} would be made."
@@ -191,10 +194,10 @@ def from_transformers(model: PreTrainedModel) -> VlmBlip2PreTrainedModel:
 
 
 def native_config(config: VlmBlip2Config, native_class: type[PreTrainedModel]) -> Blip2Config | InstructBlipConfig:
-    """The config of transformers' class for one of ours.
+    """The config of transformers' class for our config.
 
     Raises:
-        ValueError: if an option (named) has no equivalent there.
+        ValueError: if an option has no equivalent in transformers; the error names the option.
     """
     vision, qformer = config.vision_config, config.qformer_config
     check_allowed(vision, ALLOWED_VISION, "vision_config.", native_class.__name__)
@@ -248,13 +251,13 @@ def to_transformers(model: VlmBlip2PreTrainedModel) -> PreTrainedModel:
 
 
 def is_text(name: str) -> bool:
-    """Whether a tensor of the Q-Former is of its text branch."""
+    """Whether a tensor of the Q-Former belongs to its text branch."""
     return any(part in name for part in TEXT_BRANCH)
 
 
 @torch.no_grad()
 def add_rows(native: PreTrainedModel, token_id: int) -> None:
-    """Extends the vocabulary of an LLM to a token, by the means of what it has."""
+    """Extends the LLM's vocabulary up to a token id; each new row is the mean of the existing rows."""
     llm = native.language_model
     count = llm.get_input_embeddings().num_embeddings
     if token_id < count:

@@ -1,7 +1,8 @@
 """BLIP-2's first stage from the layout of LAVIS: image tower in EVA's layout, Q-Former and heads.
 
-Where no config is given the sizes are read from the tensors; heads of the Q-Former are 64 wide, as in every published
-BLIP-2, and EVA's tower has 16 of them. EVA has no bias on the keys: ours is zero, which is the same function.
+- Without a config, the sizes are read from the tensor shapes. As in every published BLIP-2, the Q-Former's attention
+  heads are 64 wide and EVA's image tower has 16 heads.
+- EVA has no bias on the keys. Here the bias is zero, which computes the same.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from .blip2 import QFORMER_LAYER_NAMES, fuse_qformer
 from .blip_original import VISION_NAMES
 from .state_dict import Names, StateDict, check_keys, check_state_dict, flipped, prefixed, rename, with_weights
 
-# Ours on the left.
+# Our names on the left.
 NAMES: Names = (
     *prefixed("model.vision_model.", "visual_encoder.", tuple(row for row in VISION_NAMES if row[0] != "post_norm.*")),
     ("model.vision_norm.*", "ln_vision.*"),
@@ -31,7 +32,7 @@ NAMES: Names = (
     ("similarity.text_proj.*", "text_proj.*"),
     ("similarity.temperature", "temp"),
 )
-# The same number twice, or no weight at all.
+# Duplicates of other tensors, and buffers.
 REDUNDANT = ("Qformer.cls.predictions.bias", "Qformer.bert.embeddings.position_ids")
 PATCHES, POSITIONS = "visual_encoder.patch_embed.proj.weight", "visual_encoder.pos_embed"
 FC1 = "visual_encoder.blocks.0.mlp.fc1.weight"
@@ -43,7 +44,7 @@ OWNER = "this BLIP-2 checkpoint"
 
 
 def is_blip2(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the names are those of a BLIP-2 in this layout."""
+    """Whether the tensor names belong to a BLIP-2 in this layout."""
     return any(name.startswith("Qformer.bert.") for name in state_dict)
 
 
@@ -51,7 +52,7 @@ def from_original(state_dict: Mapping[str, torch.Tensor], config: VlmBlip2Config
     """See [`hf_vlm.hub.convert.from_original`].
 
     Raises:
-        ValueError: if it lacks the image tower or is of a later stage, or its tensors do not fit.
+        ValueError: if the image tower is missing, the checkpoint is from a later stage, or tensors do not fit.
     """
     if not any(name.startswith("visual_encoder.") for name in state_dict):
         raise ValueError("This BLIP-2 checkpoint leaves out its frozen tower: add its tensors as visual_encoder.*.")
@@ -64,14 +65,14 @@ def from_original(state_dict: Mapping[str, torch.Tensor], config: VlmBlip2Config
         if name in renamed:
             renamed[name] = renamed[name].flatten(0, last)
     model = VlmBlip2ForPreTraining(config or read_config(state_dict))
-    # The tower's own norm, which nothing reads.
+    # The tower's own final norm, which BLIP-2 does not use.
     unread = {name: tensor for name, tensor in model.state_dict().items() if ".vision_model.post_norm." in name}
     check_state_dict(OWNER, {**renamed, **unread}, model.state_dict())
     return with_weights(model, {**renamed, **unread}).float()
 
 
 def with_key_bias(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """The state dict with `q_bias` and `v_bias` as one `qkv.bias`, in which that of the keys is zero."""
+    """The state dict with `q_bias` and `v_bias` fused to `qkv.bias`; the bias of the keys is zero."""
     result = dict(state_dict)
     for name in state_dict:
         other = f"{name.removesuffix('q_bias')}v_bias"
@@ -82,10 +83,10 @@ def with_key_bias(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
 
 
 def read_config(state_dict: Mapping[str, torch.Tensor]) -> VlmBlip2Config:
-    """The config that the shapes of the tensors say.
+    """The config, read from the tensor shapes.
 
     Raises:
-        ValueError: if a tensor that is needed for that is missing.
+        ValueError: if a tensor that determines a size is missing.
     """
     check_keys(OWNER, missing=[name for name in SIZES_FROM if name not in state_dict])
     width, num_channels, patch_size, _ = state_dict[PATCHES].shape

@@ -1,6 +1,6 @@
-"""Processors of BLIP-2 and InstructBLIP between this package and transformers, which give the same tokens.
+"""Processors of BLIP-2 and InstructBLIP between this package and transformers; both give the same tokens.
 
-In both, placeholders come before the text and its begin token; ours wants `<image>` written before each text.
+In both, the image placeholders precede the text and its begin token. Ours expects `<image>` before each text.
 """
 
 import copy
@@ -13,10 +13,12 @@ from . import blip as convert_blip
 
 
 def processor_from_transformers(processor: ProcessorMixin) -> VlmBlip2Processor:
-    """See [`hf_vlm.hub.convert.processor_from_transformers`]; a tokenizer with a class token is the Q-Former's own.
+    """See [`hf_vlm.hub.convert.processor_from_transformers`].
+
+    A tokenizer with a class token is the Q-Former's; the processor then has no LLM tokenizer.
 
     Raises:
-        ValueError: if the number of placeholders is not known.
+        ValueError: if `num_query_tokens` is not set.
     """
     owner = type(processor).__name__
     image_processor = convert_blip.processor_from_transformers(processor).image_processor

@@ -1,7 +1,8 @@
-"""BLIP from the layout of its own code, which is LAVIS's too: captions, question answering, retrieval, pretraining.
+"""BLIP from the layout of the original code and of LAVIS: captions, question answering, retrieval, pretraining.
 
-Which head it is shows in the tensors. Where no config is given the sizes are read from them; heads are 64 wide, as in
-every published BLIP. Momentum encoders and queue come along where there are any.
+- The tensor names tell which head the checkpoint has.
+- Without a config, the sizes are read from the tensor shapes. Attention heads are 64 wide, as in every published BLIP.
+- Momentum encoders and queue are loaded if the checkpoint has them.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from ...models.modeling_blip_generation import VlmBlipForConditionalGeneration, 
 from .blip import REDUNDANT, SHARED_NAMES, fuse_text
 from .state_dict import Names, StateDict, check_keys, check_state_dict, flipped, prefixed, rename, with_weights
 
-# Ours on the left.
+# Our names on the left.
 VISION_NAMES: Names = (
     ("embeddings.class_embedding", "cls_token"),
     ("embeddings.position_embedding.weight", "pos_embed"),
@@ -37,17 +38,17 @@ SIZES_FROM = (
 )
 HEAD_WIDTH = 64
 OUTPUT = "text_decoder.cls.predictions.decoder.weight"
-TWIN = "encoder.layer.0.output.dense.weight"  # of encoder and decoder, where they share
+TWIN = "encoder.layer.0.output.dense.weight"  # equal in encoder and decoder if the two share weights
 
 
 def is_blip(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the names are those of a BLIP in this layout."""
+    """Whether the tensor names belong to a BLIP in this layout."""
     has_text = any(name.startswith(("text_encoder.", "text_decoder.bert.")) for name in state_dict)
     return "visual_encoder.cls_token" in state_dict and has_text
 
 
 def head_of(state_dict: Mapping[str, torch.Tensor]) -> type[VlmBlipHead]:
-    """Our class for what the tensors are."""
+    """Our head class for a checkpoint with these tensors."""
     has_decoder = any(name.startswith("text_decoder.") for name in state_dict)
     if "itm_head.weight" in state_dict:
         return VlmBlipForPreTraining if has_decoder else VlmBlipForImageTextRetrieval
@@ -77,7 +78,7 @@ def from_original(
 
 
 def reshaped(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """Class token, positions and temperature in our shapes."""
+    """The state dict with class token, position embeddings and temperature in our shapes."""
     shapes = {"class_embedding": (-1,), "position_embedding.weight": (-1, None), "temperature": (1,)}
     result = dict(state_dict)
     for name, tensor in state_dict.items():
@@ -88,10 +89,10 @@ def reshaped(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
 
 
 def without_twins(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """Our state dict without what the decoder shares with the encoder.
+    """Our state dict without the decoder tensors that are shared with the encoder.
 
     Raises:
-        ValueError: if a tensor that should be shared differs.
+        ValueError: if a shared tensor differs between encoder and decoder.
     """
     result = {}
     for name, tensor in state_dict.items():
@@ -104,7 +105,7 @@ def without_twins(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
 
 
 def load_momentum(model: VlmBlipForPreTraining, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Sets momentum encoders and queue, which counts as full, to those of a checkpoint."""
+    """Loads momentum encoders and queue from a checkpoint; the queue counts as full."""
     averages = {name.replace("_m.", ".", 1): tensor for name, tensor in state_dict.items() if "_m." in name}
     averages = {name: tensor for name, tensor in averages.items() if "crossattention" not in name}
     averages = {name: tensor for name, tensor in averages.items() if not name.endswith(REDUNDANT)}
@@ -120,10 +121,10 @@ def load_momentum(model: VlmBlipForPreTraining, state_dict: Mapping[str, torch.T
 
 
 def read_config(state_dict: Mapping[str, torch.Tensor], head: type[VlmBlipHead]) -> VlmBlipConfig:
-    """The config that the shapes of the tensors say.
+    """The config, read from the tensor shapes.
 
     Raises:
-        ValueError: if a tensor that is needed for that is missing.
+        ValueError: if a tensor that determines a size is missing.
     """
     text = "text_encoder." if "text_encoder.embeddings.word_embeddings.weight" in state_dict else "text_decoder.bert."
     words = f"{text}embeddings.word_embeddings.weight"
@@ -147,7 +148,7 @@ def read_config(state_dict: Mapping[str, torch.Tensor], head: type[VlmBlipHead])
 
 
 def same(state_dict: Mapping[str, torch.Tensor], one: str, other: str) -> bool:
-    """Whether there are two tensors of these names, and they are equal."""
+    """Whether both tensors exist and are equal."""
     return one in state_dict and other in state_dict and torch.equal(state_dict[one], state_dict[other])
 
 
@@ -168,7 +169,7 @@ def read_vision_config(state_dict: Mapping[str, torch.Tensor]) -> dict:
 
 
 def read_text_config(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict:
-    """The sizes of the text transformer whose names begin with `prefix`."""
+    """The sizes of the text transformer with this name prefix."""
     vocab_size, width = state_dict[f"{prefix}embeddings.word_embeddings.weight"].shape
     layers = [name for name in state_dict if name.startswith(prefix) and name.endswith(".intermediate.dense.weight")]
     return {

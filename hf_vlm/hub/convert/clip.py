@@ -1,7 +1,8 @@
-"""CLIP between this package and transformers' `CLIPModel`, both ways.
+"""CLIP between this package and transformers' `CLIPModel`, in both directions.
 
-What the two name differently stands in the tables; that transformers keeps queries, keys and values apart is the only
-other difference. What only one of them can express stands in `ALLOWED`.
+- Parameter names differ; the tables translate them.
+- transformers stores query, key and value projections separately; here they are fused.
+- `ALLOWED` lists the option values that `CLIPModel` can express.
 """
 
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -13,7 +14,7 @@ from .images import from_clip_image_processor, to_clip_image_processor
 from .state_dict import Names, flipped, fuse, prefixed, rename, split, with_weights
 
 QKV = ("q_proj", "k_proj", "v_proj")
-# Ours on the left. `qkv_proj` is what the three projections of transformers are called once fused.
+# Our names on the left. `qkv_proj` stands for transformers' three projections after fusing.
 LAYER_NAMES: Names = (
     ("layers.*.norm1.*", "encoder.layers.*.layer_norm1.*"),
     ("layers.*.norm2.*", "encoder.layers.*.layer_norm2.*"),
@@ -38,7 +39,7 @@ HEAD_NAMES: Names = (
     ("text_projection.weight", "text_projection.weight"),
     ("similarity.logit_scale", "logit_scale"),
 )
-# A tower that is transformers' own already.
+# A tower that is a transformers module on both sides keeps its names.
 SAME_NAMES: Names = (("*", "*"),)
 
 LAYER_FIELDS = (
@@ -55,8 +56,8 @@ VISION_FIELDS = (*LAYER_FIELDS, "num_channels", "image_size", "patch_size")
 TOKEN_FIELDS = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 TEXT_FIELDS = (*LAYER_FIELDS, *TOKEN_FIELDS)
 
-# Values that CLIPModel can express, of the options that it does not have. Options that act in training only (patch
-# dropout, drop path, the clamp) change no output and are left behind.
+# For options that CLIPModel does not have: the values that it computes with. Options that only act in training (patch
+# dropout, drop path, the clamp) do not change outputs and are dropped.
 ALLOWED = {"vision_pooling": ("tower",), "text_pooling": ("tower",), "loss_type": ("softmax",)}
 ALLOWED_VISION = {
     "model_type": ("vlm_tower", "clip_vision_model"),
@@ -71,7 +72,7 @@ ALLOWED_TEXT = {"model_type": ("vlm_text_tower", "clip_text_model")}
 
 
 def native_names(config: VlmClipConfig) -> Names:
-    """The table for a config, whose towers are ours or `CLIPModel`'s own."""
+    """The name table for a config; each tower is ours or a transformers module."""
     is_own_vision = config.vision_config.model_type == "vlm_tower"
     is_own_text = config.text_config.model_type == "vlm_text_tower"
     return (
@@ -82,7 +83,7 @@ def native_names(config: VlmClipConfig) -> Names:
 
 
 def chosen(config: PreTrainedConfig, fields: tuple[str, ...]) -> dict:
-    """The given fields of a config."""
+    """The values of the given fields of a config."""
     values = config.to_dict()
     return {name: values[name] for name in fields}
 
@@ -90,7 +91,7 @@ def chosen(config: PreTrainedConfig, fields: tuple[str, ...]) -> dict:
 def check_allowed(
     config: PreTrainedConfig, allowed: dict[str, tuple], prefix: str = "", owner: str = "CLIPModel"
 ) -> None:
-    """Raises a one-line ValueError that names the first option whose value `owner` cannot express."""
+    """Raises a one-line ValueError for the first option whose value `owner` cannot express."""
     values = config.to_dict()
     for name, choices in allowed.items():
         if name in values and values[name] not in choices:
@@ -121,7 +122,7 @@ def to_transformers(model: VlmClipModel) -> CLIPModel:
     native_config = CLIPConfig(
         vision_config=chosen(config.vision_config, VISION_FIELDS) | projection,
         text_config=chosen(config.text_config, TEXT_FIELDS) | projection,
-        # CLIPModel makes a parameter of the number as it is, which an integer cannot be.
+        # CLIPModel makes a parameter of the number, and an integer parameter is refused.
         logit_scale_init_value=float(config.to_dict()["logit_scale_init_value"]),
         **projection,
     )

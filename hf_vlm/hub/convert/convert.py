@@ -1,9 +1,9 @@
 """Checkpoints of other layouts to ours and back: `from_transformers`, `to_transformers`, `from_original`.
 
-- Exact or refused: what the other side has no equivalent of is named in a one-line error, before anything is written.
-- A checkpoint that lacks a weight or has one too many is refused as well; transformers itself would only log it.
-- A family is a module that holds its tables and the two classes; the tables below say which model type and which
-  processor belongs to which. The layout of an original is recognised by the names of its tensors.
+- A conversion is exact or refused. A one-line error names the option without equivalent before any file is written.
+- A checkpoint with missing or unexpected weights is refused too; transformers itself would only log a warning.
+- `hf_vlm.families` says which module converts a model type or a processor. Each such module holds the name tables.
+- The layout of an original checkpoint is recognised by its tensor names.
 """
 
 import tempfile
@@ -54,7 +54,7 @@ def _model_type(model_or_path: str | Path | PreTrainedModel) -> str:
 
 
 def _load(classes: Sequence[type[PreTrainedModel]], path: str | Path) -> PreTrainedModel:
-    """The model of a folder or Hub id, as the class that its config names, or the first one."""
+    """The model of a folder or Hub id, as the class that its config names (by default the first one)."""
     names = AutoConfig.from_pretrained(path).architectures or [classes[0].__name__]
     by_name = {model_class.__name__: model_class for model_class in classes}
     if names[0] not in by_name:
@@ -69,7 +69,7 @@ def _processor(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin
 
 
 def from_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """Our model of one of transformers' own, with the same outputs.
+    """Converts a model of transformers to ours; both give the same outputs.
 
     Args:
         model_or_path: A `CLIPModel`, a BLIP for captions, questions or retrieval, a BLIP-2 for generation or retrieval,
@@ -80,7 +80,12 @@ def from_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrained
             weights in their dtype.
 
     Raises:
-        ValueError: if it is of another architecture, or its weights are not exactly those of its class.
+        ValueError: if the architecture is another one, or the weights are not exactly those of its class.
+
+    Example:
+        ```python
+        >>> model = from_transformers("openai/clip-vit-base-patch32")
+        ```
     """
     family = _native_family(_model_type(model_or_path), model_or_path)
     if isinstance(model_or_path, str | Path):
@@ -90,7 +95,7 @@ def from_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrained
 
 
 def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """The model of transformers that computes the same as ours, so that everything which knows it can serve it.
+    """Converts our model to the equivalent class of transformers, for tools that support only native classes.
 
     Args:
         model_or_path: A [`VlmClipModel`] or a head of our BLIP, BLIP-2, InstructBLIP or LLaVA, or the folder or Hub id
@@ -101,8 +106,8 @@ def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedMo
             the weights in their dtype.
 
     Raises:
-        ValueError: if it is of another architecture, or an option (named) has no equivalent there: another text
-            encoder, mean pooling, the sigmoid loss, another layout of the image tower.
+        ValueError: if the architecture is another one, or an option has no equivalent in transformers, such as another
+            text encoder, mean pooling, the sigmoid loss or another layout of the image tower. The error names it.
     """
     family = _own_family(_model_type(model_or_path), model_or_path)
     if isinstance(model_or_path, str | Path):
@@ -111,16 +116,16 @@ def to_transformers(model_or_path: str | Path | PreTrainedModel) -> PreTrainedMo
 
 
 def processor_from_transformers(path_or_processor: str | Path | ProcessorMixin) -> ProcessorMixin:
-    """Our processor of one of transformers' own, with the same pixels (of RGB pictures) and tokens.
+    """Converts a processor of transformers to ours; both give the same pixels (for RGB images) and tokens.
 
     Args:
-        path_or_processor: A `CLIPProcessor`, or the folder or Hub id of one.
+        path_or_processor: The processor of a model that [`from_transformers`] converts, or its folder or Hub id.
 
     Returns:
-        [`VlmClipProcessor`], which holds the same tokenizer object.
+        Our processor of the same architecture.
 
     Raises:
-        ValueError: if it is another processor, or sizes its images in a way that ours does not.
+        ValueError: if the processor is another one, or resizes images in a way that ours does not support.
     """
     processor = _processor(path_or_processor)
     name = type(processor).__name__
@@ -134,13 +139,13 @@ def processor_to_transformers(path_or_processor: str | Path | ProcessorMixin) ->
     """The inverse of [`processor_from_transformers`].
 
     Args:
-        path_or_processor: A [`VlmClipProcessor`], or the folder or Hub id of one.
+        path_or_processor: The processor of a model that [`to_transformers`] converts, or its folder or Hub id.
 
     Returns:
-        `CLIPProcessor`, which holds the same tokenizer object.
+        The processor of transformers for the same architecture.
 
     Raises:
-        ValueError: if it is another processor, or pads its images.
+        ValueError: if the processor is another one, or resizes images in a way that transformers' does not support.
     """
     processor = _processor(path_or_processor)
     name = type(processor).__name__
@@ -157,37 +162,37 @@ def from_original(
     image_size: int | None = None,
     base: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Our model of weights in the layout of the code they were published with: open_clip's (OpenAI's too), BLIP's
-    (LAVIS's too), that of BLIP-2's first stage in LAVIS, or LLaVA's.
+    """Converts weights in the layout of an original repository to our model.
+
+    Layouts: open_clip and OpenAI's CLIP, BLIP (also in LAVIS), BLIP-2's first stage in LAVIS, and LLaVA.
 
     Args:
-        state_dict_or_path: The tensors by name, or a `.safetensors`, `.pt`, `.pth` or `.bin` file of them (also a
-            training checkpoint), or a folder with a `model.safetensors`, `pytorch_model.bin` (or their parts with an
-            index) or `mm_projector.bin`. A pickle is read as plain tensors only.
-        config: The config; without it, the sizes are read from the tensors, and heads are as wide as in that code (64,
-            but in ViT-H, ViT-g and ViT-bigG). A LLaVA needs it, or a `base`.
-        hidden_act: CLIP only: the activation, where no config says it: `"quick_gelu"` for OpenAI's weights, `"gelu"`
-            for most others.
-        image_size: BLIP only: another side of the images in pixels, to which position embeddings are interpolated.
-        base: LLaVA only: a [`VlmLlavaForConditionalGeneration`] of `from_parts(tower, llm, ...)`, whose projector, and
-            LLM and tower where the checkpoint has them, get its weights in place. Its `image_token_id` is an id past
-            the words of the checkpoint's tokenizer. LLaVA's code writes grids as `[width, height]`;
-            `image_grid_pinpoints` here are `[height, width]`.
+        state_dict_or_path: The tensors by name, or a `.safetensors`, `.pt`, `.pth` or `.bin` file (also a training
+            checkpoint). For LLaVA also a folder with `model.safetensors`, `pytorch_model.bin` (both may be sharded) or
+            `mm_projector.bin`. Pickles are read as plain tensors only.
+        config: The config. Without it, the sizes are read from the tensors. Attention heads are then as wide as in the
+            original code (64, except in ViT-H, ViT-g and ViT-bigG). LLaVA needs `config` or `base`.
+        hidden_act: CLIP without a config: the activation, `"quick_gelu"` for OpenAI's weights and `"gelu"` for most
+            others.
+        image_size: BLIP only: new side of the images in pixels; position embeddings are interpolated.
+        base: LLaVA only: a [`VlmLlavaForConditionalGeneration`] from `from_parts(tower, llm, ...)`. The weights of the
+            checkpoint are copied into it in place. Its `image_token_id` must lie past the vocabulary of the
+            checkpoint's tokenizer. LLaVA's code writes grids as `[width, height]`; `image_grid_pinpoints` here are
+            `[height, width]`.
 
     Returns:
-        [`VlmClipModel`], or the head of BLIP that the weights are, or `base`, in eval mode; in float32, but a base in
-        its own dtypes. A BLIP of pretraining has its momentum encoders and queue, but not with another `image_size`.
+        [`VlmClipModel`], the matching head of BLIP or BLIP-2, or `base`, in eval mode. Weights are in float32; a base
+        keeps its dtypes. A BLIP pretraining head has momentum encoders and queue unless `image_size` is given.
 
     Raises:
-        ValueError: if the layout is another one, CLIP's activation is not said or said twice, a LLaVA lacks a part and
-            has no `base`, or tensors are missing, unexpected or of another shape (the first few are named). A `base` is
-            then unchanged.
+        ValueError: if the layout is unknown, CLIP's activation is missing or given twice, a LLaVA lacks a part and has
+            no `base`, or tensors are missing, unexpected or of another shape. A `base` is unchanged then.
     """
     if isinstance(state_dict_or_path, str | Path):
         is_folder = Path(state_dict_or_path).is_dir()
         read = llava_original.read_folder if is_folder else read_state_dict
         state_dict_or_path = read(Path(state_dict_or_path))
-    # Data parallelism leaves a prefix on every name.
+    # DistributedDataParallel adds this prefix to every name.
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict_or_path.items()}
     if llava_original.is_llava(state_dict):
         return llava_original.from_original(state_dict, config, base)
@@ -207,7 +212,7 @@ def from_original(
 
 
 def convert_folder(src: str | Path, dst: str | Path, to: Literal["native", "hf_vlm"]) -> None:
-    """Converts the model and the processor of a checkpoint and saves both; if either is refused, nothing is written.
+    """Converts and saves the model and the processor of a checkpoint; writes nothing if either is refused.
 
     Args:
         src: Folder or Hub id of the checkpoint.
@@ -215,8 +220,8 @@ def convert_folder(src: str | Path, dst: str | Path, to: Literal["native", "hf_v
         to: `"native"` for transformers' own classes, `"hf_vlm"` for ours.
 
     Raises:
-        ValueError: if `dst` is in use, or the checkpoint cannot be converted.
-        OSError: if `src` is no checkpoint with a processor.
+        ValueError: if `dst` is not empty, or the checkpoint cannot be converted.
+        OSError: if `src` is not a checkpoint with a processor.
     """
     dst = Path(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -232,7 +237,7 @@ def convert_folder(src: str | Path, dst: str | Path, to: Literal["native", "hf_v
         unfinished = Path(folder) / dst.name
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-        if dst.exists():  # Windows does not rename onto a folder
+        if dst.exists():  # Windows cannot rename onto an existing folder
             dst.rmdir()
         unfinished.rename(dst)
 

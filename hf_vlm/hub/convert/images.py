@@ -1,4 +1,4 @@
-"""Image processors between this package and transformers, where both compute the same pixels."""
+"""Image processors between this package and transformers, for settings that give the same pixels in both."""
 
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -17,12 +17,13 @@ SHARED_FIELDS = (
 
 
 def from_clip_image_processor(native: BaseImageProcessor) -> VlmImageProcessor:
-    """Ours for a `CLIPImageProcessor`, whichever backend it runs on.
+    """Our image processor for a `CLIPImageProcessor` of any backend.
 
-    Pictures in RGB give the same `pixel_values`; transparency becomes white here, and is dropped there.
+    RGB images give the same `pixel_values`. Transparent pixels become white here; transformers drops the alpha channel.
 
     Raises:
-        ValueError: unless it crops what it resized at the same size, or resizes both sides and does not crop.
+        ValueError: unless the processor resizes the shorter side and crops to that size, or resizes both sides without
+            cropping.
     """
     values = native.to_dict()
     size, crop = dict(values["size"]), dict(values["crop_size"]) if values["do_center_crop"] else None
@@ -36,7 +37,7 @@ def from_clip_image_processor(native: BaseImageProcessor) -> VlmImageProcessor:
 
 
 def to_clip_image_processor(image_processor: VlmImageProcessor) -> CLIPImageProcessorPil:
-    """The inverse of [`from_clip_image_processor`]. It is saved as a `CLIPImageProcessor` of any backend.
+    """The inverse of [`from_clip_image_processor`]; any backend of `CLIPImageProcessor` loads the saved result.
 
     Raises:
         ValueError: if the resize mode is `"pad"`.

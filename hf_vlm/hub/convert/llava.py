@@ -1,9 +1,9 @@
 """LLaVA between this package and transformers' `LlavaForConditionalGeneration` and `LlavaNextForConditionalGeneration`.
 
-- transformers keeps the LLM without its head, and the head beside it; here the LLM is whole.
-- A CLIP tower becomes one of ours and back; any other is the same module on both sides.
-- The image newline of LLaVA-1.6 is the model's there and the projector's here.
-- transformers applies the head alone: an LLM that scales or caps its logits after it has no equivalent there.
+- transformers stores the LLM's body and its head separately; here the LLM is one module.
+- A CLIP tower is converted to our tower and back. Any other tower is the same module on both sides.
+- The image newline of LLaVA-1.6 belongs to the model in transformers and to the projector here.
+- transformers applies the head alone, so an LLM that scales or caps its logits has no equivalent there.
 """
 
 import copy
@@ -31,7 +31,7 @@ AFTER_THE_HEAD = dict.fromkeys(("logits_scaling", "logit_scale", "final_logit_so
 
 
 def names_of(model: VlmLlavaForConditionalGeneration, own_tower: bool) -> Names:
-    """The table for a model: the LLM's own names say where its head and its body are."""
+    """The name table for a model; the names of the LLM's body and head are found in the LLM."""
     llm = model.model.language_model
     head = next(name for name, module in llm.named_modules() if module is llm.get_output_embeddings())
     return (
@@ -44,7 +44,7 @@ def names_of(model: VlmLlavaForConditionalGeneration, own_tower: bool) -> Names:
 
 
 def tower_only(state_dict: StateDict, prefix: str) -> tuple[StateDict, StateDict]:
-    """The tensors of the tower, and all others."""
+    """The tensors of the tower and the remaining tensors, as two state dicts."""
     tower = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     return tower, {name: tensor for name, tensor in state_dict.items() if name not in tower}
 
@@ -80,7 +80,7 @@ def from_transformers(model: PreTrainedModel) -> VlmLlavaForConditionalGeneratio
 
 
 def is_next(model: PreTrainedModel) -> bool:
-    """Whether a model of transformers looks at tiles."""
+    """Whether a model of transformers is a LLaVA-1.6, which splits images into tiles."""
     return isinstance(model, LlavaNextForConditionalGeneration)
 
 

@@ -1,11 +1,12 @@
-"""LLaVA from the layout of its own code (haotian-liu/LLaVA), which keeps projector and image tower inside the LLM.
+"""LLaVA from the layout of its own code (haotian-liu/LLaVA), which stores projector and image tower inside the LLM.
 
-- The projector is always there, the LLM in whole checkpoints, the image tower only where it was trained (1.6); each
-  entirely or not at all. What is left out stays as it is in `base`.
-- That code has no row for its image placeholder: rows of embeddings and head past the checkpoint's words stay as well.
-- Everything is checked first. Then the weights are copied into views of the model's tensors that bear the original
-  names, so that no third copy of an LLM is made.
-- What tensors do not say is the base's or the config's: the layer that is read, activations, heads, grids.
+- Every checkpoint has the projector. Full checkpoints have the LLM. The image tower is stored only if it was trained
+  (1.6). A part is stored completely or not at all; a missing part keeps the weights of `base`.
+- The original code has no embedding row for its image placeholder. Rows of embeddings and head past the checkpoint's
+  vocabulary keep their values too.
+- All checks come first. Then the weights are copied in place into views of the model's tensors, which avoids a third
+  copy of the LLM in memory.
+- Settings that are not in the tensors come from the base or the config: feature layer, activations, heads, grids.
 """
 
 import json
@@ -24,9 +25,9 @@ from .state_dict import Names, StateDict, check_keys, prefixed, read_state_dict,
 PROJECTOR, NEWLINE = "model.mm_projector.", "model.image_newline"
 TOWER = "model.vision_tower.vision_tower.vision_model."
 WORDS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Numbers that earlier versions of transformers saved with the weights.
+# Buffers that earlier versions of transformers saved with the weights.
 BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
-# The first that a folder has, or has an index of.
+# The first of these files, or of their indices, in a folder is read.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "mm_projector.bin")
 LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 LORA_PREFIX = "base_model."
@@ -35,16 +36,18 @@ OWNER = "this LLaVA checkpoint"
 
 
 def is_llava(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the names are those of a LLaVA, or of its projector, in this layout."""
+    """Whether the tensor names belong to a LLaVA, or to its projector alone, in this layout."""
     return any("mm_projector." in name for name in state_dict)
 
 
 def read_folder(folder: Path) -> StateDict:
-    """The tensors of a folder: those of `model.safetensors`, else of `pytorch_model.bin`, both perhaps in parts that an
-    index names, else of `mm_projector.bin`.
+    """The tensors of a folder, from `model.safetensors`, `pytorch_model.bin` or `mm_projector.bin`.
+
+    The first file found is read. The first two may be sharded, with an index.
 
     Raises:
-        ValueError: if it has none of these or lacks a part, a file cannot be read, or it holds LoRA's weights.
+        ValueError: if there is no such file, a shard is missing, a file cannot be read, or the folder holds LoRA
+            adapters.
     """
     if any((folder / name).exists() for name in LORA_FILES):
         raise ValueError(f"{folder} holds LoRA's weights: merge them into the LLM with LLaVA's own code first.")
@@ -65,7 +68,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _parts(index: Path) -> list[Path]:
-    """The files that an index names, which must lie beside it."""
+    """The files that an index lists; they must be in the index's folder."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
@@ -86,8 +89,8 @@ def from_original(
     """See [`hf_vlm.hub.convert.from_original`].
 
     Raises:
-        ValueError: before anything is changed, if a part is neither in the checkpoint nor in a base, projector or
-            vocabulary are not those of the model, or tensors do not fit.
+        ValueError: if a part is in neither the checkpoint nor a base, projector or vocabulary differ from the
+            model's, or tensors do not fit. A base is unchanged then.
     """
     if any(name.startswith(LORA_PREFIX) for name in state_dict):
         raise ValueError("These are LoRA's weights: merge them into the LLM with LLaVA's own code first.")
@@ -109,7 +112,7 @@ def from_original(
 
 
 def _new_model(weights: StateDict, config: VlmLlavaConfig | None) -> VlmLlavaForConditionalGeneration:
-    """A new model, if every part of it is in the weights."""
+    """A new model for weights that have every part."""
     lacking = [part for part in ("image tower", "LLM") if part not in _parts_of(weights)]
     if lacking:
         raise ValueError(
@@ -122,7 +125,7 @@ def _new_model(weights: StateDict, config: VlmLlavaConfig | None) -> VlmLlavaFor
 
 
 def targets_of(model: VlmLlavaForConditionalGeneration) -> StateDict:
-    """The model's own tensors, or views of them, in the names of the original."""
+    """The model's own tensors (or views of them) under the original names."""
     config = model.config
     own_tower, linear = config.vision_config.model_type == OWN_TOWER, config.projector_type == "linear"
     names: Names = (
@@ -143,7 +146,7 @@ def _part_of(name: str) -> str:
 
 
 def _parts_of(names: Iterable[str]) -> set[str]:
-    """The parts that are there, besides the projector; embeddings alone, saved beside one, make no LLM."""
+    """The parts of a checkpoint. Embeddings alone, saved beside a projector, do not count as an LLM."""
     return {_part_of(name) for name in names if name != WORDS} | {"projector"}
 
 
@@ -168,7 +171,7 @@ def _check_projector(weights: StateDict, config: VlmLlavaConfig) -> None:
 
 
 def _check_tensors(weights: StateDict, targets: StateDict, tied: bool) -> None:
-    """Names and shapes; of words there may be fewer than rows."""
+    """Checks names and shapes; the checkpoint may have fewer tokens than the model has rows."""
     parts = _parts_of(weights.keys() & targets.keys())
     missing = [name for name in targets if _part_of(name) in parts and name not in weights]
     mismatched = []

@@ -1,4 +1,4 @@
-"""Processors of LLaVA between this package and transformers, which give the same pixels and tokens."""
+"""Processors of LLaVA between this package and transformers; both give the same pixels and tokens."""
 
 import copy
 
@@ -12,7 +12,7 @@ from ...models.image_processing_vlm import VlmImageProcessor
 from ...models.processing_llava import VICUNA_TEMPLATE, VlmLlavaProcessor
 from .images import SHARED_FIELDS, from_clip_image_processor, to_clip_image_processor
 
-# What transformers' processors are given are parts, which templates of LLMs do not read.
+# transformers' processors receive content as a list of parts; chat templates of LLMs expect a string.
 PARTS_TO_TEXT = (
     "{%- set said = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
@@ -61,7 +61,7 @@ def _images_to(own: VlmImageProcessor) -> BaseImageProcessor:
 
 
 def _template_to(template: str | None) -> str | None:
-    """A template that reads content in parts as well as texts."""
+    """A template that accepts content as parts and as strings."""
     if not isinstance(template, str) or reads_parts(template) or template.startswith(PARTS_TO_TEXT):
         return template
     return PARTS_TO_TEXT + template
@@ -71,7 +71,7 @@ def processor_from_transformers(processor: ProcessorMixin) -> VlmLlavaProcessor:
     """See [`hf_vlm.hub.convert.processor_from_transformers`].
 
     Raises:
-        ValueError: if the number of placeholders does not follow from the processor.
+        ValueError: if the processor does not determine the number of placeholders per image.
     """
     fields = {name: getattr(processor, name) for name in FIELDS}
     if fields["patch_size"] is None or fields["vision_feature_select_strategy"] is None:
@@ -81,7 +81,7 @@ def processor_from_transformers(processor: ProcessorMixin) -> VlmLlavaProcessor:
         )
     template = processor.chat_template or processor.tokenizer.chat_template or VICUNA_TEMPLATE
     if isinstance(template, str):
-        template = template.removeprefix(PARTS_TO_TEXT)  # our processor makes texts of parts itself
+        template = template.removeprefix(PARTS_TO_TEXT)  # our processor turns parts into strings itself
     tokenizer = copy.deepcopy(processor.tokenizer)
     return VlmLlavaProcessor(_images_from(processor.image_processor), tokenizer, chat_template=template, **fields)
 

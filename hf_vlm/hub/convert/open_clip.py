@@ -1,8 +1,9 @@
-"""CLIP from open_clip's layout, which is that of OpenAI's release.
+"""CLIP from open_clip's layout, which OpenAI's release also uses.
 
-The names stand in one table; the two projections are stored transposed. Where no config is given, the sizes are read
-from the tensors; what tensors do not say is open_clip's default: heads of width 64 (but for its three largest towers),
-layer norms with epsilon 1e-5, the class token as pooled output, the end-of-text token as the last of the vocabulary.
+- One table translates the names. The two projections are stored transposed.
+- Without a config, the sizes are read from the tensor shapes.
+- The rest follows open_clip's defaults: attention heads of width 64 (except in its three largest towers), LayerNorm
+  epsilon 1e-5, the class token as pooled output, and the end-of-text token as the last token of the vocabulary.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from ...models.configuration_clip import VlmClipConfig
 from ...models.modeling_clip import VlmClipModel
 from .state_dict import Names, StateDict, check_keys, check_state_dict, flipped, prefixed, rename, with_weights
 
-# Ours on the left.
+# Our names on the left.
 LAYER_NAMES: Names = (
     ("layers.*.norm1.*", "transformer.resblocks.*.ln_1.*"),
     ("layers.*.norm2.*", "transformer.resblocks.*.ln_2.*"),
@@ -48,9 +49,9 @@ NAMES: Names = (
 )
 TRANSPOSED = ("visual.proj", "text_projection")
 
-# OpenAI's files carry these numbers as tensors.
+# OpenAI's files store these sizes as tensors; they are not weights.
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
-# Width of a head of an image tower of this width, where it is not 64: ViT-H, ViT-g and ViT-bigG.
+# Attention head width by image tower width, where it is not 64: ViT-H, ViT-g and ViT-bigG.
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
 SIZES_FROM = (
     "visual.conv1.weight",
@@ -64,7 +65,7 @@ SIZES_FROM = (
 
 
 def is_open_clip(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the names are those of a CLIP with a vision transformer in this layout."""
+    """Whether the tensor names belong to a CLIP with a vision transformer in this layout."""
     return "visual.class_embedding" in state_dict
 
 
@@ -72,7 +73,7 @@ def from_original(
     state_dict: Mapping[str, torch.Tensor], config: VlmClipConfig | None, hidden_act: str | None
 ) -> VlmClipModel:
     """See [`hf_vlm.hub.convert.from_original`]."""
-    # open_clip prefixes the text tower's names in models of its "custom text" kind.
+    # open_clip's "custom text" models prefix the names of the text tower with `text.`.
     original = {name.removeprefix("text."): tensor for name, tensor in state_dict.items() if name not in OPENAI_SIZES}
     if (config is None) == (hidden_act is None):
         raise ValueError(
@@ -85,15 +86,15 @@ def from_original(
 
 
 def transposed(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-    """The state dict, in open_clip's names, with its projections transposed."""
+    """The state dict (in open_clip's names) with its projections transposed."""
     return {name: tensor.T if name in TRANSPOSED else tensor for name, tensor in state_dict.items()}
 
 
 def read_config(state_dict: Mapping[str, torch.Tensor], hidden_act: str) -> VlmClipConfig:
-    """The config that the shapes of the tensors say.
+    """The config, read from the tensor shapes.
 
     Raises:
-        ValueError: if a tensor that is needed for that is missing, or a width is no multiple of the head's.
+        ValueError: if a tensor that determines a size is missing, or a width is not a multiple of the head width.
     """
     check_keys("this open_clip checkpoint", missing=[name for name in SIZES_FROM if name not in state_dict])
     shapes = {name: state_dict[name].shape for name in SIZES_FROM}
@@ -129,15 +130,15 @@ def read_config(state_dict: Mapping[str, torch.Tensor], hidden_act: str) -> VlmC
 
 
 def count_layers(state_dict: Mapping[str, torch.Tensor], prefix: str) -> int:
-    """Number of layers of the transformer whose names begin with `prefix`."""
+    """Number of layers of the transformer with this name prefix."""
     return sum(name.startswith(f"{prefix}.resblocks.") and name.endswith(".ln_1.weight") for name in state_dict)
 
 
 def count_heads(width: int, head_width: int) -> int:
-    """Number of heads of `head_width` in a transformer of `width`.
+    """Number of attention heads of `head_width` in a transformer of `width`.
 
     Raises:
-        ValueError: if they do not fill it.
+        ValueError: if `width` is not a multiple of `head_width`.
     """
     if width % head_width:
         raise ValueError(f"A width of {width} is no multiple of {head_width}, the width of a head: pass a config.")

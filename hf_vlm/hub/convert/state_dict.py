@@ -1,6 +1,6 @@
-"""State dicts as values: names translated by a table, projections fused and split, keys checked, files read.
+"""Functions on state dicts: translate names, fuse and split projections, check keys, read files.
 
-A table is a tuple of pairs (one name, the other name). A `*` stands for any part of a name, the same on both sides.
+A name table is a tuple of pairs (one name, the other name). A `*` stands for any text, the same on both sides.
 """
 
 import re
@@ -17,7 +17,7 @@ NUM_SHOWN = 3
 
 
 def prefixed(prefix: str, other_prefix: str, names: Names) -> Names:
-    """A table with a prefix before every name of either side."""
+    """The table with a prefix before every name on each side."""
     return tuple((prefix + one, other_prefix + other) for one, other in names)
 
 
@@ -27,7 +27,7 @@ def flipped(names: Names) -> Names:
 
 
 def rename(state_dict: Mapping[str, torch.Tensor], names: Names) -> StateDict:
-    """The state dict with every name translated from left to right; a name that no row fits stays as it is."""
+    """The state dict with names translated from left to right; names that match no row are kept."""
     rows = [(re.compile(re.escape(one).replace(r"\*", "(.+)")), other.replace("*", "{}")) for one, other in names]
     renamed = {}
     for name, tensor in state_dict.items():
@@ -39,7 +39,7 @@ def rename(state_dict: Mapping[str, torch.Tensor], names: Names) -> StateDict:
 def fuse(state_dict: Mapping[str, torch.Tensor], parts: tuple[str, ...], fused: str) -> StateDict:
     """Concatenates `x.q.weight`, `x.k.weight`, `x.v.weight` to `x.qkv.weight`, for `parts=("q", "k", "v")`.
 
-    A name of which another part is missing stays as it is.
+    A tensor is kept as it is if one of the other tensors to fuse is missing.
     """
     result = dict(state_dict)
     for name in state_dict:
@@ -64,10 +64,10 @@ def split(state_dict: Mapping[str, torch.Tensor], parts: tuple[str, ...], fused:
 def check_keys(
     source: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (), mismatched: Sequence[str] = ()
 ) -> None:
-    """Refuses weights that do not fit.
+    """Raises if weights do not fit a model.
 
     Raises:
-        ValueError: one line that names the first few of each kind, if there are any.
+        ValueError: if any list is not empty; one line with the first few names of each kind.
     """
     problems = []
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
@@ -79,10 +79,10 @@ def check_keys(
 
 
 def check_state_dict(source: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """[`check_keys`] of the names and shapes of two state dicts.
+    """Compares names and shapes of two state dicts.
 
     Raises:
-        ValueError: unless both have the same names and shapes.
+        ValueError: if names or shapes differ; see [`check_keys`].
     """
     mismatched = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
@@ -93,7 +93,7 @@ def check_state_dict(source: str, found: Mapping[str, torch.Tensor], expected: M
 
 
 def load_complete(model_class: type[PreTrainedModel], path: str | Path) -> PreTrainedModel:
-    """`from_pretrained` that refuses a checkpoint which does not hold exactly this model.
+    """`from_pretrained` that accepts only a checkpoint with exactly the weights of the class.
 
     Raises:
         ValueError: if weights are missing, unexpected or of another shape.
@@ -105,23 +105,23 @@ def load_complete(model_class: type[PreTrainedModel], path: str | Path) -> PreTr
 
 
 def with_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """The model in eval mode with copies of the given weights, in their own dtypes; single numbers in its own shape."""
+    """The model in eval mode with copies of the given weights in their dtypes; scalars take the model's shape."""
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in state_dict.items()}
     for name, tensor in model.state_dict().items():
         if tensor.numel() == 1 and name in copies:
             copies[name] = copies[name].reshape(tensor.shape)
     model.load_state_dict(copies, assign=True)
-    model.tie_weights()  # assigned, tied weights are two
+    model.tie_weights()  # assigning breaks the tie between shared weights
     return model.eval()
 
 
 def read_state_dict(path: str | Path) -> StateDict:
-    """Reads the tensors of a `.safetensors`, `.pt`, `.pth` or `.bin` file on the CPU; code in a pickle is never run.
+    """Reads the tensors of a `.safetensors`, `.pt`, `.pth` or `.bin` file onto the CPU, without running pickled code.
 
-    Of a training checkpoint, which holds its weights under "state_dict" or "model", only these are returned.
+    From a training checkpoint, only the weights under "state_dict" or "model" are returned.
 
     Raises:
-        ValueError: if the file is of another kind, damaged, or holds more than plain tensors.
+        ValueError: if the file has another suffix, is damaged, or holds more than plain tensors.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
@@ -132,7 +132,7 @@ def read_state_dict(path: str | Path) -> StateDict:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
+    except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(
             f"{path} cannot be read as plain tensors (damaged, a TorchScript archive, or code inside): save its state "
             "dict as safetensors with the code that it came from."
