@@ -367,8 +367,8 @@ def test_long_samples_are_cut_at_the_end_but_never_within_an_image(monkeypatch):
     whole = ConversationCollator(processor)(rows()[:1])["input_ids"]
     cut = ConversationCollator(processor, max_length=whole.shape[1] - 3)(rows()[:1])["input_ids"]
     assert torch.equal(cut, whole[:, :-3])
-    assert said == [f"Conversations of more than max_length={whole.shape[1] - 3} tokens lose their ends."]
-    with pytest.raises(ValueError, match=r"sample 0 of the batch: an image of 16 tokens .* does not fit"):
+    assert said == [f"Conversations of more than max_length={whole.shape[1] - 3} tokens are truncated."]
+    with pytest.raises(ValueError, match=r"sample 0 of the batch: an image of 16 tokens .* exceeds max_length=10"):
         ConversationCollator(processor, max_length=10)(rows()[:1])
 
 
@@ -418,5 +418,5 @@ def test_a_template_whose_last_answer_begins_with_a_thought():
 
 def test_a_template_that_hides_who_speaks_is_refused():
     changing = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="changes turn 1 when another follows"):
+    with pytest.raises(ValueError, match="renders turn 1 differently once another follows"):
         ConversationCollator(tiny_llava.llava_processor(), chat_template=changing)(rows()[:1])

@@ -106,7 +106,7 @@ def test_the_response_is_cut_at_its_end() -> None:
         (make_row("a red cat and dog", "tree", 3, "b"), r"row 3 of b: a prompt of 5 tokens .* of 2 in max_length=5"),
         (make_row(response="", index=2), "row 2 of a has an empty response: ''"),
         (make_row(response=" \n", index=2), "row 2 of a has an empty response"),
-        (make_row(source="c"), r"row 0 of c: no pictures of 'c' were given, only of \['a', 'b'\]"),
+        (make_row(source="c"), r"row 0 of c: there are no images of the source 'c', only of \['a', 'b'\]"),
     ],
 )
 def test_refused_rows(row: dict, message: str) -> None:
@@ -147,7 +147,7 @@ def test_pictures_from_a_source_and_from_the_row() -> None:
     expected = processor.image_processor([pictures[1], pictures[2], pictures[0]], return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], expected)
     assert "vision_features" not in batch
-    with pytest.raises(ValueError, match="row 1 of d: no pictures of 'd'"):
+    with pytest.raises(ValueError, match="row 1 of d: there are no images of the source 'd'"):
         PromptCollator(processor, sources)([make_row(index=1, source="d")])
 
 

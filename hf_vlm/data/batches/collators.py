@@ -16,25 +16,25 @@ from .questions import Question
 
 
 def pair_id(value: Any) -> int:
-    """A 63-bit integer that stands for an id; the same on every rank and in every run."""
+    """A 63-bit integer for an id, equal on every rank and in every run."""
     if isinstance(value, int | np.integer) and -(2**63) <= value < 2**63:
         return int(value)
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
 
 
 class ImageTextCollator:
-    """What the collators share: pictures to pixels, texts to tokens, and features from a cache in place of either.
+    """Base class of the collators: images to pixels, texts to tokens, or cached features in place of either.
 
     Args:
         processor: The model's processor.
-        augmentation: Random changes of the pictures, seeded by each example; None for evaluation.
-        text_features: Pooled outputs of a locked text tower by caption, each of shape `(hidden,)`. A batch whose
-            captions are all there carries `text_features` instead of `input_ids`.
-        vision_features (`torch.FloatTensor` of shape `(rows, hidden)`): Pooled outputs of a locked image tower by row,
-            which replace `pixel_values`. Refused together with an augmentation, which would change them.
+        augmentation: Random augmentation of the images, seeded by each example; None for evaluation.
+        text_features: Pooled outputs of a frozen text tower by caption, each of shape `(hidden,)`. If the features of
+            all captions are cached, the batch contains `text_features` in place of `input_ids`.
+        vision_features (`torch.FloatTensor` of shape `(rows, hidden)`): Pooled outputs of a frozen image tower by row;
+            they replace `pixel_values`. They cannot be combined with an augmentation.
 
     Raises:
-        ValueError: for cached image features together with an augmentation.
+        ValueError: for cached image features combined with an augmentation.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ImageTextCollator:
         vision_features: torch.Tensor | None = None,
     ):
         if augmentation is not None and vision_features is not None:
-            raise ValueError("Cached image features cannot be augmented: leave out one of the two.")
+            raise ValueError("Cached image features cannot be augmented: leave out the cache or the augmentation.")
         self.processor = processor
         self.augmentation = augmentation
         self.text_features = text_features or {}
@@ -59,7 +59,7 @@ class ImageTextCollator:
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
     def images(self, pairs: Sequence[Pair] | Sequence[Question]) -> dict[str, torch.Tensor]:
-        """Pixels (augmented where asked), or the cached features of all rows."""
+        """Pixels, augmented if there is an augmentation, or the cached features of all rows."""
         if self.vision_features is not None:
             return {"vision_features": self.vision_features[[pair["index"] for pair in pairs]]}
         images = [load_image(pair["image"], where=f"row {pair['index']}") for pair in pairs]
@@ -68,7 +68,7 @@ class ImageTextCollator:
         return {"pixel_values": self.augment(self.augmentation, images, [pair["seed"] for pair in pairs])}
 
     def augment(self, augmentation: Augmentation, images: list[Image.Image], seeds: list[int]) -> torch.Tensor:
-        """Augmented, normalised pixels of shape `(batch, 3, size, size)`; the augmentation sees the transparency."""
+        """Augmented, normalised pixels of shape `(batch, 3, size, size)`; RGBA images keep their transparency."""
         image_processor = self.processor.image_processor
         images = [image if image.mode == "RGBA" else image_processor.process_image(image) for image in images]
         pixels = augmentation(images, image_processor.size["height"], seeds)
@@ -78,7 +78,7 @@ class ImageTextCollator:
 
 
 class ContrastiveCollator(ImageTextCollator):
-    """Turns [`Pair`]s into the inputs of a contrastive model; arguments as of [`ImageTextCollator`].
+    """Turn [`Pair`]s into the inputs of a contrastive model; arguments are those of [`ImageTextCollator`].
 
     Returns:
         On call: `pixel_values` (or `vision_features`), `input_ids` and `attention_mask` (or `text_features`), and
@@ -92,15 +92,15 @@ class ContrastiveCollator(ImageTextCollator):
 
 
 class CaptionCollator(ImageTextCollator):
-    """Turns [`Pair`]s into the inputs of a model that writes captions: [`ContrastiveCollator`]'s, with `labels`.
+    """Turn [`Pair`]s into the inputs of a captioning model: those of [`ContrastiveCollator`], and `labels`.
 
-    Labels are the captions' tokens, -100 at padding and at the prompt.
+    Labels are the captions' tokens, -100 at padding and in the prompt.
 
     Args:
         processor: The model's processor.
         augmentation: See [`ImageTextCollator`].
-        prompt: Begins every caption and is not learned (BLIP, section 5.2: "a picture of ").
-        pair_ids: Whether to give `pair_ids`, for models that contrast the captions as well.
+        prompt: Text before every caption; it is not supervised (BLIP, section 5.2: "a picture of ").
+        pair_ids: Whether to add `pair_ids`, for models with a contrastive loss.
         vision_features: See [`ImageTextCollator`].
     """
 
@@ -115,7 +115,7 @@ class CaptionCollator(ImageTextCollator):
         super().__init__(processor, augmentation, vision_features=vision_features)
         self.prompt = f"{prompt.strip()} " if prompt.strip() else ""
         self.pair_ids = pair_ids
-        # Without the [SEP] at its end.
+        # Minus the [SEP] at its end.
         self.prompt_length = processor(text=[self.prompt])["input_ids"].shape[1] - 1 if self.prompt else 0
         longest = processor.tokenizer.model_max_length
         if self.prompt_length + 1 >= longest:
@@ -132,15 +132,15 @@ class CaptionCollator(ImageTextCollator):
 
 
 class QuestionCollator(ImageTextCollator):
-    """Turns [`Question`]s into the inputs of a model that answers them.
+    """Turn [`Question`]s into the inputs of a question-answering model.
 
     Args:
         processor: The model's processor.
         augmentation: See [`ImageTextCollator`].
 
     Returns:
-        On call: `pixel_values`, the questions' `input_ids` and `attention_mask`, and of all answers `labels` of shape
-        `(answers, length)`, -100 at padding, `answer_index` and `answer_weights` of shape `(answers,)`.
+        On call: `pixel_values`; the questions' `input_ids` and `attention_mask`; for all answers `labels` of shape
+        `(answers, length)`, -100 at padding, and `answer_index` and `answer_weights` of shape `(answers,)`.
     """
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:

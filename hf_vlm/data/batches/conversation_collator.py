@@ -1,9 +1,9 @@
-"""Batches of conversations with images, of which only what the assistant says is learned.
+"""Batches of conversations with images; only the assistant's turns are supervised.
 
-- What the assistant says is found by rendering the conversation turn by turn, so any chat template will do.
-- Images' placeholders are expanded after tokenizing, and never cut.
-- `packed` puts several samples into one row: positions restart with each, and there is no attention mask, which is how
-  transformers keeps them apart. Of the rows of a batch only the ends are padding.
+- The assistant's turns are located by rendering the conversation turn by turn, so any chat template works.
+- Image placeholders are expanded after tokenisation and never truncated.
+- `packed` puts several samples into one row. Positions restart at each sample and there is no attention mask, so that
+  transformers does not let samples attend to each other. Padding occurs only at the ends of rows.
 """
 
 from collections.abc import Sequence
@@ -21,21 +21,22 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 )
-"""Of LLaVA's first stage: the image and its caption. LLaVA ends it with a line break, which does not teach to stop."""
+"""LLaVA's first stage: the image and its caption. LLaVA ends it with a newline; we use the end token so that the model
+learns to stop."""
 IGNORED = -100
 
 
 def assistant_spans(render: Any, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and where in it the assistant speaks, the end of the turn included.
+    """The text of a conversation, and the spans of the assistant's turns in it, each with its end of turn.
 
     Args:
         render: `(messages, add_generation_prompt) -> str`.
         messages: The conversation.
-        where: Names it in errors.
+        where: Name of the conversation in errors.
 
     Raises:
-        ValueError: if the template renders earlier turns otherwise once a later one is there, but for what stands
-            between the beginning of an answer and its first word.
+        ValueError: if the template renders a turn differently once another follows. A difference between the start of
+            an answer and its first word is accepted.
     """
     text, spans = render(messages, False), []
     for number, message in enumerate(messages):
@@ -43,35 +44,36 @@ def assistant_spans(render: Any, messages: Sequence[Message], where: str) -> tup
             continue
         before, through = render(messages[:number], True), render(messages[: number + 1], False).rstrip()
         if not text.startswith(through):
-            # The last answer may be rendered otherwise than earlier ones: Qwen3's begins with an empty thought.
+            # The last answer may be rendered differently from earlier ones: Qwen3's starts with an empty thought.
             marked = render([*messages[:number], {"role": "assistant", "content": "MARK"}], False)
             through = before + message["content"].strip() + marked.rpartition("MARK")[2].rstrip()
         if not (text.startswith(through) and through.startswith(before)):
             raise ValueError(
-                f"{where}: the chat template changes turn {number} when another follows, so that it cannot be found: "
-                "give another chat template, or conversations of one answer."
+                f"{where}: the chat template renders turn {number} differently once another follows: use another chat "
+                "template, or conversations with one answer."
             )
         spans.append((len(before), len(through)))
     return text, spans
 
 
 class ConversationCollator:
-    """Turns conversations into the inputs of LLaVA.
+    """Turn conversations into the inputs of LLaVA.
 
     Args:
         processor: A [`VlmLlavaProcessor`].
-        max_length: Most tokens of a sample, placeholders included; what comes later is cut.
-        packed: Put samples side by side in rows of `row_length`.
+        max_length: Maximum number of tokens of a sample, placeholders included; longer samples are truncated.
+        packed: Whether to put several samples into rows of `row_length`.
         row_length: Tokens of a packed row; `max_length` by default.
-        chat_template: In place of the processor's own, such as `PLAIN_TEMPLATE`.
+        chat_template: Template in place of the processor's own, such as `PLAIN_TEMPLATE`.
 
     Returns:
-        On call: `input_ids` and `labels` (-100 but where the assistant speaks) of shape `(rows, length)`, padded on the
-        right; `attention_mask`, or with `packed` `position_ids`; where there are images `pixel_values` and, with
+        On call: `input_ids` and `labels` (-100 outside the assistant's turns) of shape `(rows, length)`, padded on the
+        right; `attention_mask`, or with `packed` `position_ids`; if there are images, `pixel_values` and, with
         "anyres", `image_sizes`.
 
     Raises:
-        ValueError: on call, naming the sample: if an image would be cut, or the template hides who speaks.
+        ValueError: on call, with the sample's name: if an image would be truncated, or the assistant's turns cannot be
+            located.
     """
 
     def __init__(
@@ -101,9 +103,9 @@ class ConversationCollator:
         return batch
 
     def length(self, row: Conversation) -> int:
-        """About how many tokens a row has, by which batches can be grouped: its images are not opened.
+        """Approximate number of tokens of a row, for grouping batches by length, without opening the images.
 
-        An image counts as many as one of the tower's own size has.
+        Each image counts as one of the tower's image size.
         """
         text = self.render(row["messages"], add_generation_prompt=False)
         size = self.processor.image_processor.size
@@ -120,7 +122,7 @@ class ConversationCollator:
         )
 
     def tokens(self, messages: Sequence[Message], images: Sequence[Any], where: str) -> tuple[list[int], list[int]]:
-        """Token ids and labels of one conversation; the sizes of the images say how many placeholders they have."""
+        """Token ids and labels of one conversation; the image sizes determine the number of placeholders."""
         tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
         text, spans = assistant_spans(self.render, messages, where)
         begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
@@ -132,8 +134,8 @@ class ConversationCollator:
                 count = self.processor.num_image_tokens(picture.height, picture.width)
                 if len(ids) + count > self.max_length:
                     raise ValueError(
-                        f"{where}: an image of {count} tokens after {len(ids)} others does not fit max_length="
-                        f"{self.max_length}: raise it, or leave the sample out."
+                        f"{where}: an image of {count} tokens after {len(ids)} other tokens exceeds max_length="
+                        f"{self.max_length}: raise max_length, or remove the sample."
                     )
                 ids += [image_id] * count
                 labels += [IGNORED] * count
@@ -142,8 +144,8 @@ class ConversationCollator:
                 ids.append(token)
                 labels.append(token if spoken else IGNORED)
         if len(ids) > self.max_length:
-            logger.warning_once(f"Conversations of more than max_length={self.max_length} tokens lose their ends.")
-        labels[0] = IGNORED  # nothing comes before it to predict it from
+            logger.warning_once(f"Conversations of more than max_length={self.max_length} tokens are truncated.")
+        labels[0] = IGNORED  # the first token has no context to be predicted from
         return ids[: self.max_length], labels[: self.max_length]
 
     def _padded(self, samples: list[tuple[list[int], list[int]]]) -> tuple[dict[str, torch.Tensor], list[int]]:
@@ -169,13 +171,13 @@ class ConversationCollator:
             missing = length - len(ids)
             ids += [self.pad] * missing
             labels += [IGNORED] * missing
-            positions += range(missing)  # padding is one more sample
+            positions += range(missing)  # padding counts as one more sample
         order = [number for chosen in bins for number in chosen]
         return {name: torch.tensor(values) for name, values in rows.items()}, order
 
 
 def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Puts samples into as few rows as first-fit-decreasing finds; each row lists the numbers of its samples."""
+    """Sample numbers of each row, packed by first-fit decreasing."""
     rows: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):

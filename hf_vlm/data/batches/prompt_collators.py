@@ -1,10 +1,9 @@
-"""Batches for models that read an image and a prompt and go on writing with a language model.
+"""Batches for BLIP-2 and InstructBLIP: an LLM reads an image and a prompt, and generates the response.
 
-- Decoder-only: one placeholder for each query, the tokenizer's start token if it adds one, the prompt's tokens, the
-  response's, and the end token. Only the response and its end are learned.
-- Encoder-decoder: the encoder reads placeholders and prompt, the response is the target.
-- Prompt and response are tokenized apart, so that a generating model meets the tokens that it was trained with.
-- To train, rows are padded on the right; to generate, on the left.
+- The processor renders and tokenises prompts and responses, with its chat template; this module pads and labels them.
+- Decoder-only: the input is the prompt, the response and the end token. Only the response and its end are supervised.
+- Encoder-decoder: the encoder reads the prompt; the response is the target.
+- Training pads on the right, generation on the left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +20,17 @@ from .collators import ImageTextCollator
 from .pairs import Pair
 
 PROMPT_END = "\n"
-"""What ends a prompt in the default chat template of BLIP-2's and InstructBLIP's processors."""
+"""The end of a prompt in the default chat template of BLIP-2's and InstructBLIP's processors."""
 
 
 class FeatureRows(Protocol):
-    """Features by row number, such as [`CachedFeatures`]: a list of n rows gives `(n, tokens, width)`."""
+    """Features indexed by row number, such as [`CachedFeatures`]: n row numbers give `(n, tokens, width)`."""
 
     def __getitem__(self, rows: Any, /) -> torch.Tensor: ...
 
 
 class PromptBatches:
-    """Pads the token ids of prompts and responses, as the processor gives them, to batches.
+    """Padded batches of the token ids that the processor gives for prompts and responses.
 
     Args:
         processor: A [`VlmBlip2Processor`] of the second stage or a [`VlmInstructBlipProcessor`].
@@ -103,30 +102,30 @@ class PromptBatches:
 
 
 class PromptCollator:
-    """Turns rows of instructions and responses into the inputs of a model that answers them.
+    """Turn rows of instructions and responses into the inputs of BLIP-2 or InstructBLIP.
 
-    Rows are dicts with `instruction` (may be empty), `response`, and either an `image` or `source` and `index`, which
-    say where the picture is found.
+    Rows are dicts with `instruction` (may be empty), `response`, and either an `image`, or `source` and `index` of the
+    image.
 
     Args:
-        processor: With `tokenizer`, `image_processor`, `image_token_id` and `num_query_tokens`, and `qformer_tokenizer`
-            if the Q-Former reads the instruction.
-        sources: Rows with an `image` by name of the source.
-        vision_features: Features of a frozen image tower by name of the source, which replace all pictures.
-        max_length: Most tokens of prompt, response and end, without the placeholders; of an encoder-decoder, of the
-            prompt and of the response each. A longer response is cut, and then does not end with the end token.
-        with_qformer: Whether to give the instruction to the Q-Former as well (InstructBLIP).
+        processor: A [`VlmBlip2Processor`] of the second stage or a [`VlmInstructBlipProcessor`].
+        sources: Rows with an `image`, by name of the source.
+        vision_features: Features of a frozen image tower by name of the source; they replace the images.
+        max_length: Maximum number of tokens of prompt, response and end token, without placeholders. For an
+            encoder-decoder, the maximum of the prompt and of the response each. A longer response is truncated and
+            then has no end token.
+        with_qformer: Whether the Q-Former reads the prompts as well (InstructBLIP).
         is_encoder_decoder: Whether the language model has an encoder.
 
     Returns:
-        On call: `input_ids`, `attention_mask` and `labels` (-100 but at the response), of shape `(batch, length)`;
+        On call: `input_ids`, `attention_mask` and `labels` (-100 outside the response) of shape `(batch, length)`;
         `pixel_values` or `vision_features` of shape `(batch, tokens, width)`; with the Q-Former `qformer_input_ids` and
         `qformer_attention_mask`.
 
     Raises:
-        ValueError: on call, naming the row: if a response is empty, a prompt leaves no room for it or holds an image
-            placeholder, or the row's source is unknown.
-        ImageError: on call, if a picture cannot be read.
+        ValueError: on call, with the row's name: if a response is empty, a prompt leaves no room for a response or
+            contains an image placeholder, or the row's source is unknown.
+        ImageError: on call, if an image cannot be read.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class PromptCollator:
         return _found(self.sources, row, where)[row["index"]]["image"]
 
     def _features(self, rows: Sequence[Mapping[str, Any]], features: Mapping[str, FeatureRows]) -> torch.Tensor:
-        """Read source by source, then put into the order of the rows."""
+        """Features in the order of the rows, read source by source."""
         groups: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             _found(features, row, _where(row, number))
@@ -170,31 +169,31 @@ class PromptCollator:
         parts = [features[source][[rows[number]["index"] for number in group]] for source, group in groups.items()]
         shapes = {source: tuple(part.shape[1:]) for source, part in zip(groups, parts, strict=True)}
         if len(set(shapes.values())) > 1:
-            raise ValueError(f"Features of the sources differ in their shape, {shapes}: cache them by one tower.")
+            raise ValueError(f"The sources' features differ in shape, {shapes}: cache all of them with one tower.")
         order = torch.tensor([number for group in groups.values() for number in group])
         return torch.cat(parts)[order.argsort()]
 
 
 class CaptionPromptCollator(ImageTextCollator):
-    """Turns [`Pair`]s into the inputs of a model that writes captions with a language model.
+    """Turn [`Pair`]s into the inputs of BLIP-2's second stage.
 
-    The caption is the response to the prompt. Of an encoder-decoder, the caption is split at a word that the pair's
-    seed draws: what is before it goes to the encoder, the rest is the target (BLIP-2, section 3.3).
+    The caption is the response to the prompt. For an encoder-decoder, the caption is split at a random word, drawn with
+    the pair's seed. The first part goes to the encoder; the rest is the target (BLIP-2, section 3.3).
 
     Args:
         processor: See [`PromptCollator`].
-        augmentation: Random changes of the pictures, seeded by each pair; None for evaluation.
-        prompt: Begins every example and is not learned.
-        vision_features: Features of a frozen image tower by row, which replace `pixel_values`; refused together with
-            an augmentation.
+        augmentation: Random augmentation of the images, seeded by each pair; None for evaluation.
+        prompt: Text before every caption; it is not supervised.
+        vision_features: Features of a frozen image tower by row; they replace `pixel_values`. They cannot be combined
+            with an augmentation.
         is_encoder_decoder: Whether the language model has an encoder.
         max_length: See [`PromptCollator`].
 
     Returns:
-        On call: as of [`PromptCollator`], without the inputs of the Q-Former.
+        On call: the batch of [`PromptCollator`], without the Q-Former's inputs.
 
     Raises:
-        ValueError: as of [`PromptCollator`], and for cached features together with an augmentation.
+        ValueError: as [`PromptCollator`], and for cached features combined with an augmentation.
     """
 
     def __init__(
@@ -230,7 +229,7 @@ class CaptionPromptCollator(ImageTextCollator):
 def prompt_inputs(
     processor: ProcessorMixin, instructions: Sequence[str], with_qformer: bool = False, is_encoder_decoder: bool = False
 ) -> dict[str, torch.Tensor]:
-    """What a model is given to write a response to each instruction, but for the pictures.
+    """Inputs of BLIP-2 or InstructBLIP for generating a response to each instruction, without the images.
 
     Args:
         processor, with_qformer, is_encoder_decoder: See [`PromptCollator`].
@@ -241,21 +240,21 @@ def prompt_inputs(
         `qformer_input_ids` and `qformer_attention_mask`, padded on the right.
 
     Raises:
-        ValueError: if an instruction holds an image placeholder or is longer than the Q-Former reads.
+        ValueError: if an instruction contains an image placeholder or is longer than the Q-Former's maximum.
     """
     batches = PromptBatches(processor, is_encoder_decoder, with_qformer)
     return batches.to_generate(processor.prompt_texts(instructions))
 
 
 def _filled(response: Any, where: str) -> str:
-    """A response that is not empty."""
+    """The response, if it is not empty."""
     if isinstance(response, str) and response.strip():
         return response
     raise _empty(where, response)
 
 
 def _empty(where: str, response: Any) -> ValueError:
-    return ValueError(f"{where} has an empty response: {response!r}. Remove it or give it a text.")
+    return ValueError(f"{where} has an empty response: {response!r}. Remove the row or fill it in.")
 
 
 def _where(row: Mapping[str, Any], number: int) -> str:
@@ -264,7 +263,9 @@ def _where(row: Mapping[str, Any], number: int) -> str:
 
 def _found(known: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Any:
     if row.get("source") not in known:
-        raise ValueError(f"{where}: no pictures of {row.get('source')!r} were given, only of {sorted(known)}.")
+        raise ValueError(
+            f"{where}: there are no images of the source {row.get('source')!r}, only of {sorted(known)}: pass its rows."
+        )
     return known[row["source"]]
 
 
