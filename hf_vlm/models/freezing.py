@@ -11,7 +11,16 @@ from transformers import PreTrainedModel
 
 
 def freeze(*targets: nn.Module | torch.Tensor) -> None:
-    """Turns off the gradients of modules or parameters; modules change to eval mode."""
+    """Turns off the gradients of modules or parameters; modules change to eval mode.
+
+    Example:
+        ```python
+        >>> layer = nn.Linear(2, 2)
+        >>> freeze(layer)
+        >>> is_frozen(layer)
+        True
+        ```
+    """
     for target in targets:
         target.requires_grad_(False)
         if isinstance(target, nn.Module):

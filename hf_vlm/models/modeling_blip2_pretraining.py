@@ -319,7 +319,16 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
 
 
 class VlmBlip2ForImageTextRetrieval(VlmBlip2ForPreTraining):
-    """Image-text retrieval in both directions: ranking by embeddings (ITC), then re-ranking by matching (ITM)."""
+    """Image-text retrieval in both directions: ranking by embeddings (ITC), then re-ranking by matching (ITM).
+
+    Example:
+        ```python
+        >>> model = VlmBlip2ForImageTextRetrieval.from_pretrained("org/blip2-small")
+        >>> image_embeds = model.get_image_features(pixel_values).pooler_output
+        >>> text_embeds = model.get_text_features(input_ids, attention_mask).pooler_output
+        >>> similarities = model.similarity(image_embeds, text_embeds)
+        ```
+    """
 
     writes = False
 
