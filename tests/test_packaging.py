@@ -89,6 +89,7 @@ def test_a_newcomers_walk_from_the_wheel(installed: Path, tmp_path: Path) -> Non
             "HF_TOKEN": "hf_token",
             "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
         }
 
         def run(*command: str, code: int = 0) -> str:
