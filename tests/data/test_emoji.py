@@ -196,7 +196,7 @@ def test_interrupted_drawing_leaves_nothing(few: None, tmp_path: Path, monkeypat
 KILLED_WHILE_SAVING = """
 import sys, time
 import datasets
-from hf_vlm.data import emoji
+from hf_vlm.data.builtin import emoji
 every = emoji._candidates
 emoji._candidates = lambda: every()[200:240]
 save = datasets.Dataset.save_to_disk
