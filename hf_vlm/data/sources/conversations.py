@@ -52,7 +52,7 @@ def read_conversation(
     """
     turns = (row.get("messages") or row.get("conversations")) if isinstance(row, Mapping) else None
     if not turns:
-        raise ValueError(f"{where} has neither messages nor conversations; add one of them or remove the row.")
+        raise ValueError(f"{where} has neither messages nor conversations: add one of them or remove the row.")
     messages = [_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns)]
     images = row.get("images") if row.get("images") is not None else row.get("image")
     images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
