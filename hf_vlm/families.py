@@ -211,7 +211,7 @@ def load_reference(reference: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def native_heads(*model_types: str) -> dict[type, type]:
+def native_heads(*model_types: str) -> dict[type, Any]:
     """Our head for each class of transformers that converts to it, in the families of these model types."""
     transformers = import_module("transformers")
     return {

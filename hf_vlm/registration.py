@@ -7,6 +7,7 @@ them, and an entry imports its class when the mapping is asked for it. After tha
 
 import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -82,9 +83,7 @@ def add_configs(auto: ModuleType) -> None:
     native = sorted(set(FAMILIES) & set(auto.CONFIG_MAPPING_NAMES))
     if native:
         raise ValueError(f"transformers has model types of its own that are named {', '.join(native)}: rename ours.")
-    lazy: dict[str, Load] = {
-        name: (lambda config=family.config: load_class(config)) for name, family in FAMILIES.items()
-    }
+    lazy: dict[str, Load] = {name: partial(load_class, family.config) for name, family in FAMILIES.items()}
     add_entries(auto.CONFIG_MAPPING, lazy, make_key=str)
 
 
@@ -94,7 +93,7 @@ def add_models(auto: ModuleType) -> None:
     for family in FAMILIES.values():
         for auto_class, model in auto_classes(family).items():
             lazy = by_auto_class.setdefault(auto_class, {})
-            lazy[family.config] = lambda model=model: load_class(model)
+            lazy[family.config] = partial(load_class, model)
     for auto_class, lazy in by_auto_class.items():
         add_entries(getattr(auto, auto_class)._model_mapping, lazy)
 
@@ -102,9 +101,7 @@ def add_models(auto: ModuleType) -> None:
 def add_processors(auto: ModuleType) -> None:
     """Adds our processors to the mapping of `AutoProcessor`."""
     lazy: dict[str, Load] = {
-        family.config: (lambda processor=family.processor: load_class(processor))
-        for family in FAMILIES.values()
-        if family.processor
+        family.config: partial(load_class, family.processor) for family in FAMILIES.values() if family.processor
     }
     add_entries(auto.PROCESSOR_MAPPING, lazy)
 

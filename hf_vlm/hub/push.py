@@ -101,7 +101,7 @@ def push_folder(
             if "/" not in repo_id:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
             named = card_under_name(folder, source, repo_id) if CARD_NAME in paths else {}
-            contents = {**paths, **{name: text.encode() for name, text in named.items()}}
+            contents: dict[str, Path | bytes] = {**paths, **{name: text.encode() for name, text in named.items()}}
             additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
             parent = prepare(api, repo_id, private, revision, create_pr, undo, undone)
             # Not upload_folder: it commits in several batches if hf_xet is installed.

@@ -84,7 +84,7 @@ def render_card(folder: str | Path, name: str | None = None, record: Record | No
     name = name or folder.resolve().name
     record = read_record(folder) if record is None else record
     config, results = read_json(folder / "config.json"), read_results(folder)
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     texts = card_texts(model_type)
     if texts is None:
         known = ", ".join(family.model_type for family in FAMILIES.values() if family.card)
