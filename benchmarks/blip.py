@@ -233,7 +233,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Runs the comparison."""
     args = parse(arguments)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # those of loading weights, here and in the children
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # no bars for loading weights, here and in the children
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name != "output"}

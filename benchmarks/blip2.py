@@ -183,7 +183,7 @@ def step_rows(results: list[dict[str, Any]], size: str) -> list[list[str]]:
         flop_goal = verdict(FLOP_GOALS[name], more, size) if name in FLOP_GOALS else ""
         row += ["", ""] if name == OWN else [f"{more:.2f}", flop_goal]
         row.append(str(Spread(**result["step_seconds"])))
-        # Where the optimiser is not what differs, it is left out of the goal.
+        # The optimiser counts towards the goal only where the contenders' optimisers differ.
         judged = result["forward_backward_ratio" if name in FLOP_GOALS else "step_ratio"]["median"]
         goal = verdict(STEP_GOALS[name], judged, size) if name in STEP_GOALS else ""
         ratios = [str(Spread(**result[f"{key}_ratio"])) for key in ("step", "forward_backward")]
@@ -207,7 +207,7 @@ def caption_rows(results: list[dict[str, Any]], size: str) -> list[list[str]]:
 def print_steps(results: list[dict[str, Any]], size: str) -> None:
     """Prints the table of a stage and its legend."""
     print(f"\n{table(STEP_HEADER, step_rows(results, size))}\n")
-    print("x: pairs a step. Seconds: of a whole step, median (range). Ratios: over hf_vlm's in the same round. The")
+    print("x: pairs per step. Seconds: whole step, median (range). Ratios: over hf_vlm's in the same round. The")
     print(
         "goal of stage 1 is for forward and backward on cached features, that of stage 2 for the whole step.\n",
         flush=True,
@@ -240,7 +240,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Runs the comparison."""
     args = parse(arguments)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # those of loading weights, here and in the children
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # no bars for loading weights, here and in the children
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name != "output"}
@@ -252,7 +252,7 @@ def main(arguments: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             report[name] = measures[name](Path(folder), args)
         (print_captions if name == "captions" else print_steps)(report[name], args.size)
-        if args.output:  # after each part, so that what is measured is not lost with a later one
+        if args.output:  # after each part, so that a later failure does not lose these results
             write_json(args.output, report)
 
 

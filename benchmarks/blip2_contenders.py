@@ -45,7 +45,7 @@ SIZES: dict[str, dict[str, int]] = {
 def make_config(size: str, with_llm: bool) -> VlmBlip2Config:
     """BLIP-2 of a size, without dropout, so that losses are comparable.
 
-    With an LLM, the Q-Former has no text branch, which nothing would use and transformers' class has not.
+    With an LLM, the Q-Former has no text branch: nothing would use it, and transformers' class has none.
     """
     sizes = SIZES[size]
     width, layers = sizes["width"], sizes["layers"]

@@ -264,7 +264,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Runs the comparison."""
     args = parse(arguments)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # those of loading weights, here and in the children
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # no bars for loading weights, here and in the children
     if args.threads:
         torch.set_num_threads(args.threads)
     args.batch = args.batch or SIZES[args.size]["batch"]

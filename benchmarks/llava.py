@@ -173,16 +173,16 @@ def print_training(results: list[dict[str, Any]], size: str) -> None:
     """Prints the table of the steps and its legend."""
     own = results[0]
     print(f"\n{table(TRAINING_HEADER, training_rows(results, size))}\n")
-    print(f"Median (range) of {own['batch']} conversations a step: {own['tokens']} tokens without padding, of which")
-    print(f"{own['supervised']} are learned. Padding: share of the LLM's positions. Ratios: of work, of seconds in the")
-    print("same round and of memory, over hf_vlm's; higher than 1 means that hf_vlm needs less.\n", flush=True)
+    print(f"Median (range) of {own['batch']} conversations per step: {own['tokens']} tokens without padding,")
+    print(f"{own['supervised']} supervised. Padding: share of the LLM's positions. Ratios: FLOPs, seconds in the same")
+    print("round and memory, over hf_vlm's; above 1 means that hf_vlm needs less.\n", flush=True)
 
 
 def print_answers(results: list[dict[str, Any]], size: str) -> None:
     """Prints the table of a part with answers and its legend."""
     print(f"\n{results[0]['part'].capitalize()}, {results[0]['batch']} at once\n")
     print(f"{table(ANSWER_HEADER, answer_rows(results, size))}\n")
-    print("Seconds to the first and the last token, median (range). Ratios: over hf_vlm's in the same round. Different")
+    print("Seconds to the first and last token, median (range). Ratios: over hf_vlm's in the same round. Different")
     print(f"answers: {', '.join(str(r['different_answers']) for r in results if r['contender'] == OWN)}\n", flush=True)
 
 
@@ -210,7 +210,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Runs the comparison."""
     args = parse(arguments)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # those of loading weights, here and in the children
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # no bars for loading weights, here and in the children
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name != "output"}
@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> None:
         for name in (name for name in PARTS if name in args.only):
             report[name] = measures[name](Path(folder), args)
             (print_training if name == "training" else print_answers)(report[name], args.size)
-            if args.output:  # after each part, so that what is measured is not lost with a later one
+            if args.output:  # after each part, so that a later failure does not lose these results
                 write_json(args.output, report)
 
 

@@ -6,8 +6,8 @@
 The vectors are synthetic and seeded. Like image embeddings, they lie in a cone (a common mean) around 2,000 topics of
 different weight. Around their topic they vary mostly along a few directions (variance 1 / rank). Queries come from the
 same distribution and are not in the index. Uniform random vectors would be unrealistically hard: in 512 dimensions all
-of them are about equally far from a query. Exact search is measured beside the graph: one matrix product by numpy and
-by PyTorch with the vectors in memory, and the index without its graph.
+of them are about equally far from a query. Exact search is measured too: one matrix product by numpy and by
+PyTorch with the vectors in memory, and the index without its graph.
 """
 
 import argparse

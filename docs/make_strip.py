@@ -95,7 +95,7 @@ def wrapped(text: str, font: Any, width: int) -> list[str]:
 
 
 def draw_strip(scenes: list[dict[str, Any]], texts: list[Lines]) -> Image.Image:
-    """The scenes beside each other, each with its lines on its right."""
+    """The scenes in a row, each with its lines on its right."""
     font = ImageFont.load_default(15)
     laid = [[(line, colour) for text, colour in lines for line in wrapped(text, font, TEXT_WIDTH)] for lines in texts]
     height = max(SIDE, max(len(lines) for lines in laid) * LINE) + 2 * MARGIN

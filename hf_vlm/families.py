@@ -52,7 +52,7 @@ class Family:
         converter: Module that converts to and from transformers' classes.
         native_types: Model types of transformers that the converter reads.
         native_processors: Class names of the processors in `transformers` that the converter reads.
-        trained_in_full: Modules between image tower and LLM, which are trained in full beside LoRA adapters.
+        trained_in_full: Modules between image tower and LLM, which are trained in full when the LLM has LoRA adapters.
         card: `module:NAME` of the model card's texts.
     """
 

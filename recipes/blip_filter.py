@@ -8,7 +8,7 @@ On your own pairs (a Hub dataset, a folder, parquet, jsonl, csv or tar), with sy
     datasets.load_dataset("filtered")
 
 Without sources, a demonstration after `blip_pretrain` and `clip_pretrain`. Captions of built-in scenes are corrupted at
-a known rate. The recipe prints how well the matching head finds them, beside CLIP's similarity:
+a known rate. The recipe prints how well the matching head and CLIP's similarity find them:
 
     hf-vlm recipes run blip_filter --config small
 

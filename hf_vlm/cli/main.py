@@ -101,7 +101,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint: retrieval, classification, hard negatives, captions, questions.
 
-    Every number is shown beside a baseline: chance, the same model with a grey image, or the most frequent answer.
+    Every number is shown with a baseline: chance, the same model with a grey image, or the most frequent answer.
     """
     from ..evaluation.task import EvaluationSettings
     from ..evaluation.test_sets import evaluate_checkpoint, format_reports

@@ -1,4 +1,4 @@
-"""Data: the built-in pictures and scenes, sources of the user's own, pairs, augmentation, collators."""
+"""Data: built-in images and scenes, the user's own sources, image-text pairs, augmentation, collators."""
 
 from typing import TYPE_CHECKING
 

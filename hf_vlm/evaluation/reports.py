@@ -1,4 +1,4 @@
-"""Reports: a model and a test set in, all metrics of one task out, with baselines beside them.
+"""Reports: all metrics of one task for a model and a test set, with baselines.
 
 - Two-tower models and the ITC heads of BLIP and BLIP-2: retrieval (with `rerank`, also re-ranked by ITM), hard
   negatives and zero-shot classification.

@@ -110,7 +110,7 @@ class Evaluator:
 
     @cached_property
     def captioner(self) -> PreTrainedModel:
-        """The model that writes captions: a BLIP pretraining head is converted, any other model is used as it is."""
+        """The model that writes captions: a BLIP pretraining head is converted, any other model is used unchanged."""
         if isinstance(self.model, VlmBlipForPreTraining):
             return VlmBlipForConditionalGeneration.from_pretraining(self.model).eval()
         return self.model

@@ -3,7 +3,7 @@
 A task runs when the model's head can do it (`hf_vlm/families.py`) and the test set has what it needs (`Task.needs`).
 
 To add a task, write its section here and append it to `TASKS`, describe its metrics in `metrics/descriptions.py`, and
-name it beside the heads in `families.py` that can do it.
+name it in `families.py` in the entries of the heads that support it.
 """
 
 from collections.abc import Collection, Sequence

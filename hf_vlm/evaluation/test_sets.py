@@ -203,7 +203,7 @@ def save_scene_report(
         size: Shorter side of a scene in pixels.
         settings: Options for a head with a language model, which also answers questions of easy-VQA.
         aspects: Aspect ratios (width over height) to mix.
-        beside: Row name -> folder of another run whose results become a row of these; skipped if it has none.
+        beside: Row name -> folder of another run. Its results are added as a row; a folder without any is skipped.
     """
     if prompting_of(model.eval(), processor) is None:
         reports = report_on_scenes(model, processor, num_scenes, size=size, aspects=aspects)

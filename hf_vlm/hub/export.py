@@ -1,4 +1,4 @@
-"""Checkpoints saved with their code, which load with `trust_remote_code=True` where hf_vlm is not installed."""
+"""Checkpoints saved with their code: `trust_remote_code=True` loads them where hf_vlm is not installed."""
 
 import inspect
 import json
@@ -15,7 +15,7 @@ from ..families import heads
 def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
     """Saves model and processor together with the modules that define them.
 
-    `AutoModel` then loads the base model, and the head's own Auto class (`hf_vlm.families`) the head.
+    `AutoModel` then loads the base model. The head's own Auto class (`hf_vlm.families`) loads the head.
 
     Args:
         model: A model of this package.

@@ -81,10 +81,12 @@ def local_files(source: str) -> tuple[Path, str | None]:
         folder = Path(snapshot_download(source, allow_patterns=FILES))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(
-            f"{source} is neither a folder nor a repository of the Hub that you may read: correct the name, or log in."
+            f"{source} is neither a folder nor a Hub repository that you can read: correct the name, or log in."
         ) from error
     except LocalEntryNotFoundError as error:
-        raise ValueError(f"{source} is no folder here, and the Hub cannot be reached to ask for it.") from error
+        raise ValueError(
+            f"{source} is not a local folder, and the Hub cannot be reached: check it, or go online."
+        ) from error
     return folder, folder.name
 
 
@@ -96,10 +98,10 @@ def own_config(folder: Path, source: str) -> PreTrainedConfig:
     """
     content = read_json(folder / "config.json")
     if not content:
-        raise ValueError(f"{source} holds no config.json: it is not a checkpoint.")
+        raise ValueError(f"{source} has no config.json, so it is not a checkpoint: give the folder or id of a model.")
     if content.get("model_type") not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"{source} is a {content.get('model_type')} checkpoint, not one of this package ({known}).")
+        raise ValueError(f"{source} is a {content.get('model_type')} checkpoint: give one of this package ({known}).")
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -109,7 +111,7 @@ def head_class(config: PreTrainedConfig, source: str) -> type[PreTrainedModel]:
     written_by = (config.architectures or [family.model])[0]
     if written_by not in family.classes:
         known = ", ".join(family.classes)
-        raise ValueError(f"{source}: config.json names the class {written_by}, which is none of {known}.")
+        raise ValueError(f"{source}: config.json names the unknown class {written_by}: it must be one of {known}.")
     return load_class(written_by)
 
 
@@ -120,7 +122,7 @@ def stored_weights(folder: Path, repo_id: str | None, revision: str | None) -> I
         if not headers and repo_id:
             headers = remote_headers(repo_id, revision)
     except SafetensorsParsingError as error:
-        raise ValueError(f"{repo_id or folder}: its weights are broken ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{repo_id or folder}: the weights are damaged ({str(error).splitlines()[0]})") from error
     if not headers:
         return None
     tensors = [tensor for header in headers for tensor in header.tensors.values()]

@@ -1,4 +1,4 @@
-"""The record of a run, `training_record.json` beside the weights: everything that a model card says about the training.
+"""The record of a run, `training_record.json` next to the weights: all that a model card says about the training.
 
 - It holds the arguments, versions, steps, time, parameters, and the sources of data and pretrained parts.
 - It can be published: no tokens, no absolute paths, no credentials in addresses.
@@ -145,7 +145,7 @@ def published(value: Any) -> Any:
 
 
 def write_record(folder: str | Path, record: Record) -> Path:
-    """Writes a record beside the weights and returns its path."""
+    """Writes a record next to the weights and returns its path."""
     path = Path(folder) / RECORD_NAME
     path.write_text(record_text(record), encoding="utf-8")
     return path

@@ -1,1 +1,1 @@
-"""Metrics: tensors or strings in, a dictionary of floats out; beside them the modules for `evaluate.load`."""
+"""Metrics: functions from tensors or strings to a dictionary of floats. The subfolders serve `evaluate.load`."""

@@ -1,7 +1,7 @@
 """Object hallucination by yes/no questions (POPE, arXiv 2305.10355): accuracy, precision, recall, F1, yes rate.
 
 Half of the questions name an object that is present. A model that always says yes has accuracy 0.5, F1 0.667 and yes
-rate 1, so report the yes rate beside the other metrics.
+rate 1, so report the yes rate together with the other metrics.
 """
 
 import re

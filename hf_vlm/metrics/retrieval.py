@@ -202,7 +202,7 @@ def _places(scores: torch.Tensor, matches: torch.Tensor, tie_tolerance: float) -
 def _scores(similarity: Array, name: str) -> torch.Tensor:
     scores = torch.as_tensor(similarity).detach().cpu()
     if scores.ndim != 2 or scores.numel() == 0:
-        raise ValueError(f"{name} must have two dimensions, neither of them empty, got shape {tuple(scores.shape)}")
+        raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(scores.shape)}")
     bad = scores.isnan().any(dim=1).nonzero()
     if len(bad) > 0:
         raise ValueError(f"{name}: NaN in {len(bad)} of {len(scores)} rows, first row {int(bad[0])}")
@@ -231,7 +231,7 @@ def _matching_ids(
         if len(lost) > 0:
             row = int(lost[0])
             where = f"first {kind} {row} (id {int(ids[row])})"
-            raise ValueError(f"{len(lost)} {kind}s have no {other} of their id, {where}: leave them out")
+            raise ValueError(f"{len(lost)} {kind}s have no {other} with the same id, {where}: leave them out")
     return image_ids, text_ids
 
 

@@ -1,23 +1,26 @@
-"""Words of a caption as the COCO caption evaluation counts them: Penn Treebank tokens, lower case, no punctuation.
+"""Caption tokenizer of the COCO caption evaluation: Penn Treebank tokens, lower case, no punctuation.
 
-- The rules are those of Stanford's PTBTokenizer 3.4.1 as pycocoevalcap calls it, learnt from what that program does,
-  and written as one regular expression, so no Java is needed.
+- The rules are those of Stanford's PTBTokenizer 3.4.1 as pycocoevalcap calls it. They were derived from the output of
+  that program and are written as one regular expression, so no Java is needed.
 - **Kept together**: `t-shirt`, `and/or`, `o'clock`, `10:30`, `1,000`, `a.m.`, `St.` and other abbreviations with their
-  full stop, a single letter with its full stop at a sentence's end (`plan b.`), `!!`.
-- **Split**: `'s`, `n't` and the like (`ca n't`), `can not`, `gon na`, `$ 5`, `50 %`, `b & w` (but `AT&T`).
-- **Not removed**, as there: brackets, which become `-lrb-`, `-rrb-` and so on, and every symbol that is not in
+  full stop, a single letter with its full stop at the end of a sentence (`plan b.`), `!!`.
+- **Split**: `'s`, `n't` and similar clitics (`ca n't`), `can not`, `gon na`, `$ 5`, `50 %`, `b & w` (but `AT&T`).
+- **Not removed**, as in PTBTokenizer: brackets, which become `-lrb-`, `-rrb-` etc., and symbols that are not in
   pycocoevalcap's list.
 
-On captions, names of emoji and plain prose the two agree word for word. They differ in emoticons, numbers side by side
-that look like a telephone number or a mixed fraction (there one token with a no-break space), superscripts, `c++`, tags
-with attributes, typographic apostrophes inside names, clitics where none belong (`5n't`, `gonna'll`), CJK brackets, and
-the full stop after a single letter: there it goes if the next sentence, even that of the next caption, begins with `A`,
-`The` and the like; here a caption's words depend on that caption alone.
+Captions, emoji names and plain prose give exactly PTBTokenizer's tokens. Known differences:
+
+- emoticons, superscripts, `c++`, tags with attributes, CJK brackets, typographic apostrophes inside names;
+- adjacent numbers that look like a telephone number or a mixed fraction (PTBTokenizer: one token with a no-break
+  space);
+- clitics in unusual places (`5n't`, `gonna'll`);
+- the full stop after a single letter. PTBTokenizer drops it if the next sentence, even in the next caption, begins with
+  a word such as `A` or `The`. Here the tokens of a caption depend on that caption only.
 """
 
 import re
 
-# Those with a capital are words of their own in lower case.
+# Capitalised entries are abbreviations only when capitalised: in lower case they are ordinary words.
 ABBREVIATIONS = frozenset(
     "adj adm adv al ala apr ariz assn asst aug ave bhd bldg blvd brig bros calif capt cf cie cmdr co col colo comdr"
     " conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga gen gov hon inc ind"
@@ -37,7 +40,7 @@ PARTS = {
     "'twas": ("'t", "was"),
 }
 LETTERS = r"[^\W\d_]"
-# Letters, digits and the marks that scripts put on them.
+# Letters, digits and combining marks.
 WORD = r"[\w\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0dff\u0e00-\u0eff]+"
 TOKEN = re.compile(
     rf"""
@@ -60,7 +63,8 @@ TOKEN = re.compile(
     flags=re.VERBOSE | re.IGNORECASE,
 )
 DROPPED = re.compile(r"[-.]+|[\"'`,:;?!]")
-# What has other names in the Penn Treebank. Emoji outside the Basic Multilingual Plane are unknown to the Java program.
+# Characters that the Penn Treebank writes differently. The Java program does not know emoji outside the Basic
+# Multilingual Plane.
 CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("‘’", "'"),
@@ -83,7 +87,7 @@ BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-"
 
 
 def ptb_tokenize(caption: str) -> list[str]:
-    """The words of a caption, in lower case.
+    """Tokens of a caption, in lower case.
 
     >>> ptb_tokenize("A man's dog can't run (fast).")
     ['a', 'man', "'s", 'dog', 'ca', "n't", 'run', '-lrb-', 'fast', '-rrb-']

@@ -7,7 +7,7 @@
   unanimous answer still scores 1. A single answer is compared exactly (the challenge's program gives 0).
 - **Both sides are always normalised** by the challenge's published rules. The challenge's program skips normalisation
   if all ten answers are the same string: `Yes` is then wrong where everybody said `yes`. Here it is correct.
-- Report `majority_answer` of the training answers beside every accuracy.
+- Report `majority_answer` of the training answers next to every accuracy.
 """
 
 import re
@@ -38,8 +38,8 @@ PERIOD = re.compile(r"\.(?!\d)")
 def normalize_answer(answer: str) -> str:
     """An answer in the normal form of the VQA challenge (visualqa.org, "Evaluation").
 
-    - Punctuation except `'` and `:` is removed beside a space or if the answer has a number such as 1,000; elsewhere it
-      becomes a space. Full stops are removed unless a digit follows.
+    - Punctuation except `'` and `:` is removed next to a space, or if the answer has a number such as 1,000. Elsewhere
+      it becomes a space. Full stops are removed unless a digit follows.
     - Then: lower case, number words up to ten as digits, no articles, missing apostrophes restored (`dont`).
     """
     text = answer.replace("\n", " ").replace("\t", " ").strip()
@@ -115,7 +115,7 @@ def majority_answer(train_answers: Sequence[str | Sequence[str]]) -> str:
         normal(answer) for people in train_answers for answer in ([people] if isinstance(people, str) else people)
     )
     if not counts:
-        raise ValueError("no training answers: a majority needs at least one")
+        raise ValueError("there are no training answers: give at least one")
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
 

@@ -86,7 +86,7 @@ def _shows(template: str, content: str | list[dict], text: str) -> bool:
 
 
 def images_of(chat: Sequence[dict]) -> list:
-    """The images, addresses and paths in a conversation; a part without any of them has its image passed beside it."""
+    """The images, addresses and paths in a conversation; the image of a part without any is passed separately."""
     parts = [part for message in chat if not isinstance(message["content"], str) for part in message["content"]]
     found = []
     for part in parts:

@@ -164,11 +164,11 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         self.freeze_tower()
 
     def freeze_tower(self) -> None:
-        """Freezes the image tower, which is then in eval mode whatever `train()` says."""
+        """Freezes the image tower, which then stays in eval mode, also after `train()`."""
         freeze(self.vision_model)
 
-    def thaw_tower(self) -> None:
-        """Trains the image tower, but for what lies behind the layer that is read."""
+    def unfreeze_tower(self) -> None:
+        """Unfreezes the image tower up to the layer that the projector reads; later layers stay frozen."""
         for parameter in read_parameters(self.vision_model, self.config.vision_feature_layer):
             parameter.requires_grad_(True)
 
@@ -183,7 +183,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         return not is_frozen(self.vision_model)
 
     def train(self, mode: bool = True) -> "VlmLlavaModel":
-        """Sets training mode everywhere but in a tower or LLM of which nothing is trained."""
+        """Sets training mode, except in a fully frozen tower or LLM."""
         super().train(mode)
         keep_frozen_in_eval(self.vision_model, self.language_model)
         return self

@@ -1,4 +1,4 @@
-"""Processor of BLIP: pictures to pixels, texts to WordPiece tokens padded to the longest of the batch."""
+"""Processor of BLIP: images to pixel values, texts to WordPiece tokens padded to the longest of the batch."""
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 

@@ -1,4 +1,4 @@
-"""Processor of CLIP: pictures to pixels, captions to tokens padded to the longest of the batch."""
+"""Processor of CLIP: images to pixel values, captions to tokens padded to the longest of the batch."""
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 

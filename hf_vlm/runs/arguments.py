@@ -336,9 +336,7 @@ class LlavaInstructDataArguments(PackingArguments, SceneArguments, SceneAspectAr
         None, "Weight of each kind of conversation about scenes; KINDS by default."
     )
     num_questions: int = option(400, "Number of questions in each test set.")
-    lora_run: str | None = option(
-        None, "Output folder of the same stage with LoRA, to show in the card beside this run."
-    )
+    lora_run: str | None = option(None, "Output folder of the same stage with LoRA, whose results the card shows too.")
 
 
 # --- the filter

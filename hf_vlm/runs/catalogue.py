@@ -1,7 +1,7 @@
 """The packaged recipes as `hf-vlm recipes` lists, shows and copies them; nothing here imports torch.
 
-What a recipe trains is the first line of its docstring. What a YAML file needs is in the comment at its top: lines that
-begin with `Hardware:`, `Data:` or `After:`, beside a description in free text.
+The first line of a recipe's docstring says what it trains. The comment at the top of a YAML file says what the file
+needs: a description in free text, and lines that begin with `Hardware:`, `Data:` or `After:`.
 """
 
 import ast
@@ -63,7 +63,7 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe: a script, and a folder of YAML files with the same name beside it."""
+    """One recipe: a script, and next to it a folder of YAML files with the same name."""
 
     path: Path
 
@@ -146,7 +146,7 @@ def copy_recipe(recipe: Recipe, folder: str | Path) -> list[Path]:
     """Copies a recipe's script and YAML files into a folder, which is created if it does not exist.
 
     Returns:
-        The copies; the script is first and finds its YAML files in the folder beside it.
+        The copies; the script is first and finds its YAML files in the folder next to it.
 
     Raises:
         ValueError: if one of the files exists already; then nothing is copied.

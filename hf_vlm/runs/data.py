@@ -46,8 +46,8 @@ def check_sources(sources: Any, extra: Sequence[str] = ()) -> None:
     """Checks `sources` of a YAML file before anything is opened.
 
     Args:
-        sources: What the file says.
-        extra: Keys of a source beside the fields of [`~hf_vlm.data.DataSource`].
+        sources: The value of `sources` in the file.
+        extra: Keys of a source in addition to the fields of [`~hf_vlm.data.DataSource`].
 
     Raises:
         ValueError: if it is no list of mappings with a `path`, or one has an unknown key.

@@ -1,4 +1,4 @@
-"""LoRA on the LLM, modules trained in full beside it, adapters and merged models."""
+"""LoRA on the LLM, modules trained in full, adapters and merged models."""
 
 import copy
 
@@ -33,7 +33,7 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -
     )
     adapted = get_peft_model(model, config)
     if isinstance(model, VlmBlip2PreTrainedModel):
-        # PEFT thaws all of these; a trained parameter without a gradient stalls data parallelism.
+        # PEFT unfreezes the whole module. DDP fails when a parameter with requires_grad gets no gradient.
         model.body.qformer.freeze_text(all_layers=not model.body.reads_instruction)
     return adapted
 
@@ -48,7 +48,7 @@ def save_trained(trainer: Trainer) -> PreTrainedModel:
         trainer: The trainer after `train()`; every rank must call this function.
 
     Returns:
-        The model as it is in the output folder, on the first rank; the trained model on the others.
+        The model saved in the output folder, on the first rank; the trained model on the others.
     """
     model, folder = trainer.accelerator.unwrap_model(trainer.model), trainer.args.output_dir
     if not isinstance(model, PeftModel):

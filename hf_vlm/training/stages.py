@@ -110,7 +110,7 @@ def apply_stage(model: VlmLlavaForConditionalGeneration, stage: Stage) -> VlmLla
     body = model.body
     body.freeze_tower()
     if "vision_model" in stage.rates:
-        body.thaw_tower()
+        body.unfreeze_tower()
     body.projector.requires_grad_("projector" in stage.rates)
     body.language_model.requires_grad_("language_model" in stage.rates)
     if not stage.lora:

@@ -199,9 +199,9 @@ def test_retrieval_refuses_bad_input() -> None:
         retrieval_metrics(images * torch.inf, texts, ids)
     with pytest.raises(ValueError, match=r"similarity: NaN in 1 of 3 rows, first row 1"):
         similarity_metrics(torch.tensor([[0.0] * 4, [0.0, torch.nan, 0.0, 0.0], [0.0] * 4]), ids)
-    with pytest.raises(ValueError, match=r"1 texts have no image of their id, first text 3 \(id 7\)"):
+    with pytest.raises(ValueError, match=r"1 texts have no image with the same id, first text 3 \(id 7\)"):
         retrieval_metrics(images, texts, [0, 1, 2, 7])
-    with pytest.raises(ValueError, match=r"1 images have no text of their id, first image 1 \(id 1\)"):
+    with pytest.raises(ValueError, match=r"1 images have no text with the same id, first image 1 \(id 1\)"):
         retrieval_metrics(images, texts, [0, 0, 2, 2])
     with pytest.raises(ValueError, match=r"3 images and 4 texts, but 3 image ids and 3 text ids"):
         retrieval_metrics(images, texts, [0, 1, 2])

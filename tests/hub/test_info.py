@@ -221,7 +221,7 @@ def test_of_a_hub_repository_no_weights_are_fetched(folder, tmp_path):
     assert absent.returncode == 1
     assert "Traceback" not in absent.stderr
     (line,) = [line for line in absent.stderr.splitlines() if line.startswith("Error")]
-    assert "org/absent is neither a folder nor a repository" in line
+    assert "org/absent is neither a folder nor a Hub repository" in line
 
 
 def test_command(folder):
@@ -238,11 +238,11 @@ def test_command(folder):
     [
         ("config.json", "{", "config.json is not valid JSON"),
         ("config.json", None, "no config.json"),
-        ("config.json", '{"model_type": "vlm_clip", "architectures": ["Other"]}', "names the class Other"),
-        ("config.json", '{"model_type": "resnet"}', "resnet checkpoint, not one of this package"),
+        ("config.json", '{"model_type": "vlm_clip", "architectures": ["Other"]}', "names the unknown class Other"),
+        ("config.json", '{"model_type": "resnet"}', "resnet checkpoint: give one of this package"),
         (RECORD_NAME, '{"data": 3}', "training_record.json: 'data'"),
         (RESULTS_NAME, "[]", "results.json holds no JSON object"),
-        ("model.safetensors", "short", "weights are broken"),
+        ("model.safetensors", "short", "weights are damaged"),
     ],
 )
 def test_broken_files_are_one_line(folder, name, content, message):

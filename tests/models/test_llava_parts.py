@@ -79,12 +79,12 @@ def test_a_loaded_model_is_saved_under_the_same_names(tmp_path: Path) -> None:
         assert first.keys() == second.keys()
 
 
-@pytest.mark.parametrize("tower", [None, "thawed"])
+@pytest.mark.parametrize("tower", [None, "unfrozen"])
 def test_gradient_checkpointing(case: Case, tower: str | None) -> None:
     """Gradients are equal; what holds trained parameters runs once more, what is frozen does not."""
     model, inputs = tiny.randomise(case.build()), case.inputs()
-    if tower == "thawed":
-        model.model.thaw_tower()
+    if tower == "unfrozen":
+        model.model.unfreeze_tower()
     model.train()
     embedding, results = model.model.language_model.model.layers[0], []
     for _ in range(2):
@@ -95,7 +95,7 @@ def test_gradient_checkpointing(case: Case, tower: str | None) -> None:
         assert calls.count(embedding.mlp) == len(results)
         model.activation_checkpointing_enable()
     plain, checkpointed = ({k: v.clone() for k, v in result.items() if v is not None} for result in results)
-    assert any("vision_model" in name for name in plain) == (tower == "thawed")
+    assert any("vision_model" in name for name in plain) == (tower == "unfrozen")
     assert_all_close(checkpointed, plain)
 
 
@@ -103,7 +103,7 @@ def test_gradient_checkpointing(case: Case, tower: str | None) -> None:
 def test_gradients_reach_a_tower_that_is_checkpointed_reentrantly(tower: str) -> None:
     """The layer's states are taken by a hook, which must not be within what is run without a graph."""
     model, inputs, results = tiny_llava.on_tower(tower), tiny_llava.llava_inputs(), []
-    model.model.thaw_tower()
+    model.model.unfreeze_tower()
     model.train()
     for _ in range(2):
         loss = own_loss(model, inputs)
@@ -232,10 +232,10 @@ def test_layers_that_are_not_there_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("layer", [-2, -1, 1])
 @pytest.mark.parametrize("name", TOWERS)
-def test_a_thawed_tower_is_trained_up_to_the_layer_that_is_read(name: str, layer: int) -> None:
+def test_a_unfrozen_tower_is_trained_up_to_the_layer_that_is_read(name: str, layer: int) -> None:
     """Trained is what has a gradient; a trained parameter without one stalls data parallelism."""
     model, inputs = tiny_llava.on_tower(name, vision_feature_layer=layer), tiny_llava.llava_inputs()
-    model.model.thaw_tower()
+    model.model.unfreeze_tower()
     model.train()
     tower = model.model.vision_model
     assert tower.training
@@ -300,12 +300,12 @@ def test_text_alone_is_the_llm_alone(case: Case, training: bool) -> None:
     assert torch.equal(written, llm.generate(**TEXT, max_new_tokens=3, do_sample=False))
 
 
-@pytest.mark.parametrize("tower", ["frozen", "thawed"])
+@pytest.mark.parametrize("tower", ["frozen", "unfrozen"])
 def test_text_alone_leaves_no_trained_parameter_without_a_gradient(case: Case, tower: str) -> None:
     """Those of the projector, and of a tower that is trained, are zero."""
     model = tiny.randomise(case.build())
-    if tower == "thawed":
-        model.model.thaw_tower()
+    if tower == "unfrozen":
+        model.model.unfreeze_tower()
     model.train()
     with calls_of(model.model.vision_model) as calls:
         loss = model(**TEXT, labels=TEXT["input_ids"].masked_fill(TEXT["attention_mask"] == 0, -100)).loss
@@ -314,7 +314,7 @@ def test_text_alone_leaves_no_trained_parameter_without_a_gradient(case: Case, t
     assert sorted(name for name in trained(model) if found[name] is None) == []
     assert {name for name, gradient in found.items() if gradient is not None} == trained(model)
     own_parts = [name for name in trained(model) if "language_model" not in name]
-    assert any("vision_model" in name for name in own_parts) == (tower == "thawed")
+    assert any("vision_model" in name for name in own_parts) == (tower == "unfrozen")
     assert not any(found[name].any() for name in own_parts)
     assert any(found[name].any() for name in trained(model))
 
@@ -337,7 +337,7 @@ def test_two_ranks_of_which_one_has_text_alone_are_one_process(case: tuple[str, 
         assert max(two[name].abs().max(), one[name].abs().max()) < 1e-6
         del errors[name]
     assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
-    assert any("vision_model" in name for name in errors) == (case[2] == "thawed")
+    assert any("vision_model" in name for name in errors) == (case[2] == "unfrozen")
     assert ("model.projector.newline" in errors) == (case[1] == "anyres")
 
 

@@ -24,7 +24,7 @@ import tiny_llava
 from tiny_llava import IMAGE, SIZES, Batch, padded, pictures
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-CASES = list(itertools.product(["own", "clip"], ["one view", "anyres"], ["frozen", "thawed"], ["copied", "sharded"]))
+CASES = list(itertools.product(["own", "clip"], ["one view", "anyres"], ["frozen", "unfrozen"], ["copied", "sharded"]))
 
 
 def share(anyres: bool) -> tuple[Batch, int]:
@@ -76,8 +76,8 @@ def step(tower: str, tiles: str, state: str, way: str) -> Batch | str:
     torch.manual_seed(0)
     anyres = tiles == "anyres"
     model = tiny_llava.on_tower(tower, anyres, image_token_id=IMAGE, text_config=tiny_blip2.llm_config(vocab_size=64))
-    if state == "thawed":
-        model.model.thaw_tower()
+    if state == "unfrozen":
+        model.model.unfreeze_tower()
     model.train()
     inputs, count = share(anyres)
     wrapped = spread(model, way)

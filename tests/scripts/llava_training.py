@@ -121,7 +121,7 @@ def trainer(
 
 
 def staged(name: str, lora_dropout: float | None = None, **options) -> PreTrainedModel | PeftModel:
-    """[`model`], of which a stage has frozen and thawed the parts; with LoRA, PEFT's around it.
+    """[`model`] with its parts frozen and unfrozen by a stage; with LoRA, wrapped by PEFT.
 
     LoRA begins away from zero, or half of its weights would have no gradient.
     """

@@ -119,7 +119,7 @@ def test_an_adapter_is_loaded(way: str, lora: Trained, tmp_path: Path) -> None:
 
 
 def test_nothing_is_missing_of_a_loaded_adapter(lora: Trained) -> None:
-    """Every weight is the trained one, and nothing thaws; saved again, it is the same file."""
+    """Every weight is the trained one, and nothing is unfrozen; saved again, it is the same file."""
     model, info = AutoModelForImageTextToText.from_pretrained(lora.adapter, output_loading_info=True)
     assert type(model) is Llava
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -33,7 +33,7 @@ def test_a_stage_trains_its_parts_alone_and_freezes_the_others_in_eval_mode(name
     assert model.model.vision_model.training == ("vision_model" in STAGES[name].rates)
 
 
-def test_a_stage_undoes_what_another_thawed():
+def test_a_stage_undoes_what_another_unfroze():
     model = apply_stage(llava(), stage_named("llava-1.6-instruct"))
     assert trained(apply_stage(model, stage_named("llava-1.5-align"))) == {"projector"}
 

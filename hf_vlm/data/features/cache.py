@@ -60,7 +60,7 @@ class CachedFeatures:
         Args:
             folder: Where [`cache_features`] wrote it.
             key: The key that the cache must have, from [`feature_key`]; None accepts any.
-            verify: Read all features and compare their checksums, besides sizes and headers.
+            verify: Read all features and compare their checksums, in addition to sizes and headers.
 
         Raises:
             FeatureCacheError: if the cache is incomplete or damaged, or has another key.

@@ -1,7 +1,7 @@
 """The files of a feature cache: shards in bfloat16 (safetensors) and `cache.json`.
 
-A file gets its name when it is whole and on the disk. A shard says by itself which rows of which cache it holds, and
-what their checksum is.
+A file gets its final name when it is completely on disk. The header of a shard states its cache, its rows and their
+checksum.
 """
 
 import contextlib

@@ -123,7 +123,7 @@ def _decode(image: Image.Image, where: str) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except _DAMAGED:
-        orientation = None  # the pixels are sound: unreadable metadata beside them is no reason to lose the image
+        orientation = None  # the pixels are intact: unreadable metadata is no reason to lose the image
     if orientation not in _TRANSPOSE:
         return image
     upright = image.transpose(_TRANSPOSE[orientation])

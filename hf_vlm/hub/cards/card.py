@@ -1,4 +1,4 @@
-"""The model card: `README.md` beside the weights, written from the checkpoint and the records of its run.
+"""The model card: `README.md` next to the weights, written from the checkpoint and the records of its run.
 
 - Sources: config.json, the processor's files, training_record.json and results.json. Facts that they lack are left out.
 - The metadata at the top is for the Hub: task, licence, datasets, base models and, as model-index, the numbers.
@@ -69,7 +69,7 @@ def is_unedited(folder: Path) -> bool:
     try:
         recorded = read_record(folder).get(CARD_HASH)
         return text == render_card(folder) if recorded is None else card_hash(text) == recorded
-    except ValueError:  # of another family, or beside a broken file
+    except ValueError:  # another family, or a damaged file
         return False
 
 
@@ -140,8 +140,8 @@ def card_metadata(name: str, model_type: str, head: HeadTexts, record: Record, r
     """The metadata of a card; see [`write_card`]."""
     evaluated = eval_results(results, model_type)
     return ModelCardData(
-        # Not hf_vlm: the Hub shows no snippet for an unknown library. transformers' snippet works as it is if the
-        # repository carries its code, and after `import hf_vlm` if not; the card says so.
+        # Not hf_vlm: the Hub shows no snippet for an unknown library. transformers' snippet works if the
+        # repository carries its code, and otherwise after `import hf_vlm`; the card says so.
         library_name="transformers",
         pipeline_tag=head.pipeline_tag,
         license=record.get("licence"),

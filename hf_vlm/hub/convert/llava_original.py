@@ -146,7 +146,7 @@ def _part_of(name: str) -> str:
 
 
 def _parts_of(names: Iterable[str]) -> set[str]:
-    """The parts of a checkpoint. Embeddings alone, saved beside a projector, do not count as an LLM."""
+    """The parts of a checkpoint. Embeddings saved with a projector do not count as an LLM."""
     return {_part_of(name) for name in names if name != WORDS} | {"projector"}
 
 

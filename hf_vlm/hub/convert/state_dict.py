@@ -39,7 +39,7 @@ def rename(state_dict: Mapping[str, torch.Tensor], names: Names) -> StateDict:
 def fuse(state_dict: Mapping[str, torch.Tensor], parts: tuple[str, ...], fused: str) -> StateDict:
     """Concatenates `x.q.weight`, `x.k.weight`, `x.v.weight` to `x.qkv.weight`, for `parts=("q", "k", "v")`.
 
-    A tensor is kept as it is if one of the other tensors to fuse is missing.
+    A tensor is kept unchanged if one of the other tensors to fuse is missing.
     """
     result = dict(state_dict)
     for name in state_dict:

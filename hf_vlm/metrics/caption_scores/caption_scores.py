@@ -1,4 +1,4 @@
-"""Caption metrics for `evaluate.load`, by the definitions of `hf_vlm.evaluation.caption_metrics`."""
+"""Caption metrics for `evaluate.load`; see `hf_vlm.evaluation.caption_metrics`."""
 
 import datasets
 import evaluate
@@ -17,13 +17,13 @@ _CITATION = """\
 
 _INPUTS = """
 Args:
-    predictions: (images,), one caption an image.
-    references: (images,), a list of captions for each image, at least one of them with a word in it.
+    predictions: (images,), one caption per image.
+    references: (images,), a list of captions per image, of which at least one contains a word.
 """
 
 
 class CaptionScores(evaluate.Metric):
-    """`compute(predictions=..., references=...)` equals `caption_metrics` of the same."""
+    """`compute(predictions=..., references=...)` returns `caption_metrics(predictions, references)`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,23 +1,23 @@
-"""Hard-negative accuracy for `evaluate.load`, by the definitions of `hf_vlm.evaluation.hard_negative_metrics`."""
+"""Hard-negative accuracy for `evaluate.load`; see `hf_vlm.evaluation.hard_negative_metrics`."""
 
 import datasets
 import evaluate
 
 from hf_vlm.metrics.hard_negatives import hard_negative_metrics
 
-_DESCRIPTION = "How often an image scores its true caption above one that differs in a word; ties count one half."
+_DESCRIPTION = "Share of images whose true caption scores above one that differs in a word; ties count one half."
 
 _INPUTS = """
 Args:
-    positive_scores: (pairs,), score of an image with its true caption.
+    positive_scores: (pairs,), score of each image with its true caption.
     negative_scores: (pairs,), score of the same image with the changed caption.
-    kinds: (pairs,), what was changed, such as "colour"; each kind is also reported by itself.
-    tie_tolerance: scores that differ by no more than this are tied, 0 by default.
+    kinds: (pairs,), kind of change, such as "colour"; the accuracy is also reported per kind.
+    tie_tolerance: largest difference of two scores that counts as a tie, 0 by default.
 """
 
 
 class HardNegativeAccuracy(evaluate.Metric):
-    """`compute(positive_scores=..., negative_scores=..., kinds=...)` equals `hard_negative_metrics` of the same."""
+    """`compute(positive_scores=..., negative_scores=..., kinds=...)` returns `hard_negative_metrics` of the same."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

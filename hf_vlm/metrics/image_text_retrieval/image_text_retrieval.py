@@ -1,4 +1,4 @@
-"""Image-text retrieval for `evaluate.load`, by the definitions of `hf_vlm.evaluation.retrieval_metrics`."""
+"""Image-text retrieval for `evaluate.load`; see `hf_vlm.evaluation.retrieval_metrics`."""
 
 import datasets
 import evaluate
@@ -17,19 +17,19 @@ _CITATION = """\
 }"""
 
 _INPUTS = """
-One row a text; the images are given to `compute` as a whole, because they differ in number from the texts.
+One row per text. Pass all images to `compute` at once, because their number differs from that of the texts.
 
 Args:
-    text_embeds: (texts, size), rows that `add_batch` may also bring in parts.
+    text_embeds: (texts, size); rows can also be added in batches with `add_batch`.
     text_to_image: (texts,), the id of the image that each text describes; without image_ids, its row in image_embeds.
     image_embeds: (images, size), to `compute` only.
-    image_ids: (images,), to `compute` only; images of one id are equally right. Optional.
-    ks: the ranks at which recall is measured, (1, 5, 10) by default.
+    image_ids: (images,), to `compute` only; images with the same id are equally correct. Optional.
+    ks: ranks at which recall is measured, (1, 5, 10) by default.
 """
 
 
 class ImageTextRetrieval(evaluate.Metric):
-    """`compute(image_embeds=..., text_embeds=..., text_to_image=...)` equals `retrieval_metrics` of the same."""
+    """`compute(image_embeds=..., text_embeds=..., text_to_image=...)` returns `retrieval_metrics` of its arguments."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,11 +1,11 @@
-"""VQA accuracy for `evaluate.load`, by the definitions of `hf_vlm.evaluation.vqa_metrics`."""
+"""VQA accuracy for `evaluate.load`; see `hf_vlm.evaluation.vqa_metrics`."""
 
 import datasets
 import evaluate
 
 from hf_vlm.metrics.vqa import vqa_metrics
 
-_DESCRIPTION = "The soft accuracy of the VQA challenge and exact match, of normalised answers."
+_DESCRIPTION = "Soft accuracy of the VQA challenge and exact match, on normalised answers."
 
 _CITATION = """\
 @inproceedings{antol2015vqa,
@@ -17,15 +17,15 @@ _CITATION = """\
 
 _INPUTS = """
 Args:
-    predictions: (questions,), one answer a question.
-    references: (questions,), a list of people's answers to each question, at least one.
-    question_types: (questions,), to `compute` only; the soft accuracy of each type is also reported. Optional.
-    answer_types: (questions,), likewise.
+    predictions: (questions,), one answer per question.
+    references: (questions,), a list of the annotators' answers per question, at least one.
+    question_types: (questions,), to `compute` only; the soft accuracy is also reported per type. Optional.
+    answer_types: (questions,), as question_types.
 """
 
 
 class VqaAccuracy(evaluate.Metric):
-    """`compute(predictions=..., references=...)` equals `vqa_metrics` of the same."""
+    """`compute(predictions=..., references=...)` returns `vqa_metrics(predictions, references)`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy for `evaluate.load`, by the definitions of `hf_vlm.evaluation.zero_shot_metrics`."""
+"""Zero-shot accuracy for `evaluate.load`; see `hf_vlm.evaluation.zero_shot_metrics`."""
 
 import datasets
 import evaluate
@@ -6,7 +6,7 @@ import numpy as np
 
 from hf_vlm.metrics.zero_shot import zero_shot_metrics
 
-_DESCRIPTION = "Top-k and mean per class accuracy of classifying images by the nearest class embedding."
+_DESCRIPTION = "Top-k and mean per-class accuracy of classifying images by the nearest class embedding."
 
 _CITATION = """\
 @inproceedings{radford2021learning,
@@ -18,15 +18,15 @@ _CITATION = """\
 
 _INPUTS = """
 Args:
-    image_embeds: (images, size), rows that `add_batch` may also bring in parts.
+    image_embeds: (images, size); rows can also be added in batches with `add_batch`.
     labels: (images,), the class of each image, in [0, classes).
     class_embeds: (classes, size), to `compute` only; see hf_vlm.evaluation.zero_shot_classifier.
-    ks: a hit at k has the true class among the k nearest, (1, 5) by default.
+    ks: numbers of nearest classes among which the true class counts as a hit, (1, 5) by default.
 """
 
 
 class ZeroShotAccuracy(evaluate.Metric):
-    """`compute(image_embeds=..., class_embeds=..., labels=...)` equals `zero_shot_metrics` of the same."""
+    """`compute(image_embeds=..., class_embeds=..., labels=...)` returns `zero_shot_metrics` of its arguments."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
