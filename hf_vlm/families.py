@@ -1,4 +1,4 @@
-"""The table of architectures: one row per model type says everything that the rest of the package needs to know.
+"""The table of architectures: one row per model type holds all that depends on it.
 
 A row names classes and modules by string, so reading the table imports neither torch nor transformers.
 
@@ -21,7 +21,7 @@ LANGUAGE_MODEL_TASKS = ("caption", "vqa", "vqa_unseen_wordings", "pope")
 
 @dataclass(frozen=True)
 class Head:
-    """A model class that checkpoints are saved from, and what it is for.
+    """A model class that checkpoints are saved from, with its Auto class, tasks and conversions.
 
     Args:
         name: Class name in `hf_vlm.models`.
@@ -29,7 +29,7 @@ class Head:
             that names an Auto class is also registered with it.
         tasks: Names of the evaluation tasks that the head can do.
         natives: Class names in `transformers` of models that convert to and from this head.
-        matches: Whether the head scores an image-text pair by looking at both (ITM).
+        matches: Whether the head has image-text matching (ITM): cross-attention between image and text scores a pair.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Family:
         model_type: `model_type` of the config.
         config: Class name of the config in `hf_vlm.models`.
         model: Class name of the base model, which `AutoModel` loads.
-        processor: Class name of the processor; None for a part that has none of its own (a tower, the Q-Former).
+        processor: Class name of the processor; None for a tower or the Q-Former, which are only parts of a model.
         heads: The classes that checkpoints are saved from; the base model is one if it is trained itself.
         converter: Module that converts to and from transformers' classes.
         native_types: Model types of transformers that the converter reads.

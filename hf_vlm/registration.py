@@ -20,11 +20,11 @@ OURS = f"{__package__}.models."
 
 
 class LazyEntries(MutableMapping[Any, Any]):
-    """The registered entries of one Auto mapping: those of others, and ours, which are imported on demand.
+    """The entries of one Auto mapping: those registered before, and ours, which are imported on demand.
 
     Args:
-        entries: What is registered already.
-        lazy: How to make each of our values. The key is a model type, or the class name of one of our configs.
+        entries: The entries registered before.
+        lazy: Functions that load our values, by model type or by class name of one of our configs.
         make_key: Makes the key of the mapping from a key of `lazy`.
     """
 

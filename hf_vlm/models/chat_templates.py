@@ -54,7 +54,7 @@ def in_form_of(
     """Conversations in the form that a template reads.
 
     Args:
-        template: The chat template; several named templates are taken to read texts.
+        template: The chat template; several named templates count as templates that read texts.
         chats: Conversations whose contents are texts or parts.
         text_of: Turns a message's content into one text.
     """
@@ -71,7 +71,7 @@ def in_form_of(
 
 @cache
 def reads_parts(template: str) -> bool:
-    """Whether a template reads content in parts only, as those of llava-hf do: it renders nothing of a text."""
+    """Whether a template reads content in parts only, as those of llava-hf do; plain text is then omitted."""
     text = "a text to look for"
     return not _shows(template, text, text) and _shows(template, [{"type": "text", "text": text}], text)
 

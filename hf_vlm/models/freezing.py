@@ -33,7 +33,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def keep_frozen_in_eval(*parts: nn.Module | None) -> None:
-    """Sets the frozen ones among a model's parts to eval mode: the last step of the model's `train()`.
+    """Sets the frozen parts of a model to eval mode; call it last in the model's `train()`.
 
     Args:
         parts: Modules; None stands for a part that the model does not have.
@@ -47,7 +47,7 @@ class PartlyFrozenModel(PreTrainedModel):
     """A model that freezes some of its parts: subclasses override `freeze_parts` and call it last in `__init__`."""
 
     def freeze_parts(self) -> None:
-        """Freezes what is not to be trained; nothing by default."""
+        """Freezes the parts that must not be trained; none by default."""
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

@@ -184,7 +184,7 @@ class VlmBlipSimilarity(VlmSimilarity):
 
 
 class VlmBlipHead(VlmBlipPreTrainedModel):
-    """What BLIP's heads share: the body, and the way from one head to another.
+    """Base class of BLIP's heads: the body, `from_parts`, and `from_pretraining` from another head.
 
     `required_parts` are the parts of the body that the head needs. `layout` holds the config fields that
     `from_parts` and `from_pretraining` set for the head.

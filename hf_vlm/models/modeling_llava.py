@@ -174,7 +174,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
 
     @property
     def num_additional_image_tokens(self) -> int:
-        """How many tokens the image tower puts before the patches: a class token, registers."""
+        """Number of tokens that the image tower puts before the patches: a class token, registers."""
         return count_extra_tokens(self.vision_model)
 
     @property

@@ -14,7 +14,8 @@ class VlmBlipProcessor(ProcessorMixin):
 
     Calling it with `images=` and/or `text=` gives `pixel_values` of shape `(images, 3, height, width)` and `input_ids`
     and `attention_mask` of shape `(texts, longest text)` as torch tensors. Every text begins with `[CLS]` and ends with
-    `[SEP]`; the models put `[ENC]` or `[DEC]` in its first place. Texts are cut at the tokenizer's `model_max_length`.
+    `[SEP]`; the models replace `[CLS]` by `[ENC]` or `[DEC]`. Texts are truncated to the tokenizer's
+    `model_max_length`.
     """
 
     text_kwargs = {"padding": "longest", "truncation": True, "return_tensors": "pt", "return_token_type_ids": False}

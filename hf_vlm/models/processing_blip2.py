@@ -1,9 +1,9 @@
 """Processors of BLIP-2 and InstructBLIP: images to pixels, texts to tokens, placeholders for the queries.
 
-The processor is the only author of the layout of tokens; training, evaluation and users call the same methods.
+Only the processor decides the token layout. Training, evaluation and users call the same methods.
 
 - A prompt is the placeholders of its image, the tokenizer's begin token, and the text that a chat template renders.
-- The default template ends an instruction with a line break, as `VlmBlip2ForConditionalGeneration` was trained.
+- The default template ends an instruction with a newline, as in the training of `VlmBlip2ForConditionalGeneration`.
 - An answer is the rest of the rendered conversation, and the end token. Prompt and answer are tokenised apart.
 - InstructBLIP's Q-Former reads the same rendered text as the LLM.
 """
@@ -25,7 +25,7 @@ from .chat_templates import (
 )
 from .image_processing_vlm import VlmImageProcessor
 
-# Instructions end with a line break, answers with the end token; an empty instruction adds nothing.
+# Instructions end with a newline, answers with the end token; an empty instruction adds nothing.
 PROMPT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
@@ -128,7 +128,7 @@ class VlmBlip2Processor(ProcessorMixin):
                 only `<image>`.
         """
         if self.num_query_tokens is None:
-            kwargs.setdefault("truncation", True)  # captions may be cut, prompts may not
+            kwargs.setdefault("truncation", True)  # captions may be truncated, prompts may not
         if self.num_query_tokens is None or text is None:
             return super().__call__(images, text, **kwargs)
         texts = [text] if isinstance(text, str) else list(text)

@@ -13,8 +13,8 @@ class VlmClipProcessor(ProcessorMixin):
         tokenizer: The text tower's tokenizer; it pads to the right.
 
     Calling it with `images=` and/or `text=` gives `pixel_values` of shape `(images, 3, height, width)` and `input_ids`
-    and `attention_mask` of shape `(texts, longest text)` as torch tensors. Texts are cut at the tokenizer's
-    `model_max_length`.
+    and `attention_mask` of shape `(texts, longest text)` as torch tensors. Texts are truncated to the
+    tokenizer's `model_max_length`.
     """
 
     text_kwargs = {"padding": "longest", "truncation": True, "return_tensors": "pt"}

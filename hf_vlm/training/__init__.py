@@ -1,4 +1,4 @@
-"""Trainers, stages and callbacks."""
+"""Training: arguments, trainers, LLaVA's stages, LoRA, cached features, and the checkpoint to resume from."""
 
 from typing import TYPE_CHECKING
 

@@ -30,7 +30,7 @@ def cached_tower_features(
     bf16: bool = False,
     **options,
 ) -> CachedFeatures:
-    """The frozen tower's hidden states of every row's image, from a folder that is filled where incomplete.
+    """The frozen tower's hidden states of every row's image, read from a folder; missing ones are computed first.
 
     Args:
         folder: Folder of the cache.
@@ -38,7 +38,7 @@ def cached_tower_features(
         processor: The model's processor, or its image processor.
         tower: The model's frozen image tower.
         data: Everything that decides the rows' images and their order, for the cache's key; not needed for scenes.
-        model: Where the tower came from, for information only.
+        model: Folder or Hub id of the tower, for information only.
         bf16: Compute in bfloat16.
         **options: Options of `cache_features`: `batch_size`, `num_workers`, `verify`.
 

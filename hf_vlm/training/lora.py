@@ -15,7 +15,7 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -> PeftModel:
-    """Adds LoRA to every linear layer of the LLM; the modules before the LLM are trained in full and saved too.
+    """Adds LoRA to every linear layer of the LLM. The modules between image tower and LLM are trained in full.
 
     Args:
         model: A head with an LLM.

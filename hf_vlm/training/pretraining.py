@@ -91,7 +91,7 @@ class PretrainingTrainer(VlmTrainer):
     def _parts_by_count(
         self, outputs: ModelOutput, mean_lm_count: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Each loss's sum on this rank over its mean count of all ranks; the mean over ranks is the global mean."""
+        """Each loss's sum on this rank, divided by its mean count per rank; averaged over ranks, the global mean."""
         parts = {}
         for name, (total, count) in outputs.parts.items():
             if name != "lm" or mean_lm_count is None:
@@ -102,7 +102,7 @@ class PretrainingTrainer(VlmTrainer):
         return parts
 
     def _weighted(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Their sum with the weights of the config; a head that writes has one part."""
+        """The sum of the losses, weighted by the config; a generating head has one loss, of weight 1."""
         weights = self.head.config.loss_weights if self.contrasts else dict.fromkeys(parts, 1.0)
         return total_loss(parts, weights)
 
@@ -195,7 +195,7 @@ class BlipTrainer(PretrainingTrainer):
         return super().loss_options() | {"soft_target_weight": share * self.head.config.soft_target_weight}
 
     def set_initial_training_values(self, args, dataloader):
-        """Also computes the steps of an epoch; for a stream `max_steps / num_train_epochs`."""
+        """Also stores the number of steps per epoch; for a stream it is `max_steps / num_train_epochs`."""
         values = super().set_initial_training_values(args, dataloader)
         is_stream = isinstance(self.train_dataset, PairStream)
         self._steps_per_epoch = values[-1] / args.num_train_epochs if is_stream else values[1]

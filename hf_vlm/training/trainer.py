@@ -17,9 +17,9 @@ from .muon import MuonAdamW
 
 
 class TellEpoch(TrainerCallback):
-    """Tells the dataset which epoch begins; a stream counts its passes itself.
+    """Calls `set_epoch` of the training dataset when an epoch begins; a stream counts its passes itself.
 
-    With several ranks or a resumed epoch, the Trainer tells only the sampler.
+    With several ranks or a resumed epoch, the Trainer sets the epoch of the sampler only.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -78,7 +78,7 @@ class VlmTrainer(Trainer):
         """The Trainer's optimiser with `learning_rates` by module, or [`MuonAdamW`] with `muon_learning_rate`.
 
         Raises:
-            ValueError: if both are given.
+            ValueError: if both `learning_rates` and `muon_learning_rate` are given.
         """
         if self.args.learning_rates and self.args.muon_learning_rate is not None:
             raise ValueError("learning_rates (of a stage too) work with AdamW only: leave out muon_learning_rate.")
