@@ -30,11 +30,15 @@ Lines = list[tuple[str, str]]
 
 @torch.no_grad()
 def clip_lines(folder: str, scenes: list[dict[str, Any]]) -> list[Lines]:
-    """For the framed object of each scene the three most similar of all emoji names, with their cosines."""
+    """For the framed object of each scene the three most similar of all emoji names, with their cosines.
+
+    CLIP sees the object's own drawing: it was trained on single drawings, without a background.
+    """
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    names = sorted(set(load_emoji()["unseen_style"]["name"]))
+    drawings = load_emoji()["unseen_style"]
+    names = list(drawings["name"])
     texts = embed_texts(model, processor, names)
-    images = embed_images(model, processor, [scene["image"].crop(frame(scene)) for scene in scenes])
+    images = embed_images(model, processor, [drawings[names.index(framed(scene)["name"])]["image"] for scene in scenes])
     found = []
     for similarities in images @ texts.T:
         best = similarities.topk(3)
@@ -43,10 +47,9 @@ def clip_lines(folder: str, scenes: list[dict[str, Any]]) -> list[Lines]:
     return found
 
 
-def frame(scene: dict[str, Any]) -> tuple[int, int, int, int]:
-    """The box of a scene's largest object."""
-    boxes = [tuple(thing["box"]) for thing in scene["objects"]]
-    return max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+def framed(scene: dict[str, Any]) -> dict[str, Any]:
+    """A scene's largest object."""
+    return max(scene["objects"], key=lambda thing: thing["box"][2] - thing["box"][0])
 
 
 @torch.no_grad()
@@ -105,7 +108,7 @@ def draw_strip(scenes: list[dict[str, Any]], texts: list[Lines]) -> Image.Image:
     for number, (scene, lines) in enumerate(zip(scenes, laid, strict=True)):
         left = number * panel + MARGIN
         strip.paste(scene["image"].convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left, MARGIN))
-        box = [side * SIDE / scene["image"].width for side in frame(scene)]
+        box = [side * SIDE / scene["image"].width for side in framed(scene)["box"]]
         draw.rectangle([left + box[0], MARGIN + box[1], left + box[2], MARGIN + box[3]], outline=HEADING, width=2)
         for row, (line, colour) in enumerate(lines):
             draw.text((left + SIDE + MARGIN, MARGIN + row * LINE), line, fill=colour, font=font)
