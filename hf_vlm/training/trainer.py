@@ -144,7 +144,10 @@ class VlmTrainer(Trainer):
         Raises:
             ValueError: always.
         """
-        raise ValueError("push_to_hub is not supported: save the model, then push its folder with `hf-vlm push`.")
+        raise ValueError(
+            "push_to_hub is not supported: save the model, then push its folder with hf_vlm.hub.push.push_folder "
+            "or `hf-vlm push`."
+        )
 
     def record(self, name: str, value: torch.Tensor) -> None:
         """Records a scalar for the next log line."""
