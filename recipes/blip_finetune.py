@@ -55,7 +55,7 @@ def build_model(args: BlipTaskArguments) -> tuple:
 
 
 def build_data(args: BlipTaskDataArguments, task: str, size: int, seed: int) -> tuple:
-    """Rows to train on, and rows to watch the training with."""
+    """Training rows and validation rows."""
     if args.sources is None:
         dataset = QuestionDataset if task == "vqa" else PairDataset
         return dataset(scene_rows(args, size, seed + 2), seed), dataset(validation_scenes(args, size, seed), seed)
@@ -67,7 +67,7 @@ def build_data(args: BlipTaskDataArguments, task: str, size: int, seed: int) -> 
 
 
 def build_collator(task: str, processor: VlmBlipProcessor, prompt: str, augmentation: Augmentation | None = None):
-    """Examples to the batches of the task."""
+    """The collator that makes the batches of the task."""
     if task == "vqa":
         return QuestionCollator(processor, augmentation)
     return CaptionCollator(processor, augmentation, prompt, pair_ids=task == "retrieval")

@@ -37,7 +37,7 @@ def build_model(args: ClipModelArguments) -> tuple[VlmClipModel, VlmClipProcesso
 
 
 def build_data(args: ClipDataArguments, seed: int) -> tuple[PairDataset | PairStream, PairDataset | PairStream | None]:
-    """Pairs to train on, and pairs to watch the training with."""
+    """Training pairs and validation pairs."""
     if args.sources is not None:
         return own_pairs(args, seed)
     splits = load_emoji()

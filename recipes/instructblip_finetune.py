@@ -49,7 +49,7 @@ def build_model(args: InstructBlipModelArguments, bf16: bool) -> tuple:
 
 
 def build_data(args: InstructBlipDataArguments, size: int, seed: int) -> tuple[Dataset, dict]:
-    """Instructions, and by source the rows that have their images."""
+    """The instructions, and for each source the rows that hold its images."""
     if args.sources is None:
         scenes = scene_rows(args, size, seed)
         tables = scene_instructions(scenes, seed=seed)

@@ -47,16 +47,16 @@ class FilterSettings:
     """The settings that determine the output.
 
     Args:
-        checkpoint: folder or Hub id of the BLIP that filters.
-        captioner: folder or Hub id of the BLIP that writes synthetic captions; None for none.
+        checkpoint: Folder or Hub id of the BLIP that filters.
+        captioner: Folder or Hub id of the BLIP that writes synthetic captions; None for none.
         action: `"keep"` writes the texts that match, `"flag"` all of them; both with a column `keep`.
-        threshold: smallest probability of a match that is kept.
-        itc: also write the similarity of the embeddings, as column `itc`.
-        prompt: text before a synthetic caption; not part of the caption.
+        threshold: Texts with a lower probability of a match are dropped or flagged.
+        itc: Also write the similarity of the embeddings, as column `itc`.
+        prompt: Text before a synthetic caption; not part of the caption.
         on_error: `"raise"`, or `"skip"` for bad rows.
-        shard_rows: rows of a source per output file.
-        bf16: compute under autocast to bfloat16.
-        seed: seed of the synthetic captions.
+        shard_rows: Rows of a source per output file.
+        bf16: Compute under bfloat16 autocast.
+        seed: Seed of the synthetic captions.
 
     Raises:
         ValueError: if the action is unknown or a number is out of range.
@@ -107,7 +107,9 @@ def load_captioner(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     if not isinstance(model, VlmBlipForPreTraining | VlmBlipForConditionalGeneration) or (
         not model.config.use_text_decoder
     ):
-        raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which writes no captions.")
+        raise ValueError(
+            f"{checkpoint} holds a {type(model).__name__}, which writes no captions: name a BLIP with a text decoder."
+        )
     return Evaluator(model, processor).captioner, processor
 
 
@@ -115,8 +117,8 @@ class PairFilter:
     """Scores pairs and writes captions, as the settings say.
 
     Args:
-        settings: see [`FilterSettings`].
-        progress: show progress bars.
+        settings: See [`FilterSettings`].
+        progress: Show progress bars.
     """
 
     def __init__(self, settings: FilterSettings, progress: bool = True):
@@ -180,14 +182,14 @@ def similarity(
     owner: Sequence[int],
     **shown: Any,
 ) -> torch.Tensor:
-    """The cosine `(texts,)` of each text and its image by any two-tower model (best of several image embeddings)."""
+    """Cosines `(texts,)` of texts and their images by any two-tower model; of several image embeddings the nearest."""
     image_embeds = unit_images(embed_images(model, processor, images, **shown))
     pairs = torch.stack([torch.tensor(owner), torch.arange(len(texts))], dim=1)
     return pair_cosines(image_embeds, embed_texts(model, processor, texts, **shown), pairs)
 
 
 def features(itc: bool) -> datasets.Features:
-    """The columns of the output."""
+    """The columns of the output dataset with their types."""
     kinds = {"caption": "string", "origin": "string", "id": "string", "source": "string", "row": "int64"}
     kinds |= {"itm": "float32", "keep": "bool", **({"itc": "float32"} if itc else {})}
     return datasets.Features(
@@ -201,10 +203,10 @@ def filter_sources(
     """Filters sources into a folder, which `datasets.load_dataset(folder)` then loads.
 
     Args:
-        folder: new, or of an interrupted run, which is then resumed.
-        sources: fields of `DataSource`, one dict a source; read one after the other.
-        settings: see [`FilterSettings`].
-        progress: show a progress bar.
+        folder: A new folder, or that of an interrupted run, which is then resumed.
+        sources: Fields of `DataSource`, one dict per source; read one after the other.
+        settings: See [`FilterSettings`].
+        progress: Show a progress bar.
 
     Returns:
         `images`, `texts`, `kept` (texts that reach the threshold), `synthetic` and `kept_synthetic`.

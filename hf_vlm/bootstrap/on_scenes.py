@@ -38,12 +38,12 @@ class Corruption:
     """How the captions of scenes are corrupted.
 
     Args:
-        num_scenes: scenes per split, each with one caption.
-        size: side of a scene in pixels.
-        another_image: share of captions that are another scene's.
-        wrong_attribute: share of captions with one wrong attribute.
-        seed: seed of the corruption.
-        splits: test sets, of `EMOJI_SPLITS`.
+        num_scenes: Scenes per split, each with one caption.
+        size: Side of a scene in pixels.
+        another_image: Share of captions that are another scene's.
+        wrong_attribute: Share of captions with one wrong attribute.
+        seed: Seed of the corruption.
+        splits: Test sets, from `EMOJI_SPLITS`.
     """
 
     num_scenes: int = 1000
@@ -64,9 +64,9 @@ def filter_scenes(pair_filter: PairFilter, corruption: Corruption, clip: str | N
     """How well each score finds the corrupted captions.
 
     Args:
-        pair_filter: the BLIP that filters; its settings' threshold is ITM's.
-        corruption: see [`Corruption`].
-        clip: folder or Hub id of a two-tower model to compare with.
+        pair_filter: The BLIP that filters; the threshold of its settings applies to ITM.
+        corruption: See [`Corruption`].
+        clip: Folder or Hub id of a two-tower model to compare with.
 
     Returns:
         Test set -> the metrics of `filter_metrics` for ITM at the given threshold. Under `itm`, `itc`, `clip`: the same

@@ -17,7 +17,7 @@ from ..data.sources.conversations import IMAGE_MARK
 from ..models import VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 
 
-def say(
+def answer_by_chat(
     model: VlmLlavaForConditionalGeneration,
     processor: VlmLlavaProcessor,
     images: Sequence[Image.Image],
@@ -115,4 +115,4 @@ def _padded_left(rows: Sequence[list[int]], pad: int, device: torch.device) -> t
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-__all__ = ["say", "shared_beginnings"]
+__all__ = ["answer_by_chat", "shared_beginnings"]

@@ -14,7 +14,7 @@ from ..models import (
     VlmLlavaForConditionalGeneration,
     tower_states,
 )
-from .chat import say
+from .chat import answer_by_chat
 from .writing import Chatting, Prompting
 
 BLIP2_QUESTION = "Question: {question} Short answer:"
@@ -24,7 +24,7 @@ BLIP2_QUESTION = "Question: {question} Short answer:"
 def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting | Chatting | None:
     """How prompts reach the language model; None for a head without one."""
     if isinstance(model, VlmLlavaForConditionalGeneration):
-        return Chatting(partial(say, model, processor))
+        return Chatting(partial(answer_by_chat, model, processor))
     if not isinstance(model, VlmBlip2ForConditionalGeneration):
         return None
     body = model.model

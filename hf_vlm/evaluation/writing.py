@@ -135,7 +135,7 @@ def answer_questions(
     with evaluation_mode(model, autocast_dtype):
         if isinstance(prompting, Chatting):
             answer = partial(prompting.answer, **generate_kwargs)
-            return _said(images, questions, image_of_question, batch_size, answer, progress)
+            return _chat_answers(images, questions, image_of_question, batch_size, answer, progress)
         return _answers(model, processor, images, questions, image_of_question, batch_size, write, progress, prompting)
 
 
@@ -215,7 +215,7 @@ def _answers(
     return found
 
 
-def _said(
+def _chat_answers(
     images: Sequence[Image.Image],
     questions: Sequence[str],
     image_of_question: Sequence[int],

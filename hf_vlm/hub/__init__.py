@@ -1,1 +1,1 @@
-"""Between this package and the rest of the world: checkpoints of other layouts, and checkpoints with their code."""
+"""The Hub and other libraries: push, info, training record, model cards, conversion, checkpoints with their code."""

@@ -283,7 +283,7 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         there = load_language_model(source["id"], {"revision": source["revision"], "dtype": self.language_model.dtype})
         own = self.language_model.state_dict()
         if any(name not in own or not torch.equal(own[name].cpu(), t) for name, t in there.state_dict().items()):
-            raise ValueError(f"The LLM is no longer that of {source['id']}: save without exclude_frozen.")
+            raise ValueError(f"The LLM's weights differ from those of {source['id']}: save without exclude_frozen.")
 
 
 __all__ = ["VlmBlip2Model", "VlmBlip2PreTrainedModel"]

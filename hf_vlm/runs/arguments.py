@@ -155,9 +155,9 @@ class Blip2Stage1ModelArguments(ObjectiveArguments):
 
 @dataclass(kw_only=True)
 class Blip2Stage2ModelArguments(DtypeArguments, ChatTemplateArguments):
-    """A first stage of BLIP-2 and the LLM behind it."""
+    """A BLIP-2 after its first stage, and the LLM to connect it to."""
 
-    model: str = required("First stage of BLIP-2: Hub id or folder.")
+    model: str = required("BLIP-2 after its first stage: Hub id or folder.")
     language_model: str = option("facebook/opt-2.7b", f"LLM: {NAME_HELP}.")
     prompt: str = option("", "Text before every caption; it is not supervised.")
     max_length: int = option(32, "Longest caption in tokens.")
@@ -165,9 +165,9 @@ class Blip2Stage2ModelArguments(DtypeArguments, ChatTemplateArguments):
 
 @dataclass(kw_only=True)
 class InstructBlipModelArguments(LoraArguments, DtypeArguments, ChatTemplateArguments):
-    """A second stage of BLIP-2, and LoRA on its LLM if wanted."""
+    """A BLIP-2 after its second stage; optionally LoRA on its LLM."""
 
-    model: str = required("Second stage of BLIP-2 with its Q-Former's text branch: Hub id or folder.")
+    model: str = required("BLIP-2 after its second stage, with the Q-Former's text branch: Hub id or folder.")
     text: str = option("google-bert/bert-base-uncased", f"Tokenizer of the Q-Former: {NAME_HELP}.")
     max_text_length: int = option(128, "Longest instruction and response together, in tokens.")
 
@@ -178,7 +178,7 @@ class LlavaAlignModelArguments(DtypeArguments, AttentionArguments):
 
     vision: str = required("Image tower, or a CLIP that has one: Hub id or folder.")
     language_model: str = option("lmsys/vicuna-7b-v1.5", f"LLM: {NAME_HELP}.")
-    stage: str = option("llava-1.5-align", "Name in hf_vlm.training.STAGES: which parts are trained, and how fast.")
+    stage: str = option("llava-1.5-align", "Name in hf_vlm.training.STAGES: trained parts and learning rates.")
     image_size: int | None = option(None, "Side of the images in pixels, for a tower of hf_vlm.")
     resize_mode: str = option("pad", "crop (1.0), pad (1.5) or anyres (1.6).")
     image_grid_pinpoints: str | None = option(
@@ -204,10 +204,10 @@ class LlavaAlignModelArguments(DtypeArguments, AttentionArguments):
 
 @dataclass(kw_only=True)
 class LlavaInstructModelArguments(AttentionArguments, ChatTemplateArguments):
-    """A LLaVA after its first stage, and what is trained."""
+    """A LLaVA after its first stage, and the parts to train."""
 
-    model: str = required("First stage of LLaVA (or a second stage, to train on): Hub id or folder.")
-    stage: str = option("llava-1.5-instruct", "Name in hf_vlm.training.STAGES: which parts are trained, and how fast.")
+    model: str = required("LLaVA after its first stage (or its second, to train further): Hub id or folder.")
+    stage: str = option("llava-1.5-instruct", "Name in hf_vlm.training.STAGES: trained parts and learning rates.")
     lora_r: int | None = option(None, "LoRA rank; overrides the stage's and keeps alpha / r.")
     lora_dropout: float | None = option(None, "LoRA dropout; overrides the stage's.")
 
@@ -227,8 +227,8 @@ class SourceArguments:
 class PairArguments(SourceArguments):
     """Image-text pairs of your own."""
 
-    eval_sources: list[dict] | None = option(None, "Data sources of the evaluation during training.")
-    mix: str = option("size", "Mix sources by their size, or by its square root (sqrt).")
+    eval_sources: list[dict] | None = option(None, "Data sources for validation during training.")
+    mix: str = option("size", "Shares of several sources: size (number of rows) or sqrt (its square root).")
     augmentation: str = option("photo", "blip, crop, drawing, photo, scene or none.")
 
 
@@ -333,7 +333,7 @@ class LlavaInstructDataArguments(PackingArguments, SceneArguments, SceneAspectAr
     on_error: str = option("raise", "raise, or skip rows that cannot be read.")
     row_tokens: int | None = option(None, "Tokens of a packed row; max_tokens by default.")
     scene_kinds: dict[str, float] | None = option(
-        None, "Weight of each kind of conversation about scenes; KINDS by default."
+        None, "Weights of conversation, detail, reasoning, short and caption; 3, 1, 1, 4, 1 by default."
     )
     num_questions: int = option(400, "Number of questions in each test set.")
     lora_run: str | None = option(None, "Output folder of the same stage with LoRA, whose results the card shows too.")
@@ -344,14 +344,14 @@ class LlavaInstructDataArguments(PackingArguments, SceneArguments, SceneAspectAr
 
 @dataclass(kw_only=True)
 class BlipFilterArguments:
-    """The models of the filter, and what is written."""
+    """The models of the filter, and its output."""
 
     checkpoint: str = required("BLIP with a matching head, which filters: Hub id or folder.")
     output_dir: str = required("Folder to write to.")
     captioner: str | None = option(None, "BLIP that writes a synthetic caption for each image: Hub id or folder.")
-    action: str = option("keep", "keep writes only the texts that match, flag writes all and marks them.")
+    action: str = option("keep", "keep: write only the texts that match; flag: write all, with a column keep.")
     threshold: float = option(0.5, "Lowest probability of a match that is kept.")
-    itc: bool = option(False, "Write the similarity of the embeddings too.")
+    itc: bool = option(False, "Also write the similarity of the embeddings (ITC).")
     prompt: str | None = option(None, "Text before every synthetic caption.")
     shard_rows: int = option(1000, "Rows of a source in each file that is written.")
     bf16: bool = option(False, "Compute in bfloat16.")

@@ -1,4 +1,4 @@
-"""The data of a recipe: pairs to train on and to watch, built-in scenes, cached features of a frozen tower."""
+"""The data of a recipe: pairs for training and validation, built-in scenes, cached features of a frozen tower."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -50,7 +50,7 @@ def check_sources(sources: Any, extra: Sequence[str] = ()) -> None:
         extra: Keys of a source in addition to the fields of [`~hf_vlm.data.DataSource`].
 
     Raises:
-        ValueError: if it is no list of mappings with a `path`, or one has an unknown key.
+        ValueError: if `sources` is not a list of mappings with a `path`, or a mapping has an unknown key.
     """
     known = [*(field.name for field in fields(DataSource)), *extra]
     if not isinstance(sources, list) or not all(isinstance(source, dict) and "path" in source for source in sources):
@@ -70,19 +70,19 @@ def scene_rows(args: SceneArguments, size: int, seed: int, aspects: Sequence[flo
     Args:
         args: Number of scenes and length of captions.
         size: Shorter side in pixels.
-        seed: Which scenes.
+        seed: Decides the scenes.
         aspects: Aspect ratios (width / height).
     """
     return SceneRows(SceneStream("train", seed, size, aspects=aspects), args.train_scenes, args.max_words)
 
 
 def validation_scenes(args: SceneArguments, size: int, seed: int, rows: int = 512) -> SceneRows:
-    """The built-in scenes to watch a training with; arguments as of [`scene_rows`]."""
+    """The built-in scenes for validation during training; arguments as in [`scene_rows`]."""
     return SceneRows(SceneStream("validation", seed + 1, size), rows, args.max_words)
 
 
 def own_pairs(args: PairArguments, seed: int) -> tuple[Pairs, Pairs | None]:
-    """Pairs from `sources` to train on, and from `eval_sources` to watch the training with.
+    """Training pairs from `sources`, and validation pairs from `eval_sources` (None without).
 
     Raises:
         ValueError: if a source is wrong.
@@ -98,13 +98,13 @@ def own_pairs(args: PairArguments, seed: int) -> tuple[Pairs, Pairs | None]:
 def open_pairs(
     args: BlipDataArguments | Blip2DataArguments, size: int, seed: int, validation_rows: int = 512
 ) -> tuple[Pairs, Pairs | None]:
-    """Pairs to train on, and pairs to watch the training with: your own, or the built-in scenes.
+    """Training and validation pairs: the user's own, or the built-in scenes.
 
     Args:
         args: The recipe's data arguments.
         size: Side of a scene in pixels.
-        seed: Which scenes, and the order of captions.
-        validation_rows: Number of scenes to watch the training with.
+        seed: Decides the scenes and the order of captions.
+        validation_rows: Number of scenes for validation.
 
     Raises:
         ValueError: if a source is wrong.
@@ -123,14 +123,14 @@ def open_features(
     key: Mapping[str, Any],
     training_args: VlmTrainingArguments,
 ) -> CachedFeatures | None:
-    """The frozen tower's outputs for all training rows, computed when the folder does not hold them; None without one.
+    """The frozen tower's outputs for all training rows; missing ones are computed. None without a folder.
 
     Args:
-        folder: Of the cache.
+        folder: Folder of the cache.
         train: Pairs, or rows with an `image`.
-        processor: The model's.
+        processor: The model's processor.
         tower: The model's frozen image tower.
-        key: What decides which images the rows have, and their order.
+        key: Everything that decides the rows' images and their order.
         training_args: Arguments of the run.
 
     Raises:
@@ -144,10 +144,10 @@ def open_features(
 
 
 def recall(predictions: EvalPrediction) -> dict[str, float]:
-    """Text-to-image recall and mean recall within the validation pairs, by embeddings.
+    """`compute_metrics` of the recipes: text-to-image recall and mean recall among the validation pairs.
 
     Args:
-        predictions: `(image_embeds, text_embeds)` and the pair ids; of an image's queries the nearest counts.
+        predictions: `(image_embeds, text_embeds)` and the pair ids. Of an image's embeddings the nearest counts.
     """
     (image_embeds, text_embeds), ids = predictions.predictions, predictions.label_ids
     metrics = retrieval_metrics(image_embeds, text_embeds, ids, ids)

@@ -68,7 +68,7 @@ class RecipeParser(TrlParser):
             sections[titles[action.dest]]._group_actions.append(action)
 
     def error(self, message: str) -> NoReturn:
-        """Raises in place of printing two hundred options.
+        """Raises an error of one line, where argparse would print two hundred options.
 
         Raises:
             ValueError: always, with argparse's message.
@@ -124,10 +124,10 @@ def group_title(group: type, name: str) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """The mapping or list that an option on the command line gives in YAML.
+    """The mapping or list that a command-line option holds as YAML.
 
     Raises:
-        ValueError: if the text is no valid YAML, or neither a mapping nor a list.
+        ValueError: if the text is not valid YAML, or is neither a mapping nor a list.
     """
     value = yaml.safe_load(text)
     if not isinstance(value, dict | list):
@@ -139,7 +139,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping of a YAML file.
 
     Raises:
-        ValueError: if the file is no valid YAML, or holds something else than a mapping.
+        ValueError: if the file is not valid YAML, or does not hold a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

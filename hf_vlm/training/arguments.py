@@ -17,18 +17,19 @@ class VlmTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with `bf16="auto"`, and all columns passed to the collator."""
 
     bf16: str = field(  # the parser reads a field's type from its annotation
-        default="auto", metadata={"help": "true, false, or auto (decided by a one-second probe of this machine)."}
+        default="auto",
+        metadata={"help": "true, false, or auto: a one-second probe on a CPU, the device's support on a GPU."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Leave it false: image collators need all columns."}
     )
     muon_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of Muon for the layers' matrices, the rest uses AdamW; default: AdamW."},
+        metadata={"help": "Learning rate of Muon for the layers' matrices, beside AdamW; without it AdamW alone."},
     )
     learning_rates: dict | str | None = field(
         default=None,
-        metadata={"help": "Learning rates by module, override learning_rate: '{\"language_projection\": 0.01}'."},
+        metadata={"help": "Learning rates by module, which override learning_rate: '{\"language_projection\": 0.01}'."},
     )
     logging_steps: float = field(default=20, metadata={"help": "Log every N steps; below 1, a fraction of the run."})
     hub_strategy: str = field(

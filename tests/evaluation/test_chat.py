@@ -6,7 +6,7 @@ import torch
 import tiny
 import tiny_llava
 from hf_vlm.evaluation import answer_questions, chat
-from hf_vlm.evaluation.chat import say, shared_beginnings
+from hf_vlm.evaluation.chat import answer_by_chat, shared_beginnings
 from hf_vlm.evaluation.prompts import prompting_of
 
 QUESTIONS = ["a red cat", "tree", "two dog on the left of the house", "a", "the blue house", "two", "tree on the cat"]
@@ -29,7 +29,9 @@ def parts(request):
 
 
 def alone(model, processor, images, number: int, **options) -> str:
-    return say(model, processor, [images[IMAGE_OF[number]]], [QUESTIONS[number]], [0], **{**GREEDY, **options})[0]
+    return answer_by_chat(
+        model, processor, [images[IMAGE_OF[number]]], [QUESTIONS[number]], [0], **{**GREEDY, **options}
+    )[0]
 
 
 def passes(model) -> list[int]:
@@ -45,11 +47,11 @@ def test_answers_are_those_of_one_question_alone(parts, monkeypatch):
     expected = [alone(*parts, number) for number in range(len(QUESTIONS))]
     assert len(set(expected)) > 1
     tokens = passes(model)
-    assert say(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
+    assert answer_by_chat(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
     shared = sum(tokens)
     tokens.clear()
     monkeypatch.setattr(chat, "shared_beginnings", lambda *_: {})
-    assert say(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
+    assert answer_by_chat(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
     assert shared < 0.8 * sum(tokens)
 
 
@@ -81,10 +83,10 @@ def test_the_shared_beginning_changes_no_logit(parts):
 def test_beams_and_a_template_with_the_image_last_are_asked_without_it(parts):
     model, processor, images = parts
     expected = [alone(*parts, number, num_beams=2) for number in range(len(QUESTIONS))]
-    assert say(model, processor, images, QUESTIONS, IMAGE_OF, num_beams=2, **GREEDY) == expected
+    assert answer_by_chat(model, processor, images, QUESTIONS, IMAGE_OF, num_beams=2, **GREEDY) == expected
     processor.chat_template = IMAGE_LAST
     expected = [alone(*parts, number) for number in range(len(QUESTIONS))]
-    assert say(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
+    assert answer_by_chat(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
 
 
 def test_an_llm_that_keeps_a_window_reads_each_prompt_whole():
@@ -96,7 +98,7 @@ def test_an_llm_that_keeps_a_window_reads_each_prompt_whole():
     expected = [alone(model, processor, images, number) for number in range(len(QUESTIONS))]
     assert len(set(expected)) > 1
     tokens = passes(model)
-    assert say(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
+    assert answer_by_chat(model, processor, images, QUESTIONS, IMAGE_OF, **GREEDY) == expected
     assert len(tokens) == GREEDY["max_new_tokens"]
 
 

@@ -528,7 +528,7 @@ def test_open_clip_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest
     for name in ("code.pt", "damaged.pt", "damaged.safetensors", "archive.pt"):
         assert refusal(from_original, name, hidden_act="gelu").startswith(f"{name} cannot be read as plain tensors")
     assert not Path("code_was_run").exists()
-    assert refusal(from_original, "model.onnx", hidden_act="gelu").startswith("model.onnx is no weights file")
+    assert refusal(from_original, "model.onnx", hidden_act="gelu").startswith("model.onnx is not a weights file")
     with pytest.raises(FileNotFoundError):
         from_original("absent.pt", hidden_act="gelu")
 

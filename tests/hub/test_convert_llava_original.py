@@ -229,7 +229,7 @@ def refused(call, *args, **kwargs) -> str:
     ("change", "message"),
     [
         (linear, 'The checkpoint\'s projector is "linear", the model\'s "mlp": set projector_type.'),
-        (with_tensor(NEWLINE, 20), "has an image newline, but the model does not look at tiles"),
+        (with_tensor(NEWLINE, 20), "has an image newline, but the model does not use tiles"),
         (more_words, "The checkpoint has 67 words, but the model 64 rows: build it with image_token_id=67."),
         (two_words, "has the rows of two added words only"),
         (lora, "These are LoRA's weights: merge them"),
@@ -260,7 +260,7 @@ def test_what_does_not_fit_changes_nothing(change, message: str) -> None:
 def test_tiles_without_a_newline_are_refused() -> None:
     native, base = pair(True)
     weights = without(NEWLINE)(projector_of(original(native)))
-    assert "has no image newline, but the model looks at tiles" in refused(from_original, weights, base=base)
+    assert "has no image newline, but the model uses tiles" in refused(from_original, weights, base=base)
 
 
 def test_head_that_the_base_ties_is_refused() -> None:
@@ -352,13 +352,13 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
         '{"weight_map": {"a": "b", "c": 3}}',
     ):
         index.write_text(text)
-        assert refused(from_original, tmp_path) == f"{index} is no index of weights."
+        assert refused(from_original, tmp_path) == f"{index} is not an index of weight files: replace it."
     save_file({"model.mm_projector.weight": torch.zeros(2, 2)}, tmp_path.parent / "outside.safetensors")
     for name in ("../outside.safetensors", str(tmp_path.parent / "outside.safetensors"), "a/../../b.safetensors", "."):
         index.write_text(json.dumps({"weight_map": {"model.mm_projector.weight": name}}))
         assert refused(from_original, tmp_path) == f"{index} names {name}, which lies outside its folder."
     index.write_text(json.dumps({"weight_map": {"model.mm_projector.weight": ".."}}))
-    assert "is no weights file" in refused(from_original, tmp_path)
+    assert "is not a weights file" in refused(from_original, tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     assert refused(from_original, tmp_path) == (
         f"{tmp_path} lacks model-00001-of-00001.safetensors, which its index names."

@@ -176,8 +176,8 @@ def _refuse_another(
         raise FeatureCacheError(f"{folder} is a cache of other features: its {name} is {old!r}, not {new!r}; {OTHER}")
 
 
-class _Pictures(Dataset):
-    """Pixels of a range of rows. Data errors are returned: raised in a worker they would carry its traceback."""
+class _ImageBatches(Dataset):
+    """Pixels of a range of rows. Data errors are returned, since a worker would raise them with its traceback."""
 
     def __init__(self, rows: Rows, processor: Callable[..., Any]):
         self.rows, self.processor = rows, processor
@@ -198,9 +198,9 @@ def _write_shards(plan, missing, rows, processor, encode, batch_size, num_worker
         for start in range(0, len(plan.rows(shard)), batch_size)
     ]
     generator = torch.Generator()  # else the loader would advance the global RNG of a later training
-    pictures = _Pictures(rows, processor)
+    images = _ImageBatches(rows, processor)
     loader: DataLoader = DataLoader(
-        pictures, batch_size=None, sampler=batches, num_workers=num_workers, generator=generator
+        images, batch_size=None, sampler=batches, num_workers=num_workers, generator=generator
     )
     sound = next((shard for shard in range(len(plan)) if shard not in missing), None)
     header = (sound is not None and read_header(plan.path(sound))) or {}

@@ -1,4 +1,4 @@
-"""The image-text rows of a source in stored order, each once, with the bytes of the image file.
+"""The image-text rows of a source in stored order, each once, with the bytes of the image's file.
 
 For programs that write data back: the bytes of an image are copied, not decoded and encoded again. Rows are read as a
 stream, so nothing is prepared first and an interrupted run resumes at any row.
@@ -22,11 +22,11 @@ class StoredRow:
     """One row of a source.
 
     Args:
-        image: decoded.
-        file: the bytes of the image's file.
-        captions: at least one.
-        id: as text, if the source has ids.
-        row: its number in the source, bad rows counted.
+        image: The decoded image.
+        file: The bytes of the image's file.
+        captions: At least one caption.
+        id: The row's id as text, if the source has ids.
+        row: The row's number in the source; bad rows count.
     """
 
     image: Image.Image
@@ -42,11 +42,11 @@ def stored_blocks(
     """The rows of a source in blocks.
 
     Args:
-        source: what to read; always as a stream, in the order of its files.
-        block_size: rows a block; skipped rows count, so that blocks start at the same rows in every run.
-        start: first block, counted from 0.
+        source: What to read; always as a stream, in the order of its files.
+        block_size: Rows per block; skipped rows count, so that blocks start at the same rows in every run.
+        start: Number of the first block, from 0.
         on_error: `"raise"`, or `"skip"`: bad rows are skipped and counted.
-        report: counts the skipped rows; a new one by default.
+        report: Counts the skipped rows; a new one by default.
 
     Raises:
         SourceError, ImageError, CaptionError: as `load_source`.

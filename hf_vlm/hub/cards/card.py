@@ -61,9 +61,10 @@ def write_card(folder: str | Path, name: str | None = None, record: Record | Non
 
 
 def is_unedited(folder: Path) -> bool:
-    """Whether the card in a folder is as it was written.
+    """Whether nobody has edited the card in a folder since it was written.
 
-    The record's hash tells. Without a hash, the card must equal the one that would be written now.
+    The card's hash is compared with that in the record. Without one, the card must equal the card that would be written
+    now.
     """
     text = (folder / CARD_NAME).read_text(encoding="utf-8")
     try:

@@ -20,7 +20,7 @@ class Evaluation:
         description: Names of the task and of its metrics.
         dataset: Dataset type and name in the model index.
         note: What the numbers mean.
-        labels: Names of rows, where a card needs others than the terminal's table; also further rows.
+        labels: Row names of the card by key; they replace or extend those of `description`.
     """
 
     description: Description
@@ -30,7 +30,7 @@ class Evaluation:
 
     @property
     def rows(self) -> dict[str, str]:
-        """Keys of nested metrics, each a row below its test set's -> names of the rows."""
+        """Key of nested metrics -> name of their row, which stands below the row of their test set."""
         return {**self.description.rows, **self.labels}
 
 

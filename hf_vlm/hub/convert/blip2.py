@@ -65,7 +65,7 @@ SHARED_NAMES: Names = (
 
 
 def embedding_names(norm: str, words: str) -> Names:
-    """The name table of the Q-Former's embeddings, given where transformers' class keeps LayerNorm and words."""
+    """The name table of the Q-Former's embeddings; the arguments are transformers' prefixes of LayerNorm and words."""
     return (
         ("model.qformer.embeddings.norm.*", f"{norm}.*"),
         ("model.qformer.embeddings.word_embedding.*", f"{words}.word_embeddings.*"),

@@ -197,7 +197,7 @@ def from_original(
     if llava_original.is_llava(state_dict):
         return llava_original.from_original(state_dict, config, base)
     if base is not None:
-        raise ValueError("These are not the weights of a LLaVA in its own code's layout, for which a base serves.")
+        raise ValueError("base is only for weights in the layout of LLaVA's own code: leave base out.")
     if open_clip.is_open_clip(state_dict):
         return open_clip.from_original(state_dict, config, hidden_act)
     if blip2_original.is_blip2(state_dict):

@@ -73,7 +73,7 @@ def _parts(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights.") from error
+        raise ValueError(f"{index} is not an index of weight files: replace it.") from error
     if outside:
         raise ValueError(f"{index} names {outside[0]}, which lies outside its folder.")
     if missing := [name for name in names if not (index.parent / name).exists()]:
@@ -160,12 +160,12 @@ def _check_projector(weights: StateDict, config: VlmLlavaConfig) -> None:
         raise ValueError(f'The checkpoint\'s projector is "{found}", the model\'s "{expected}": set projector_type.')
     if NEWLINE in weights and config.image_grid_pinpoints is None:
         raise ValueError(
-            "The checkpoint has an image newline, but the model does not look at tiles: set image_grid_pinpoints, or "
+            "The checkpoint has an image newline, but the model does not use tiles: set image_grid_pinpoints, or "
             f'leave {NEWLINE} out if the checkpoint\'s config says mm_patch_merge_type="flat".'
         )
     if NEWLINE not in weights and config.image_grid_pinpoints is not None:
         raise ValueError(
-            "The checkpoint has no image newline, but the model looks at tiles: leave out image_grid_pinpoints, or add "
+            "The checkpoint has no image newline, but the model uses tiles: leave out image_grid_pinpoints, or add "
             f"{NEWLINE} to the tensors."
         )
 

@@ -125,7 +125,7 @@ def read_state_dict(path: str | Path) -> StateDict:
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
-        raise ValueError(f"{path} is no weights file: pass a .safetensors, .pt, .pth or .bin file.")
+        raise ValueError(f"{path} is not a weights file: pass a .safetensors, .pt, .pth or .bin file.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
