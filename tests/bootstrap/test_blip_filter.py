@@ -113,7 +113,7 @@ def test_exact_shares_are_corrupted_and_every_corruption_is_false():
 def test_impossible_corruptions_are_refused():
     with pytest.raises(ValueError, match="at most 1 together"):
         corrupt_captions(SCENES, 0.6, 0.6)
-    with pytest.raises(ValueError, match="every other scene shows something"):
+    with pytest.raises(ValueError, match="every other scene shows one of its objects"):
         corrupt_captions([scene(0), scene(5)], 1.0, 0.0)  # a cat and a black cat
 
 

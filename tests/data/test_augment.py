@@ -186,10 +186,10 @@ def test_thin_lines_go_and_are_drawn() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "LA", "I;16"])
 def test_another_mode_is_refused_with_its_place(mode: str) -> None:
-    with pytest.raises(ValueError, match=rf"picture 1 of the batch is in mode {mode}: convert it to RGB or RGBA"):
+    with pytest.raises(ValueError, match=rf"image 1 of the batch has mode {mode}: convert it to RGB or RGBA"):
         Augmentation.photo()([photo(), Image.new(mode, (8, 8))], 16, [0])
 
 
 def test_no_pictures_are_refused() -> None:
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         Augmentation()([], 16, [0])

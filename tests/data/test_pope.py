@@ -103,5 +103,5 @@ def test_questions_follow_from_the_seed() -> None:
 
 @pytest.mark.parametrize("objects", [[["cat"]], [["cat"], []], [["cat"], ["black cat"]]])
 def test_pictures_of_which_nothing_can_be_asked_are_refused(objects: list[list[str]]) -> None:
-    with pytest.raises(ValueError, match=r"picture \d shows"):
+    with pytest.raises(ValueError, match=r"image \d has the objects"):
         pope_questions(objects)

@@ -232,7 +232,7 @@ def test_layers_that_are_not_there_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("layer", [-2, -1, 1])
 @pytest.mark.parametrize("name", TOWERS)
-def test_a_unfrozen_tower_is_trained_up_to_the_layer_that_is_read(name: str, layer: int) -> None:
+def test_an_unfrozen_tower_is_trained_up_to_the_layer_that_is_read(name: str, layer: int) -> None:
     """Trained is what has a gradient; a trained parameter without one stalls data parallelism."""
     model, inputs = tiny_llava.on_tower(name, vision_feature_layer=layer), tiny_llava.llava_inputs()
     model.model.unfreeze_tower()

@@ -1,15 +1,16 @@
-"""Random variations of a batch of training pictures: where things lie, their colours, and the hand that drew them.
+"""Augmentation of a batch of training images: geometry, colour, and style of drawing.
 
-- One picture at a time only a random crop, resized by PIL as in BLIP; all else is done to the whole batch in torch.
-- Pixels are premultiplied with their opacity until the end, so that moving, bending and recolouring a drawing never mix
-  in what its transparent parts hide. Then it is laid on white or on a random colour.
-- RandAugment, if asked for, comes last.
-- Three variations bridge styles of drawing: `unline` takes thin dark lines away, `ink` draws them along edges, `shade`
-  puts a soft light over flat colours.
-- Everything follows from `seed` alone. The global random state is neither read nor changed, so a training that is
-  resumed sees the pictures that an uninterrupted one would have seen.
+- Only the random crop is made image by image; PIL resizes it, as in BLIP. All other steps run on the whole batch in
+  torch.
+- Pixels stay premultiplied by their opacity until the end, so that warps and colour changes never mix in the colour of
+  transparent pixels. Then the image is composited on white or on a random colour.
+- RandAugment, if enabled, comes last.
+- Three steps bridge styles of drawing: `unline` removes thin dark lines, `ink` draws them along edges, `shade` lights
+  flat colours unevenly.
+- The result depends only on the images and on `seed`. The global random state is neither read nor changed, so a resumed
+  run sees the same images as an uninterrupted one.
 
-Shapes: B pictures, S the side of the result in pixels. Channels are red, green, blue, opacity.
+Shapes: B images, S side of the result in pixels. Channels are red, green, blue, opacity.
 """
 
 import math
@@ -23,41 +24,41 @@ from torch.nn import functional as F
 
 from .rand_augment import RandAugment
 
-# To luma and two chroma axes: YIQ (NTSC), whose chroma plane is where hue is an angle and saturation a length.
+# RGB to YIQ (NTSC): luma and two chroma axes. In the chroma plane hue is an angle and saturation a length.
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 LUMA = YIQ[0]
-FIELD_WAVES = 4  # random fields (wobble, shade) consist of this many cosines a side, the first of them constant
+FIELD_WAVES = 4  # cosines per side in a random field (wobble, shade), including the constant one
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random variations of pictures; the defaults are BLIP's crop and flip (arXiv 2201.12086, section 4) and no more.
+    """Augmentation of images. The defaults are BLIP's crop and flip only (arXiv 2201.12086, section 4).
 
-    Every strength is drawn anew for each picture, evenly from the range given.
+    Every strength is drawn for each image, uniformly from the given range.
 
     Args:
-        crop_scale: smallest and largest share of the picture's area that the crop keeps.
+        crop_scale: smallest and largest share of the image's area that the crop keeps.
         crop_ratio: smallest and largest ratio of the crop's width to its height, before it is resized to a square.
         flip: probability of mirroring left and right.
-        rotation: largest turn either way, in degrees.
-        zoom: smallest and largest factor of size; below 1, background shows at the edges.
-        stretch: largest factor, either way, between the changes of width and height; 1 for none.
-        shear: largest slant either way: horizontal shift over height.
-        shift: largest shift either way, as a share of the side.
+        rotation: largest rotation in either direction, in degrees.
+        zoom: smallest and largest scale factor; below 1, background appears at the edges.
+        stretch: largest ratio of the width's to the height's scale factor, or of its inverse; 1 for none.
+        shear: largest horizontal shear in either direction: shift over height.
+        shift: largest translation in either direction, as a share of the side.
         wobble: typical displacement of a smooth random distortion, as a share of the side.
-        background: probability that transparency shows a random colour, not white.
-        hue: largest turn of the hue either way, in full turns (0.5 reaches every hue).
-        saturation: the colourfulness is multiplied by a factor from `1 - saturation` to `1 + saturation`.
+        background: probability of compositing on a random colour instead of white.
+        hue: largest rotation of the hue in either direction, in full turns (0.5 reaches every hue).
+        saturation: the saturation is multiplied by a factor from `1 - saturation` to `1 + saturation`.
         brightness: the same for the brightness.
         contrast: the same for the contrast around middle grey.
-        grey: probability of taking all colour away.
-        shade: largest darkening or lightening by a smooth random light; 0 for none.
-        unline: probability of taking thin dark lines away.
+        grey: probability of converting to grey.
+        shade: largest darkening or lightening by a smooth random field; 0 for none.
+        unline: probability of removing thin dark lines.
         ink: probability of darkening along edges of colour or opacity.
         blur: probability of blurring.
-        noise: largest standard deviation of the noise on a picture, of the range [0, 1].
-        erase: probability of replacing a rectangle, up to half of the side long, by one colour.
-        rand_augment: operations drawn at random, after all else.
+        noise: largest standard deviation of the pixel noise, on the range [0, 1].
+        erase: probability of filling a rectangle with one colour; its sides are at most half of the image's.
+        rand_augment: RandAugment, applied last.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -85,17 +86,17 @@ class Augmentation:
 
     @classmethod
     def blip(cls) -> "Augmentation":
-        """What BLIP was pretrained with: crop, flip and RandAugment of two operations at magnitude 5 of 10."""
+        """BLIP's pretraining augmentation: crop, flip and RandAugment of two operations at magnitude 5 of 10."""
         return cls(rand_augment=RandAugment(count=2, magnitude=5))
 
     @classmethod
     def photo(cls) -> "Augmentation":
-        """For photographs: BLIP's crop and flip, and moderate changes of colour."""
+        """For photographs: BLIP's crop and flip, and moderate colour changes."""
         return cls(hue=0.03, saturation=0.4, brightness=0.3, contrast=0.3, grey=0.05)
 
     @classmethod
     def scene(cls) -> "Augmentation":
-        """For scenes whose captions say what is left, above or red: nothing moves, mirrors or changes its hue."""
+        """For scenes whose captions name positions and colours: no crop, no flip, no warp, no change of hue."""
         return cls(
             crop_scale=(1.0, 1.0),
             crop_ratio=(1.0, 1.0),
@@ -112,7 +113,7 @@ class Augmentation:
 
     @classmethod
     def drawing(cls) -> "Augmentation":
-        """For drawings on a transparent or white ground that are to be recognised when another hand drew them."""
+        """For drawings on a transparent or white background, to generalise to other styles of drawing."""
         return cls(
             crop_scale=(0.7, 1.0),
             flip=0.5,
@@ -137,21 +138,21 @@ class Augmentation:
         )
 
     def __call__(self, images: Sequence[Image.Image], size: int, seed: Sequence[int]) -> torch.Tensor:
-        """Varies and resizes the pictures of a batch.
+        """Augments and resizes the images of a batch.
 
         Args:
             images: PIL images of any sizes, each in mode RGB or RGBA.
             size: S, the side of the result in pixels.
-            seed: what the variations follow from: one or several numbers >= 0, such as those of the samples.
+            seed: one or several numbers >= 0, such as the row numbers; equal seeds give equal results.
 
         Returns:
             `torch.FloatTensor` of shape `(B, 3, S, S)` in [0, 1].
 
         Raises:
-            ValueError: a picture is in another mode; or there are no pictures.
+            ValueError: if an image has another mode, or there are no images.
         """
         if not images:
-            raise ValueError("there are no pictures to augment")
+            raise ValueError("there are no images to augment: give at least one")
         state = np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]
         draw = _Draw(len(images), torch.Generator().manual_seed(int(state)))
         pixels = self._warp(self._crops(images, size, draw), draw)
@@ -161,14 +162,14 @@ class Augmentation:
         return pixels if self.rand_augment is None else self.rand_augment(pixels, draw.generator)
 
     def _crops(self, images: Sequence[Image.Image], size: int, draw: "_Draw") -> torch.Tensor:
-        """A random crop of each picture, resized: premultiplied `(B, 4, S, S)`."""
+        """A random crop of each image, resized: premultiplied `(B, 4, S, S)`."""
         scale = draw.uniform(*self.crop_scale).tolist()
         ratio = draw.uniform(math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])).exp().tolist()
         left, top = draw.uniform(0, 1).tolist(), draw.uniform(0, 1).tolist()
         crops = []
         for i, image in enumerate(images):
             if image.mode not in ("RGB", "RGBA"):
-                raise ValueError(f"picture {i} of the batch is in mode {image.mode}: convert it to RGB or RGBA first")
+                raise ValueError(f"image {i} of the batch has mode {image.mode}: convert it to RGB or RGBA first")
             width = min(1.0, math.sqrt(scale[i] * ratio[i] * image.height / image.width))
             height = min(1.0, math.sqrt(scale[i] / ratio[i] * image.width / image.height))
             width, height = width * image.width, height * image.height
@@ -179,7 +180,7 @@ class Augmentation:
         return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float().div_(255)
 
     def _warp(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
-        """Mirrors, turns, scales, slants, shifts and bends; what comes from outside the picture is transparent."""
+        """Flip, rotation, zoom, stretch, shear, shift and wobble; pixels from outside the image are transparent."""
         angle = draw.uniform(-self.rotation, self.rotation) * (math.pi / 180)
         zoom = draw.uniform(math.log(self.zoom[0]), math.log(self.zoom[1])).exp()
         stretch = draw.uniform(-math.log(self.stretch), math.log(self.stretch)).div(2).exp()
@@ -195,7 +196,7 @@ class Augmentation:
         return F.grid_sample(pixels, grid, align_corners=False)
 
     def _redraw(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
-        """Takes lines away, draws them, and puts light and shade on."""
+        """Unline, ink and shade."""
         chosen = draw.chosen(self.unline)
         if len(chosen):
             colour, opacity = pixels[chosen].split([3, 1], dim=1)
@@ -216,7 +217,7 @@ class Augmentation:
         return pixels
 
     def _recolour(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
-        """One linear map of the colours of each picture: hue, saturation, brightness, contrast, grey."""
+        """Hue, saturation, brightness, contrast and grey as one linear map of each image's colours."""
         if not (self.hue or self.saturation or self.brightness or self.contrast or self.grey):
             return pixels
         angle = draw.uniform(-self.hue, self.hue) * (2 * math.pi)
@@ -228,18 +229,18 @@ class Augmentation:
         yiq = torch.tensor(YIQ)
         matrix = yiq.inverse() @ torch.stack(rows, dim=-1).view(-1, 3, 3) @ yiq
         matrix = matrix * (bright * contrast).view(-1, 1, 1)
-        offset = (0.5 - 0.5 * contrast).view(-1, 1, 1).expand(-1, 3, 1)  # of opaque pixels; others have less of it
+        offset = (0.5 - 0.5 * contrast).view(-1, 1, 1).expand(-1, 3, 1)  # multiplied by the opacity below
         colour = torch.cat([matrix, offset], dim=2) @ pixels.flatten(2)
         opacity = pixels[:, 3:]
         return torch.cat([colour.view_as(pixels[:, :3]).clamp_(min=0).minimum(opacity), opacity], dim=1)
 
     def _lay_on_background(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
-        """`(B, 3, S, S)` without transparency."""
+        """The images composited on white or a random colour, `(B, 3, S, S)`."""
         colours = torch.where(draw.chance(self.background)[:, None], draw.colours(), 1.0)
         return pixels[:, :3] + (1 - pixels[:, 3:]) * colours[:, :, None, None]
 
     def _finish(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
-        """Blurs, erases and adds noise."""
+        """Blur, erase and noise."""
         size = pixels.shape[-1]
         chosen = draw.chosen(self.blur)
         if len(chosen):
@@ -259,30 +260,30 @@ class Augmentation:
 
 
 class _Draw:
-    """Random numbers for `count` pictures, all from one generator."""
+    """Random numbers for `count` images, all from one generator."""
 
     def __init__(self, count: int, generator: torch.Generator) -> None:
         self.count = count
         self.generator = generator
 
     def uniform(self, low: float, high: float, *shape: int) -> torch.Tensor:
-        """`(B, *shape)`, evenly from `low` to `high`."""
+        """`(B, *shape)`, uniform from `low` to `high`."""
         return torch.rand(self.count, *shape, generator=self.generator) * (high - low) + low
 
     def chance(self, probability: float) -> torch.Tensor:
-        """Yes or no for each picture, `(B,)`."""
+        """A mask over the images, `(B,)`, each True with the given probability."""
         return torch.rand(self.count, generator=self.generator) < probability
 
     def chosen(self, probability: float) -> torch.Tensor:
-        """Indices of the pictures for which `chance` says yes."""
+        """Indices of the images for which `chance` is True."""
         return self.chance(probability).nonzero().flatten()
 
     def colours(self) -> torch.Tensor:
-        """A colour for each picture, `(B, 3)`."""
+        """A colour for each image, `(B, 3)`."""
         return torch.rand(self.count, 3, generator=self.generator)
 
     def field(self, channels: int, size: int) -> torch.Tensor:
-        """A smooth random field for each picture, `(B, channels, S, S)`, of mean 0 and variance 1."""
+        """A smooth random field for each image, `(B, channels, S, S)`, of mean 0 and variance 1."""
         place = (torch.arange(size) + 0.5) / size
         waves = torch.cos(math.pi * torch.arange(FIELD_WAVES)[:, None] * place)
         heights = torch.randn(self.count, channels, FIELD_WAVES, FIELD_WAVES, generator=self.generator)

@@ -1,10 +1,9 @@
-"""RandAugment (arXiv 1909.13719) as BLIP trains with it: a few operations drawn at random, all of one magnitude.
+"""RandAugment (arXiv 1909.13719) as in BLIP: a few random operations of one magnitude.
 
-- The ten operations are those that leave colours recognisable, since captions name them (arXiv 2107.07651, section 4).
-- BLIP's released training applies each operation drawn with probability one half, at magnitude 5 of 10, and fills what
-  comes from outside the picture with middle grey. Magnitude 5 is in the middle of the range for brightness and
-  sharpness, and so leaves them as they are.
-- Shear, shift and rotation go either way. A shift is a share of the side, so that it does not depend on the picture's
+- The ten operations keep colours recognisable, because captions name them (arXiv 2107.07651, section 4).
+- BLIP's released code applies each drawn operation with probability one half, at magnitude 5 of 10. Pixels from outside
+  the image are middle grey. Magnitude 5 is the middle of the range of brightness and sharpness: no change.
+- Shear, shift and rotation go in either direction. A shift is a share of the side, so it does not depend on the image
   size.
 """
 
@@ -28,12 +27,12 @@ def _enhanced(strength: float) -> float:
 
 
 def _moved(image: Image.Image, *matrix: float) -> Image.Image:
-    """The picture whose pixel (x, y) is the given one's (ax + by + c, dx + ey + f)."""
+    """The image whose pixel (x, y) is the pixel (ax + by + c, dx + ey + f) of the given image."""
     method, resample = Image.Transform.AFFINE, Image.Resampling.BILINEAR
     return image.transform(image.size, method, matrix, resample=resample, fillcolor=GREY)
 
 
-# Each takes a picture, the share of the largest magnitude, and which way to go: 1 or -1.
+# Arguments of an operation: an image, the share of the largest magnitude, and the direction, 1 or -1.
 OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "identity": lambda image, strength, way: image,
     "auto_contrast": lambda image, strength, way: ImageOps.autocontrast(image),
@@ -52,15 +51,15 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Operations drawn for each picture, with replacement.
+    """Random operations for each image, drawn with replacement.
 
     Args:
-        count: how many are drawn.
-        magnitude: their strength, from 0 to 10.
-        probability: that one that was drawn is done.
+        count: number of operations drawn.
+        magnitude: strength of the operations, from 0 to 10.
+        probability: probability that a drawn operation is applied.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: if an argument is out of range.
     """
 
     count: int = 2
@@ -72,14 +71,14 @@ class RandAugment:
             raise ValueError(f"count must be >= 0, magnitude 0 to {LARGEST:.0f}, probability 0 to 1; got {self}")
 
     def __call__(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Varies pictures of one size.
+        """Augments images of one size.
 
         Args:
             pixels: `torch.FloatTensor` of shape `(B, 3, H, W)` in [0, 1].
-            generator: what the operations are drawn from; as much is drawn whatever comes out.
+            generator: source of the random numbers; the quantity drawn does not depend on their values.
 
         Returns:
-            The same shape; a picture to which nothing was done keeps its very values.
+            The same shape. An image without an applied operation keeps exactly its values.
         """
         shape = (len(pixels), self.count)
         chosen = torch.randint(len(OPERATIONS), shape, generator=generator).tolist()

@@ -1,11 +1,10 @@
-"""Scenes with captions of which a known share is false: the truth that a filter of pairs is measured against.
+"""Captions of scenes with a known share of false ones: ground truth for evaluating a filter of image-text pairs.
 
-- A caption is bad in one of two ways: it is *another image's*, or it has *one wrong attribute*, a hard negative of its
-  own image (`scene_text.py`).
-- **Bad captions are false by construction.** Another image's comes from a scene no object of which could also have the
-  name of an object that is here, and every caption names an object.
-- All captions, good and bad, are drawn from the same pairs of a true caption and its false twin, so that their form
-  tells nothing.
+- A bad caption either belongs to *another image*, or has *one wrong attribute*: a hard negative of its own image
+  (`scene_text.py`).
+- **Bad captions are false by construction.** Every caption names an object. A caption of another image comes from a
+  scene whose object names conflict with none in this scene.
+- Good and bad captions come from the same pairs of a true caption and a hard negative, so their form gives no hint.
 """
 
 import random
@@ -22,13 +21,13 @@ WRONG_ATTRIBUTE = "wrong"
 
 @dataclass(frozen=True)
 class JudgedCaption:
-    """A caption and whether it is true of its scene.
+    """A caption, and whether it is true for the scene it is paired with.
 
     Args:
-        caption: what a filter gets to see.
-        corruption: `"good"`, `"another_image"`, or `"wrong_"` with the kind of hard negative, such as `"wrong_number"`.
-        scene: the scene that it was written for, as a place in the list of scenes.
-        true_caption: a true one of the same form.
+        caption: the caption that a filter sees.
+        corruption: `"good"`, `"another_image"`, or `"wrong_"` and the kind of hard negative, such as `"wrong_number"`.
+        scene: position, in the list of scenes, of the scene that the caption was written for.
+        true_caption: a true caption of the same form.
     """
 
     caption: str
@@ -38,23 +37,24 @@ class JudgedCaption:
 
     @property
     def is_bad(self) -> bool:
-        """Whether it is false of the scene that it stands beside."""
+        """Whether the caption is false for the scene it is paired with."""
         return self.corruption != GOOD
 
 
 def corrupt_captions(
     scenes: Sequence[Mapping[str, Any]], another_image: float = 0.2, wrong_attribute: float = 0.2, seed: int = 0
 ) -> list[JudgedCaption]:
-    """A caption for each scene, of which exact shares are false.
+    """One caption per scene; exact shares of the captions are false.
 
     Args:
-        scenes: dicts with `objects` and `hard_negatives`, as `SceneStream.scene` makes them.
+        scenes: dicts with `objects` and `hard_negatives`, as returned by `SceneStream.scene`.
         another_image: share of scenes that get another scene's caption, rounded to whole scenes.
-        wrong_attribute: share of scenes that get a caption with one wrong attribute.
-        seed: decides which scenes and which captions.
+        wrong_attribute: share of scenes that get a caption with one wrong attribute, rounded likewise.
+        seed: seed of the choice of scenes and captions.
 
     Raises:
-        ValueError: shares below 0 or above 1 together; or no other scene's caption is false of a scene.
+        ValueError: if a share is below 0, the shares sum to more than 1, or every other scene's objects conflict with
+            those of a scene.
     """
     if min(another_image, wrong_attribute) < 0 or another_image + wrong_attribute > 1:
         raise ValueError(
@@ -81,11 +81,11 @@ def corrupt_captions(
 
 
 def _stranger(here: int, names: list[str], rows: list[tuple[list, list]], rng: random.Random) -> int:
-    """A scene none of whose objects could also have one of these names."""
+    """A random scene whose object names conflict with none of the given names."""
     for other in rng.sample(range(len(rows)), len(rows)):
         if not any(conflict(thing["name"], name) for thing in rows[other][0] for name in names):
             return other
-    raise ValueError(f"scene {here}: every other scene shows something of what it shows; take more scenes")
+    raise ValueError(f"scene {here}: every other scene shows one of its objects; use more scenes")
 
 
 __all__ = ["ANOTHER_IMAGE", "GOOD", "JudgedCaption", "corrupt_captions"]

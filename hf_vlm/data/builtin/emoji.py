@@ -1,13 +1,14 @@
-"""Built-in pictures: every emoji as three vendors draw it, with its English name and keywords.
+"""Built-in images: emoji as drawn by three vendors, with English names and keywords.
 
-- Real drawings by different hands, from pip packages (extra `data`): nothing is downloaded, nothing is synthetic.
-- Which emoji: fully qualified ones (keycaps too), without skin tones and without flags of countries and regions, that
-  all three vendors draw, less two dozen whose Noto glyph resvg draws wrong. Of emoji that a vendor draws alike (`man
-  walking` and `person walking`, most families) the one with the shortest code sequence stays: nobody tells them apart.
-- Two things are never trained on: 15 % of the emoji, chosen by a hash of their code points, and the style `noto`. The
-  hash knows no families: `man astronaut` may be seen and `woman astronaut` held out.
-- Drawn once per size, then read from the cache (`~/.cache/hf_vlm/emoji`; the environment variable `HF_VLM_CACHE`
-  replaces `~/.cache/hf_vlm`), whose key is the versions of the packages.
+- Drawings by human artists, from pip packages (extra `data`). Nothing is downloaded.
+- Emoji: fully qualified ones (keycaps too) that all three vendors draw. Excluded are skin tones, flags of countries and
+  regions, and two dozen whose Noto glyph resvg renders wrong.
+- If a vendor draws several emoji alike (`man walking` and `person walking`, most families), only the one with the
+  shortest code sequence is kept.
+- Held out from training: 15 % of the emoji, chosen by a hash of their code points, and the style `noto`. The hash
+  ignores families: `man astronaut` may be seen and `woman astronaut` held out.
+- Drawn once per size and cached in `~/.cache/hf_vlm/emoji`. The environment variable `HF_VLM_CACHE` replaces
+  `~/.cache/hf_vlm`. The cache key contains the versions of the packages.
 """
 
 import hashlib
@@ -67,49 +68,49 @@ FEATURES = datasets.Features(
     }
 )
 
-RULES = 1  # part of the cache's key: raise it when a rule of this file or of drawings.py changes
+RULES = 1  # part of the cache key: increment when a rule in this file or in drawings.py changes
 SKIN_TONES = range(0x1F3FB, 0x1F3FF + 1)
 REGION_LETTERS = range(0x1F1E6, 0x1F1FF + 1)
-TAGS = range(0xE0000, 0xE007F + 1)  # flags of regions are spelt with them
-TWIN_DISTANCE = 2.0  # of 255, root mean square over a drawing of PROBE_SIZE; the next nearest pairs differ to the eye
+TAGS = range(0xE0000, 0xE007F + 1)  # flags of regions are written with them
+TWIN_DISTANCE = 2.0  # of 255, root mean square at PROBE_SIZE; pairs above it are visibly different
 BLANK_COVERAGE = 0.01  # the emptiest real drawing covers 3 % of its square
 
 
 def load_emoji(size: int = 96, cache_dir: str | Path | None = None) -> datasets.DatasetDict:
-    """Load the built-in pictures, drawing them first if the cache does not hold them.
+    """Load the built-in images; draws them first if they are not in the cache.
 
     Args:
-        size: pixels a side, 16 to 1024.
+        size: side in pixels, 16 to 1024.
         cache_dir: folder of the cache, `$HF_VLM_CACHE/emoji` or `~/.cache/hf_vlm/emoji` if None.
 
     Returns:
-        The splits that `EMOJI_SPLITS` describes, with the columns `image` (RGBA, transparent background), `name`,
-        `keywords`, `emoji` (the characters), `style`, `emoji_id` (equal for all drawings of one emoji).
+        The splits of `EMOJI_SPLITS`, with the columns `image` (RGBA, transparent background), `name`, `keywords`,
+        `emoji` (the characters), `style`, `emoji_id` (equal for all drawings of one emoji).
 
     Raises:
-        ModuleNotFoundError: a package of the extra `data` is not installed.
-        ValueError: size out of range.
+        ModuleNotFoundError: if a package of the extra `data` is not installed.
+        ValueError: if the size is out of range.
     """
     if not 16 <= size <= 1024:
-        raise ValueError(f"size of the emoji pictures must be 16 to 1024 pixels, got {size}")
+        raise ValueError(f"size of the emoji images must be 16 to 1024 pixels, got {size}")
     root = Path(cache_dir or Path(os.environ.get("HF_VLM_CACHE", "~/.cache/hf_vlm")) / "emoji").expanduser()
     key = hashlib.sha256(json.dumps([RULES, package_versions()]).encode()).hexdigest()[:12]
     folder = root / f"{size}px-{key}"
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{folder.name}.lock"):  # ranks and workers start together: one draws, the others wait
+        with FileLock(root / f"{folder.name}.lock"):  # ranks and workers start together; one of them draws
             if not folder.exists():
                 _save_atomically(_draw_splits(size), folder)
     return datasets.load_from_disk(folder)
 
 
 def is_held_out(emoji: str) -> bool:
-    """Whether the emoji is one of the 15 % that no training split shows."""
+    """Whether the emoji is one of the 15 % held out from training."""
     return _hash_fraction("held out", emoji) < HELD_OUT_FRACTION
 
 
 def emoji_name(emoji: str) -> str:
-    """English name in lower case, words separated by blanks: `grinning face with big eyes`."""
+    """English name in lower case, words separated by spaces: `grinning face with big eyes`."""
     import emoji as unicode_emoji
 
     name = unicode_emoji.EMOJI_DATA[emoji]["en"].strip(":").replace("_", " ").lower()
@@ -117,7 +118,7 @@ def emoji_name(emoji: str) -> str:
 
 
 def _hash_fraction(salt: str, emoji: str) -> float:
-    """A number in [0, 1) that depends on the code points alone, on every machine and in every process."""
+    """A number in [0, 1) that depends only on the salt and the code points, in every process."""
     text = salt + ":" + "-".join(f"{point:x}" for point in code_points(emoji))
     return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13
 
@@ -147,7 +148,7 @@ def _candidates() -> list[str]:
 
 
 def _drawn_apart(candidates: list[str], drawings: Drawings) -> list[str]:
-    """Those that every vendor draws, and draws unlike any emoji kept before it."""
+    """The candidates that every vendor draws, without those that a vendor draws like an earlier candidate."""
     drawn = [emoji for emoji in candidates if all(drawings.exists(emoji, style) for style in STYLES)]
     near = np.zeros((len(drawn), len(drawn)), dtype=bool)
     blank = np.zeros(len(drawn), dtype=bool)
@@ -172,7 +173,7 @@ def _distances(pixels: np.ndarray) -> np.ndarray:
 
 
 def _keywords(emoji: str, table: dict[tuple[int, ...], list[str]]) -> list[str]:
-    """Keywords without the name, repetitions and emoticons such as `:d`."""
+    """Keywords, except the name, duplicates and emoticons such as `:d`."""
     words = [word.lower().replace("_", " ").strip() for word in table.get(code_points(emoji), [])]
     return [word for word in dict.fromkeys(words) if re.match(r"\w", word) and word != emoji_name(emoji)]
 
@@ -199,9 +200,9 @@ def _draw_splits(size: int) -> datasets.DatasetDict:
 
 
 def _save_atomically(splits: datasets.DatasetDict, folder: Path) -> None:
-    """Write beside the target and rename, so that a folder of that name is always whole."""
+    """Write to a temporary folder next to the target and rename it, so that the target is always complete."""
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a process killed here left it; the lock says that it is gone
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process; we hold the lock
     try:
         splits.save_to_disk(partial)
         partial.replace(folder)

@@ -1,4 +1,4 @@
-"""The built-in pictures as image-caption pairs, for training and for the three test sets."""
+"""The built-in images as image-caption pairs, for training and for the three test sets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,9 @@ TEST_SPLITS = ("unseen_style", "unseen_emoji", "unseen_both")
 
 
 def emoji_captions(name: str, keywords: Sequence[str]) -> list[str]:
-    """The captions of an emoji in training: its name (twice as likely), in a sentence, and with each of six keywords.
+    """Training captions of an emoji: its name (twice), the name in a phrase, and the name with each of six keywords.
 
-    The list is finite, so what a locked text tower says of it can be cached.
+    The list is finite, so that embeddings of a frozen text tower can be cached.
     """
     return [name, name, f"an emoji of {name}", *(f"{name}, {keyword}" for keyword in keywords[:MAX_KEYWORDS])]
 
@@ -22,11 +22,11 @@ def emoji_pairs(split: Dataset, names_only: bool = False) -> list[dict[str, Any]
 
     Args:
         split: A split of [`load_emoji`].
-        names_only: Only the name as caption, as in evaluation; otherwise all of [`emoji_captions`].
+        names_only: Use only the name as caption, as in evaluation; otherwise all of [`emoji_captions`].
 
     Returns:
-        Dicts with `image` (RGBA), `caption` (list of strings) and `id` (the emoji, whatever the style: two drawings of
-        one emoji are positives of each other's captions).
+        Dicts with `image` (RGBA), `caption` (list of strings) and `id`. All styles of an emoji share its `id`, so its
+        drawings are positives of each other's captions.
     """
     return [
         {

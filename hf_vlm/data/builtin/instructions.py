@@ -1,10 +1,10 @@
-"""Instructions with short responses, made of scenes, questions and captions, and mixed as InstructBLIP mixes them.
+"""Instructions with short responses, built from scenes, questions and captions, and mixed as in InstructBLIP.
 
-- Tables of text: a row names its picture by `source` and `index`, so that many instructions share one picture, and no
-  picture is decoded to make a table.
-- What scenes are asked follows from their boxes and colours, so every response is true. A relation is used only where
-  it holds of the whole boxes.
-- Wording and choices follow from the seed, the task and the row's number alone.
+- Tables of text: a row refers to its image by `source` and `index`. Many instructions share one image, and building a
+  table decodes none.
+- Responses about scenes are derived from boxes and colours, so they are correct. A spatial relation is used only if it
+  holds for the whole boxes.
+- Wordings and choices depend only on the seed, the task and the row number.
 """
 
 import itertools
@@ -32,11 +32,11 @@ INSTRUCTION_FEATURES = datasets.Features(
 )
 
 Scene = Mapping[str, Any]
-Asked = tuple[dict[str, str], str]  # the fields of a wording, and the response
+Asked = tuple[dict[str, str], str]  # fields of the wording, and response
 
 
 class _Table:
-    """Collects the rows of one task; each gets a wording drawn from its random numbers."""
+    """Collects the rows of one task and draws a wording for each."""
 
     def __init__(self, source: str, task: str, wordings: Wordings):
         self.source, self.task, self.wordings = source, task, wordings_of(task, wordings)
@@ -55,18 +55,18 @@ class _Table:
 def scene_instructions(
     rows: SceneRows, seed: int = 0, wordings: Wordings = "train", tasks: Sequence[str] = tuple(TASKS)
 ) -> dict[str, datasets.Dataset]:
-    """Instructions about scenes, one table a task.
+    """Instructions about scenes, one table per task.
 
     Args:
         rows: The scenes.
-        seed: Decides wordings, options and what is reasoned about.
+        seed: Seed of wordings, options and reasoning questions.
         wordings: `"train"` or the held-out `"unseen"`.
-        tasks: Of `TASKS`: `caption`; `vqa`, all questions of the scene; `classification` of an object and of the
-            background among options; `matching` of captions and their false twins, as often yes as no; `reasoning`
-            about sides and numbers, with a reason.
+        tasks: Names from `TASKS`. `caption`; `vqa`: all questions of the scene; `classification`: multiple choice about
+            an object and the background; `matching`: yes/no, balanced over true captions and hard negatives;
+            `reasoning`: positions and numbers, answered with a reason.
 
     Returns:
-        By task, a data set with `index` (the scene's row), `source` ("scenes"), `task`, `instruction` and `response`.
+        Task -> dataset with `index` (the scene's row), `source` ("scenes"), `task`, `instruction` and `response`.
 
     Raises:
         ValueError: if a task or the wordings are unknown.
@@ -91,14 +91,14 @@ def question_instructions(
     """Questions as instructions of the task `vqa`.
 
     Args:
-        rows: Dicts with `question` and `answer`, a text or what several people said, of which the most frequent is the
-            response; `index` is the row of the picture, by default the question's own. No image is decoded.
-        source: What the table calls the rows.
-        seed: Decides the wordings.
+        rows: Dicts with `question` and `answer`: a text, or several people's answers. The most frequent answer is the
+            response. `index` is the row of the image, by default that of the question. No image is decoded.
+        source: Value of the column `source`.
+        seed: Seed of the wordings.
         wordings: `"train"` or the held-out `"unseen"`.
 
     Returns:
-        A data set as of `scene_instructions`.
+        A dataset with the columns of `scene_instructions`.
 
     Raises:
         ValueError: if a question or an answer is missing or empty.
@@ -126,9 +126,9 @@ def caption_instructions(
     """Captions as responses to instructions of the task `caption`.
 
     Args:
-        rows: Dicts with `caption`, a text or several, each of which becomes a row; the rest as of
-            `question_instructions`. What `load_source` opened is taken too, with `on_error="raise"`: a stand-in for a
-            picture left out would not fit the caption.
+        rows: Dicts with `caption`, a text or several; each caption becomes a row. A source from `load_source` needs
+            `on_error="raise"`: the substitute for an unreadable image would not fit the caption.
+        source, seed, wordings: See `question_instructions`.
 
     Raises:
         ValueError: if a caption is missing or empty.
@@ -144,18 +144,17 @@ def caption_instructions(
 
 
 def mix_by_sqrt(tables: Mapping[str, datasets.Dataset], seed: int, num_rows: int) -> datasets.Dataset:
-    """Mixes data sets with probabilities proportional to the square roots of their sizes (InstructBLIP, section 2.4).
+    """Mixes datasets with probabilities proportional to the square roots of their sizes (InstructBLIP, section 2.4).
 
-    Each data set is passed through in an order drawn from the seed, without a repetition until it is used up, then in
-    another order.
+    The rows of each dataset come in a random order without repetition. After the last row a new order begins.
 
     Args:
-        tables: Data sets of equal columns; their order does not matter.
-        seed: Decides the mixture.
+        tables: Datasets with equal columns; their order does not matter.
+        seed: Seed of the mixture.
         num_rows: Length of the mixture.
 
     Raises:
-        ValueError: if there are none, one is empty, columns differ or the length is not positive.
+        ValueError: if there are no datasets, one is empty, columns differ or the length is not positive.
     """
     names = sorted(tables)
     empty = [name for name in names if len(tables[name]) == 0]
@@ -179,7 +178,7 @@ def mix_by_sqrt(tables: Mapping[str, datasets.Dataset], seed: int, num_rows: int
 
 
 def _texts(rows: Any, columns: list[str]) -> Any:
-    """The rows without their pictures, where they are columns that would be decoded."""
+    """The rows without other columns than the given ones, so that no image is decoded."""
     if not isinstance(rows, datasets.Dataset):
         return rows
     return rows.with_format(None).select_columns([name for name in columns if name in rows.column_names])
@@ -187,11 +186,11 @@ def _texts(rows: Any, columns: list[str]) -> Any:
 
 def _check_text(text: Any, what: str) -> None:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{what} is {text!r}; give it a text or remove the row.")
+        raise ValueError(f"{what} must be a non-empty text, got {text!r}; correct or remove the row.")
 
 
 def _asked(task: str, scene: Scene, names: Sequence[str], rng: random.Random) -> list[Asked]:
-    """All that is asked of a scene in one task."""
+    """All instructions about a scene in one task."""
     if task == "caption":
         return [({}, caption) for caption in scene["captions"]]
     if task == "vqa":
@@ -207,7 +206,7 @@ _TWINS = {"caption": "yes", "negative": "no"}
 
 
 def _classification(scene: Scene, names: Sequence[str], rng: random.Random) -> list[Asked]:
-    """One question about an object and one about the background, each with options of which one is right."""
+    """Two multiple-choice questions, one about an object and one about the background."""
     there = [thing["name"] for thing in scene["objects"]]
     name, background = rng.choice(there), scene["background"]
     drawn = rng.sample(names, min(len(names), 10 * NUM_OPTIONS))
@@ -225,7 +224,7 @@ def _classification(scene: Scene, names: Sequence[str], rng: random.Random) -> l
 
 
 def scene_reasoning(objects: Sequence[dict[str, Any]], rng: random.Random) -> list[tuple[str, str]]:
-    """One question of each sort that the scene allows, with an answer and its reason."""
+    """One reasoning question of each kind that the scene allows, with an answer and a reason."""
     counts = Counter(thing["name"] for thing in objects)
     singles = [thing for thing in objects if counts[thing["name"]] == 1]
     sorts = [_sides(objects, singles), _comparisons(singles), _numbers(counts)]
@@ -233,13 +232,13 @@ def scene_reasoning(objects: Sequence[dict[str, Any]], rng: random.Random) -> li
 
 
 def _sides(objects: Sequence[dict[str, Any]], singles: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """How many are on a side of a thing, and which; nothing that overlaps that side may leave the number in doubt."""
+    """How many objects are on one side of an anchor, and which. Skipped if an object is only partly on that side."""
     asked = []
     for anchor in singles:
         others = [thing for thing in objects if thing is not anchor]
         for words in OPPOSITES:
             there = [thing for thing in others if holds(thing, words, anchor)]
-            # Where there is nothing is not asked: "none" would be right most of the time.
+            # Sides without objects are skipped, because "none" would be the majority answer.
             if not there or any(reaches(thing, words, anchor) for thing in others if thing not in there):
                 continue
             counts = Counter(thing["name"] for thing in there)
@@ -251,7 +250,7 @@ def _sides(objects: Sequence[dict[str, Any]], singles: Sequence[dict[str, Any]])
 
 
 def _comparisons(singles: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Which of two things is further to a side."""
+    """Which of two objects is further to one side."""
     ask = {"to the left of": "further to the left", "to the right of": "further to the right"}
     ask |= {"above": "higher", "below": "lower"}
     return [
@@ -265,7 +264,7 @@ def _comparisons(singles: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _numbers(counts: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Of which of two things there are more; not asked of as many, which would be right most of the time."""
+    """Which of two objects is more numerous. Equal counts are skipped, because they would be the majority answer."""
     asked = []
     for first, second in itertools.permutations([name for name in counts if plural(name)], 2):
         more, fewer = (first, second) if counts[first] > counts[second] else (second, first)

@@ -1,4 +1,4 @@
-"""Balanced questions after objects, half of them absent (POPE, arXiv 2305.10355, section 4)."""
+"""Balanced yes/no questions about object presence (POPE, arXiv 2305.10355, section 4)."""
 
 import random
 from collections import Counter
@@ -13,20 +13,21 @@ QUESTION = "Is there {phrase} in the picture?"
 def pope_questions(
     objects: Sequence[Sequence[str]], seed: int = 0, question: str = QUESTION
 ) -> list[list[dict[str, str]]]:
-    """For each picture and each way of choosing, one question after a thing that is there and one that is not.
+    """Questions for each image: per kind, one about a present object and one about an absent object.
 
     Args:
-        objects: `(I,)`, names of what is in each picture; what may be absent is named in other pictures.
-        seed: Decides what is asked.
-        question: Its wording, with `{phrase}` for the object with its article.
+        objects: `(I,)`, names of the objects in each image. Absent objects are taken from the other images.
+        seed: Seed of the choice of objects.
+        question: Wording, with `{phrase}` for the object with its article.
 
     Returns:
-        `(I,)`, dicts of `question`, `answer` ("yes" or "no") and `kind`: an absent object is drawn at `random`; is the
-        most frequent one (`popular`); or is the one most often seen beside what is there (`adversarial`). Among equals
-        chance decides. An object whose name may be said of another, as "cat" of a black cat, is never the absent one.
+        `(I,)`, lists of dicts with `question`, `answer` ("yes" or "no") and `kind`. The absent object is drawn at
+        random (`random`), is the most frequent one (`popular`), or co-occurs most often with the image's objects
+        (`adversarial`). Ties are broken at random. A name that could also describe a present object, such as "cat" for
+        a black cat, is never the absent one.
 
     Raises:
-        ValueError: if a picture has no object, or all that are named could be in it.
+        ValueError: if an image has no object, or every name could describe one of its objects.
     """
     counts = Counter(name for names in objects for name in {*names})
     beside: dict[str, Counter[str]] = {name: Counter() for name in counts}
@@ -40,7 +41,7 @@ def pope_questions(
         absent = [name for name in sorted(counts) if not any(conflict(name, other) for other in there)]
         if not there or not absent:
             raise ValueError(
-                f"picture {number} shows {there}: nothing there, or nothing that is surely not, to ask for"
+                f"image {number} has the objects {there}: give at least one, and other images with other objects"
             )
         order = rng.sample(there, len(there))
         rng.shuffle(absent)

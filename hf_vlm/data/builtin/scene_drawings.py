@@ -1,4 +1,4 @@
-"""The drawings of scenes: cut to their ink, with the backgrounds they stand out from, and put on a canvas."""
+"""Drawings for scenes: cropped to their visible pixels, matched with contrasting backgrounds, pasted on a canvas."""
 
 from dataclasses import dataclass
 
@@ -20,14 +20,14 @@ BACKGROUNDS = {
     "black": (0, 0, 0),
 }
 
-FAINT = 16  # alpha of 255: fainter edge pixels are left away, so that boxes are tight around what is seen
+FAINT = 16  # alpha of 255: fainter edge pixels are dropped, so that boxes are tight around the visible pixels
 CONTRAST = 80  # of 255, in some colour channel
 CONTRAST_FRACTION = 0.4  # share of a drawing's pixels that must stand out from the background
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing, cut to its ink: `picture` has premultiplied colours, `backgrounds` are those it stands out from."""
+    """A cropped drawing. `picture` has premultiplied colours; `backgrounds` are the ones with enough contrast."""
 
     name: str
     emoji: str
@@ -38,7 +38,7 @@ class Drawing:
 
 
 def cut_out(row: dict) -> Drawing:
-    """A row of `load_emoji` as a drawing."""
+    """The drawing of a row of `load_emoji`."""
     picture = row["image"].convert("RGBA")
     picture = picture.crop(picture.getchannel("A").point(lambda alpha: 255 * (alpha >= FAINT)).getbbox())
     pixels = np.asarray(picture.resize((24, 24), Image.Resampling.BILINEAR)).astype(int)
@@ -52,7 +52,7 @@ def cut_out(row: dict) -> Drawing:
 
 
 def paste(canvas: np.ndarray, picture: Image.Image, slot: tuple[int, int, int, int]) -> list[int]:
-    """Draw the picture into its slot of the canvas `(height, width, 3)`; gives the box of the pixels it changed."""
+    """Draw into a slot of the canvas `(height, width, 3)` and return the box of the changed pixels."""
     x0, y0, x1, y1 = slot
     pixels = np.asarray(picture.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)).astype(np.uint16)
     alpha = pixels[..., 3:]

@@ -1,4 +1,4 @@
-"""Scenes read by row number, each made when it is asked for: captions or questions for training without an end."""
+"""Scenes as rows, each generated on access: captions or questions for training."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ class SceneRows:
 
     Args:
         stream: The stream.
-        num_scenes: How many; a scene takes half a millisecond to make and no memory to keep.
-        max_words: Leave out longer captions; a batch is as long as its longest.
+        num_scenes: Number of scenes. Generating a scene takes half a millisecond; scenes are not kept in memory.
+        max_words: Drop longer captions, because a batch is padded to its longest caption.
 
     Indexing gives dicts with `image`, `caption` (all true captions), `questions` (dicts with `question`, `answer` and
     `kind`) and `id`, the scene's number.
@@ -24,7 +24,7 @@ class SceneRows:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What the pictures of the rows depend on, for the key of a feature cache."""
+        """The settings that the images depend on, for the key of a feature cache."""
         stream = self.stream
         key = {"path": "scenes", "split": stream.split, "seed": stream.seed, "size": stream.size}
         return key if stream.aspects == (1.0,) else key | {"aspects": stream.aspects}

@@ -1,10 +1,10 @@
-"""What can be said, asked and wrongly said about a scene: captions, questions with answers, hard-negative captions.
+"""Texts about a scene: captions, questions with answers, hard-negative captions.
 
 - A scene is a list of objects, each with a `name` and a `box` (x0, y0, x1, y1), on a background of a named colour.
-- A spatial word is used only where the boxes are apart in that direction, an object is called "the ..." only where its
-  name occurs once, a count only where the plural is sure. So every text is true, and no answer depends on taste.
-- Hard negatives exchange one word or phrase of a true caption. Truth cannot be guessed from the text alone: sides,
-  numbers and colours are as frequent in the true captions as in the false ones.
+- Every text is true and every answer unambiguous. A spatial word is used only if the boxes do not overlap in that
+  direction, "the ..." only if the name occurs once, and a count only if the plural is known.
+- Hard negatives replace one word or phrase of a true caption. The text alone does not tell which caption is true:
+  sides, numbers and colours are equally frequent in true and false captions.
 """
 
 import random
@@ -22,8 +22,8 @@ AXES = {"left_right": ("to the left of", "to the right of"), "above_below": ("ab
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 MOST_OBJECTS = max(NUMBERS)
 
-# Words that a caption needs for itself; heads that make no singular noun; names so general that an object of another
-# name may be one of them too.
+# RESERVED: words that captions use for position, number or negation. UNFIT_HEADS: heads that are not singular nouns.
+# GENERIC: names so general that they may also describe an object with another name.
 RESERVED = frozenset(
     "left right up down top bottom leftwards rightwards upwards downwards facing pointing pointed tilted vertical"
     " together no not one two three four upside under".split()
@@ -44,7 +44,7 @@ IRREGULAR = dict(
 
 
 def is_nameable(name: str) -> bool:
-    """Whether scenes use the name: a singular noun in plain letters, without words of place, number or negation."""
+    """Whether scenes can use the name: a singular noun in plain letters, without words of place, number or negation."""
     words = name.split()
     head = PREPOSITIONS.split(name)[0]
     plural_form = re.search(r"[^sui]s$", head) or words[0] in ("men", "women", "people")
@@ -54,7 +54,7 @@ def is_nameable(name: str) -> bool:
 
 
 def conflict(name: str, other: str) -> bool:
-    """Whether a thing of one name may also have the other: `cat` and `black cat`, `man running` and `woman running`."""
+    """Whether two names may describe one object: `cat` and `black cat`, `man running` and `woman running`."""
     first, second = _plain(name), _plain(other)
     return first in second or second in first
 
@@ -66,7 +66,7 @@ def _plain(name: str) -> str:
 
 @cache
 def plural(name: str) -> str | None:
-    """The plural where it is sure (`ears of corn`), None where the noun is not the last word before a preposition."""
+    """The plural (`ears of corn`); None if the noun is not the last word before a preposition."""
     head = PREPOSITIONS.split(name, maxsplit=1)[0]
     *others, noun = head.split()
     described = any(word in PERSON_WORDS or word == "and" for word in others)  # man running, bow and arrow
@@ -88,31 +88,31 @@ def _plural_noun(noun: str) -> str:
 
 
 def phrase(name: str, count: int = 1) -> str:
-    """`an apple`, `two apples`; the count must be 1 where `plural` gives None."""
+    """`an apple`, `two apples`; the count must be 1 if `plural` returns None."""
     return f"{article(name)} {name}" if count == 1 else f"{NUMBERS[count]} {plural(name)}"
 
 
 def article(word: str) -> str:
-    """The indefinite article, by sound."""
+    """The indefinite article, by pronunciation."""
     if re.match(r"uni|one|euro|ewe|util", word):
         return "a"
     return "an" if re.match(r"[aeiou]|hour|sos|ng |x-ray|mx ", word) else "a"
 
 
 def holds(subject: dict, words: str, other: dict) -> bool:
-    """Whether the subject's box is wholly on that side of the other's."""
+    """Whether the subject's box is completely on the given side of the other's box."""
     (x0, y0, x1, y1), (u0, v0, u1, v1) = subject["box"], other["box"]
     return {"to the left of": x1 <= u0, "to the right of": u1 <= x0, "above": y1 <= v0, "below": v1 <= y0}[words]
 
 
 def reaches(subject: dict, words: str, other: dict) -> bool:
-    """Whether any part of the subject lies further to that side than all of the other."""
+    """Whether any part of the subject lies further to the given side than the whole of the other."""
     (x0, y0, x1, y1), (u0, v0, u1, v1) = subject["box"], other["box"]
     return {"to the left of": x0 < u0, "to the right of": x1 > u1, "above": y0 < v0, "below": y1 > v1}[words]
 
 
 def place(box: list[int], size: tuple[int, int]) -> str:
-    """Where the middle of a box lies among the thirds of a picture of (width, height): `top left`, `centre`, ..."""
+    """The third of the image (width, height) that contains the centre of a box: `top left`, `centre`, ..."""
     column = min(3 * (box[0] + box[2]) // (2 * size[0]), 2)
     row = min(3 * (box[1] + box[3]) // (2 * size[1]), 2)
     return " ".join(filter(None, (("top", "", "bottom")[row], ("left", "", "right")[column]))) or "centre"
@@ -123,11 +123,11 @@ class SceneText:
 
     Args:
         objects: dicts with `name` and `box`.
-        background: name of its colour.
-        size: width and height of the picture in pixels.
-        names: names that may stand for an object that is not there.
+        background: name of the background colour.
+        size: width and height of the image in pixels.
+        names: names to choose absent objects from.
         colours: names of all background colours.
-        rng: decides what is said; the same state gives the same texts.
+        rng: random numbers for all choices; equal states give equal texts.
     """
 
     def __init__(
@@ -143,14 +143,14 @@ class SceneText:
         self.names, self.colours, self.rng = names, colours, rng
         self.counts = Counter(thing["name"] for thing in objects)
         self.singles = [thing for thing in objects if self.counts[thing["name"]] == 1]
-        self.relations = {}  # one true (subject, words, other) for each axis that has any
+        self.relations = {}  # axis -> one true (subject, words, other)
         for axis, sides in AXES.items():
             true = [(a, words, b) for a in self.singles for b in self.singles for words in sides if holds(a, words, b)]
             if true:
                 self.relations[axis] = rng.choice(true)
 
     def captions(self) -> list[str]:
-        """True captions: all there is, without and with the background; one relation an axis; where everything is."""
+        """True captions: all objects, with and without the background; one relation per axis; all positions."""
         things = _listing([phrase(name, count) for name, count in self.counts.items()])
         placed = [f"{phrase(thing['name'])} {_at(place(thing['box'], self.size))}" for thing in self.objects]
         related = [self._relation_caption(*relation) for relation in self.relations.values()]
@@ -162,7 +162,7 @@ class SceneText:
         ]
 
     def questions(self) -> list[dict]:
-        """Questions with one right answer each: `question`, `answer`, `kind` (what, where, count, colour, yesno)."""
+        """Questions with one correct answer: `question`, `answer`, `kind` (what, where, count, colour, yesno)."""
         asked = [
             *self._what(),
             *self._where(),
@@ -173,7 +173,7 @@ class SceneText:
         return [dict(zip(("question", "answer", "kind"), row, strict=True)) for row in asked]
 
     def hard_negatives(self) -> list[dict]:
-        """Captions and false twins: `caption`, `negative`, `kind` (left_right, above_below, number, colour, object)."""
+        """True and false captions: `caption`, `negative`, `kind` (left_right, above_below, number, colour, object)."""
         pairs = []
         for axis, (subject, words, other) in self.relations.items():
             caption = self._relation_caption(subject, words, other)
@@ -202,7 +202,7 @@ class SceneText:
         for anchor in self.singles:
             for words in OPPOSITES:
                 there = [thing for thing in self.objects if holds(thing, words, anchor)]
-                # One that reaches further to that side than the anchor, if not wholly, would be a second answer.
+                # An object that is only partly on that side of the anchor would be a second plausible answer.
                 doubtful = [thing for thing in self.objects if thing not in there and reaches(thing, words, anchor)]
                 if len(there) == 1 and not doubtful:
                     asked.append((f"What is {words} the {anchor['name']}?", there[0]["name"], "what"))
@@ -216,7 +216,7 @@ class SceneText:
             x0, y0, x1, y1 = thing["box"]
             shifts = [(dx, dy) for dx in (-margin, margin) for dy in (-margin, margin)]
             if len({place([x0 + dx, y0 + dy, x1 + dx, y1 + dy], self.size) for dx, dy in shifts}) == 1:
-                placed.append(thing)  # its middle is not near the border of two thirds
+                placed.append(thing)  # its centre is not near the border between two thirds
         if placed:
             thing = self.rng.choice(placed)
             asked.append((f"Where in the picture is the {thing['name']}?", place(thing["box"], self.size), "where"))
@@ -235,7 +235,7 @@ class SceneText:
         return asked
 
     def _yes_or_no(self) -> list[tuple[str, str, str]]:
-        """One question of each sort; a coin decides whether it is asked so that the answer is yes."""
+        """One question of each kind; a coin flip decides whether the answer is yes."""
         yes, answers = [self.rng.random() < 0.5 for _ in range(3)], ("no", "yes")
         name = self.rng.choice(list(self.counts)) if yes[0] else self._absent(1)
         colour = self.background
@@ -252,7 +252,7 @@ class SceneText:
         return asked
 
     def _absent(self, count: int) -> str:
-        """A name that fits nothing in the scene, and that can be counted if `count` asks for it."""
+        """A name that describes no object of the scene; it has a plural if `count` is above 1."""
         while True:
             name = self.rng.choice(self.names)
             if (count == 1 or plural(name)) and not any(conflict(name, there) for there in self.counts):

@@ -1,13 +1,13 @@
-"""Emoji scenes: a seeded, unlimited stream of pictures about which everything is known.
+"""Emoji scenes: a seeded, unlimited stream of images with complete ground truth.
 
-- Each scene is one to four emoji drawings without overlap on a plain named colour, with boxes, captions, questions and
-  hard-negative captions (`scene_text.py`). What is said of it is true by construction.
-- Scene number i of a stream depends on the split, the seed and i alone: any process can make any scene, so ranks and
-  workers share a stream without talking, and a test set is a range of numbers.
-- The splits are those of `emoji.py`. Held-out emoji and the held-out style never enter a training scene, neither as a
-  picture nor as a name in a question or a negative caption.
-- In a third of the scenes that have room for it one emoji appears several times. With up to four objects it is then
-  equally often two, three or four times, so a number tells nothing about whether a caption is true.
+- A scene is one to four emoji drawings without overlap on a plain named colour, with boxes, captions, questions and
+  hard-negative captions (`scene_text.py`). All texts are true by construction.
+- Scene i of a stream depends only on the split, the seed and i, and every process can generate it. Ranks and workers
+  share a stream without communication, and a test set is a range of numbers.
+- The splits are those of `emoji.py`. Held-out emoji and the held-out style never enter a training scene: neither as a
+  drawing, nor as a name in a question or negative caption.
+- In a third of the scenes with room for it, one emoji is repeated: two, three or four times, equally often. So a number
+  in a caption gives no hint whether the caption is true.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from .emoji import EMOJI_SPLITS, load_emoji
 from .scene_drawings import BACKGROUNDS, Drawing, cut_out, paste
 from .scene_text import MOST_OBJECTS, SceneText, conflict, is_nameable, plural
 
-SIDES = {1: (0.35, 0.70), 2: (0.30, 0.45), 3: (0.26, 0.40), 4: (0.24, 0.36)}  # longer side of a drawing / the picture's
+SIDES = {1: (0.35, 0.70), 2: (0.30, 0.45), 3: (0.26, 0.40), 4: (0.24, 0.36)}  # longer side of a drawing / of the image
 REPEAT_FRACTION = 1 / 3
 
 SCENE_FEATURES = datasets.Features(
@@ -52,16 +52,17 @@ class SceneStream:
     """Scenes 0, 1, 2, ... of a split and a seed.
 
     Args:
-        split: a split of `EMOJI_SPLITS`; its drawings and its names are all that scenes show and say.
-        seed: another seed gives other scenes.
-        size: pixels of the shorter side, 48 to 1024.
-        objects: fewest and most objects in a scene, within 1 to 4.
+        split: a split of `EMOJI_SPLITS`, the source of all drawings and names.
+        seed: seed of the scenes.
+        size: shorter side in pixels, 48 to 1024.
+        objects: minimum and maximum number of objects per scene, within 1 to 4.
         cache_dir: cache of `load_emoji`.
-        aspects: width over height, 1/4 to 4, of which each scene has one; drawings are as large as in a square.
+        aspects: aspect ratios (width over height, 1/4 to 4); one is drawn per scene. They do not change the size of the
+            drawings.
 
     Raises:
-        ValueError: an argument out of range.
-        ModuleNotFoundError: a package of the extra `data` is not installed (when the first scene is made).
+        ValueError: if an argument is out of range.
+        ModuleNotFoundError: if a package of the extra `data` is not installed (raised by the first scene).
     """
 
     def __init__(
@@ -86,12 +87,12 @@ class SceneStream:
         self.aspects = tuple(aspects)
 
     def __getstate__(self) -> dict:
-        """Without the decoded drawings: a worker process loads its own from the cache."""
+        """The state without the decoded drawings: a worker process loads them from the cache."""
         return {key: value for key, value in self.__dict__.items() if key not in ("drawings", "names", "by_emoji")}
 
     @cached_property
     def drawings(self) -> list[Drawing]:
-        """The drawings of the split whose names scenes can use."""
+        """The split's drawings, limited to names that scenes can use."""
         rows = load_emoji(max(96, self.size // 2), self.cache_dir)[self.split]
         kept = [index for index, name in enumerate(rows["name"]) if is_nameable(name)]
         return [cut_out(row) for row in rows.select(kept)]
@@ -106,19 +107,19 @@ class SceneStream:
 
     @cached_property
     def names(self) -> list[str]:
-        """The names that the split's scenes use, for objects and for what is not there."""
+        """The names of the split, used for present and absent objects."""
         return sorted({drawing.name for drawing in self.drawings})
 
     def scene(self, index: int) -> dict:
-        """Make one scene.
+        """Generate one scene.
 
         Args:
-            index: its number, from 0.
+            index: number of the scene, from 0.
 
         Returns:
             dict with `index`, `image` (RGB), `background` (a name of `BACKGROUNDS`), `objects` (dicts
             with `name`, `emoji`, `emoji_id`, `style` and `box`, [x0, y0, x1, y1] in pixels, x1 and y1 exclusive),
-            `captions`, `questions` and `hard_negatives` as `SceneText` makes them.
+            `captions`, `questions` and `hard_negatives` from `SceneText`.
         """
         rng = random.Random(f"{self.split} {self.seed} {index}")
         background = rng.choice(list(BACKGROUNDS))
@@ -143,14 +144,14 @@ class SceneStream:
         }
 
     def to_iterable_dataset(self, num_shards: int = 64, num_scenes: int | None = None) -> datasets.IterableDataset:
-        """The stream as a streaming data set, which ranks and data loader workers divide between them by shards.
+        """The stream as a streaming dataset, divided by shards between ranks and data loader workers.
 
         Args:
-            num_shards: shard k holds the scenes k, k + num_shards, ...; take a multiple of ranks x workers.
-            num_scenes: length; None never ends, and then each reader stays in its first shard.
+            num_shards: shard k holds the scenes k, k + num_shards, ...; use a multiple of ranks x workers.
+            num_scenes: number of scenes; None for no limit, where each reader stays in its first shard.
 
         Returns:
-            Rows as `scene` makes them, and a `state_dict` that resumes without drawing the scenes it skips.
+            Rows as returned by `scene`. Resuming from a `state_dict` does not draw the skipped scenes.
         """
         shards = datasets.IterableDataset.from_generator(
             _indices, gen_kwargs={"shards": list(range(num_shards)), "step": num_shards, "num_scenes": num_scenes}
@@ -161,12 +162,12 @@ class SceneStream:
         return self.scene(row["index"])
 
     def _shape(self, rng: random.Random) -> tuple[int, int]:
-        """Width and height; where there is nothing to choose, chance is not asked."""
+        """Width and height. A single aspect ratio draws no random number."""
         aspect = self.aspects[0] if len(self.aspects) == 1 else rng.choice(self.aspects)
         return round(self.size * max(aspect, 1)), round(self.size / min(aspect, 1))
 
     def _choose(self, background: str, rng: random.Random) -> list[Drawing]:
-        """Drawings that stand out from the background, of one emoji or of names that exclude each other."""
+        """Drawings with enough contrast to the background. Different emoji have names that do not conflict."""
         fewest, most = self.objects
         first = self._one(background, rng)
         if most > 1 and plural(first.name) and rng.random() < REPEAT_FRACTION:
@@ -199,14 +200,14 @@ def load_scenes(
     cache_dir: str | Path | None = None,
     aspects: Sequence[float] = (1.0,),
 ) -> datasets.Dataset:
-    """A fixed test set: scenes 0 to n - 1 of a stream whose seed is not the default one of training.
+    """A fixed test set: scenes 0 to n - 1 of a stream. The default seed differs from that of training.
 
     Args:
-        split, seed, size, objects, cache_dir, aspects: as of `SceneStream`.
+        split, seed, size, objects, cache_dir, aspects: See `SceneStream`.
         n: number of scenes.
 
     Returns:
-        Data set in memory with the columns that `SceneStream.scene` makes (images as PNG).
+        Dataset in memory with the columns of `SceneStream.scene` (images as PNG).
     """
     stream = SceneStream(split, seed, size, objects, cache_dir, aspects)
     return datasets.Dataset.from_list([stream.scene(index) for index in range(n)], features=SCENE_FEATURES)
@@ -221,7 +222,7 @@ def _indices(shards: list[int], step: int, num_scenes: int | None) -> Iterator[d
 def _layout(
     drawings: list[Drawing], sides: list[float], shape: tuple[int, int], rng: random.Random
 ) -> list[tuple[int, int, int, int]]:
-    """Slots (x0, y0, x1, y1) at random, apart by a gap; all smaller if they do not fit after some tries."""
+    """Random slots (x0, y0, x1, y1) separated by a gap. If they do not fit after some tries, all of them shrink."""
     gap = max(1, min(shape) // 32)
     while True:
         slots: list[tuple[int, int, int, int]] = []
