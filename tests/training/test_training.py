@@ -243,7 +243,7 @@ def test_accumulation_is_not_a_larger_batch(steps: int, tmp_path: Path, caplog: 
         tiny_training.trainer(tmp_path, tiny_training.model(), gradient_accumulation_steps=steps)
     warned = [record.getMessage() for record in caplog.records if "grad_cache_chunk" in record.getMessage()]
     assert len(warned) == steps - 1
-    assert all("gradient_accumulation_steps=2: each micro-batch of 4" in message for message in warned)
+    assert all("negatives come from the same micro-batch of 4" in message for message in warned)
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
