@@ -248,13 +248,13 @@ def test_captions_as_instructions() -> None:
 
 @pytest.mark.parametrize("row", [{"question": "", "answer": "a"}, {"question": "a", "answer": []}, {"answer": "a"}])
 def test_questions_without_text_are_refused(row: dict) -> None:
-    with pytest.raises(ValueError, match=r"mine, row 1: the (question|answer) is"):
+    with pytest.raises(ValueError, match=r"mine, row 1: the (question|answer) must be a non-empty text"):
         question_instructions([{"question": "a", "answer": "b"}, row], "mine")
 
 
 @pytest.mark.parametrize("caption", ["", " ", None, [], ["a", ""]])
 def test_captions_without_text_are_refused(caption: object) -> None:
-    with pytest.raises(ValueError, match="mine, row 0: the caption is"):
+    with pytest.raises(ValueError, match="mine, row 0: the caption must be a non-empty text"):
         caption_instructions([{"caption": caption}], "mine")
 
 
@@ -334,5 +334,5 @@ def test_easy_vqa_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_easy_vqa_has_two_splits() -> None:
-    with pytest.raises(ValueError, match="train and test, not 'validation'"):
+    with pytest.raises(ValueError, match="must be train or test, got 'validation'"):
         easy_vqa_images("validation")
