@@ -24,10 +24,11 @@ One card for each released small model, with the numbers that its recipe measure
 
 {table}
 
-Parameters are in millions. Minutes are those of the recipe's own stage, on CPU, evaluations included. Metrics are on
-emoji seen in training, drawn in an unseen style: R@1 is text-to-image retrieval by embeddings; VQA is accuracy. CLIP is
-measured on single drawings, all other models on scenes, so its R@1 does not compare with theirs. `blip2-small` was
-trained on captions only, not on questions. The cards hold the other test sets and the baselines.
+Parameters are in millions. Minutes are those of the recipe's own stage, on CPU, with evaluations during training but
+not after it. Metrics are on emoji seen in training, drawn in an unseen style: R@1 is text-to-image retrieval by
+embeddings; VQA is accuracy. CLIP is measured on single drawings, all other models on scenes, so its R@1 does not
+compare with theirs. `blip2-small` was trained on captions only, not on questions. The cards hold the other
+test sets and the baselines.
 """
 
 

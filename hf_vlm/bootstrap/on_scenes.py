@@ -35,7 +35,7 @@ SHOWN = {"precision": "precision", "recall": "recall", "f1": "F1", "average_prec
 
 @dataclass(frozen=True)
 class Corruption:
-    """How the captions of scenes are corrupted.
+    """The corruption of the captions of scenes: its rates, seed and scenes.
 
     Args:
         num_scenes: Scenes per split, each with one caption.
@@ -61,7 +61,7 @@ class Corruption:
 
 
 def filter_scenes(pair_filter: PairFilter, corruption: Corruption, clip: str | None = None) -> dict[str, dict]:
-    """How well each score finds the corrupted captions.
+    """Detection of the corrupted captions by each score.
 
     Args:
         pair_filter: The BLIP that filters; the threshold of its settings applies to ITM.

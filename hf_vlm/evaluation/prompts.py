@@ -22,7 +22,7 @@ BLIP2_QUESTION = "Question: {question} Short answer:"
 
 
 def prompting_of(model: PreTrainedModel, processor: ProcessorMixin) -> Prompting | Chatting | None:
-    """How prompts reach the language model; None for a head without one."""
+    """The functions that give prompts to the head's language model; None for a head without one."""
     if isinstance(model, VlmLlavaForConditionalGeneration):
         return Chatting(partial(answer_by_chat, model, processor))
     if not isinstance(model, VlmBlip2ForConditionalGeneration):

@@ -106,7 +106,7 @@ def hard_negative_report(
     progress: bool = True,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """How often the true caption of an image scores higher than one that differs in a word.
+    """Hard-negative accuracy: the share of pairs whose true caption scores above one that differs in a word.
 
     Args:
         images: `(I,)`.

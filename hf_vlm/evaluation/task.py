@@ -117,7 +117,7 @@ class Evaluator:
 
     @cached_property
     def prompting(self) -> Prompting | Chatting | None:
-        """How prompts reach the language model; None for a model without one."""
+        """The functions that give prompts to the language model; None for a model without one."""
         return prompting_of(self.model, self.processor)
 
     def worded(

@@ -31,7 +31,7 @@ CAPTION_FIELDS = ("captions", "references")
 QUESTION_FIELDS = ("questions",)
 CLASS_FIELDS = ("labels",)
 AFTER_TRAINING = EvaluationSettings(beams=1, answer_tokens=8, max_questions=400)
-"""How a recipe evaluates a head with a language model, which is slow."""
+"""Settings after training for a head with a language model: greedy and few questions, because it is slow."""
 Report = dict[str, dict[str, Any]]
 
 

@@ -27,7 +27,7 @@ Inputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Prompting:
-    """How a language model receives prompts about images.
+    """The functions that give prompts about images to a language model.
 
     Attributes:
         inputs: Prompts to the inputs of `generate`, padded on the left. `generate` returns only the continuation.
@@ -40,7 +40,7 @@ class Prompting:
 
 @dataclass(frozen=True)
 class Chatting:
-    """How a chat model is asked about images, which may be split into several views (tiles).
+    """The function that asks a chat model about images, which may be split into several views (tiles).
 
     Attributes:
         answer: Function of images, questions, the index in `images` of each question's image, and options of

@@ -29,7 +29,7 @@ def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def flat_content(content: str | list[dict]) -> str:
-    """A message's content as one text, with `<image>` and a line break for each image before the rest."""
+    """A message's content as one text, with `<image>` and a newline for each image before the rest."""
     if isinstance(content, str):
         return content
     num_images = sum(part["type"] in IMAGE_PARTS for part in content)

@@ -179,7 +179,7 @@ class VlmBlip2Processor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def num_placeholders(self) -> int:
-        """How many placeholders an image has.
+        """Number of placeholders of an image.
 
         Raises:
             ValueError: in the first stage, which has no LLM.
@@ -196,7 +196,7 @@ class VlmBlip2Processor(ProcessorMixin):
         return self._rendered(chats, add_generation_prompt=True)
 
     def answer_texts(self, instructions: Sequence[str], answers: Sequence[str]) -> list[str]:
-        """What the chat template renders after each prompt: the answer and the end of its turn, without end token.
+        """The rendered text after each prompt: the answer and the end of its turn, without the end token.
 
         Raises:
             ValueError: if the template renders a prompt differently once an answer follows.

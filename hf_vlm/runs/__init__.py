@@ -1,1 +1,1 @@
-"""What recipes share: argument groups, opening data, the record and card at the end; the quickstart."""
+"""Shared code of the recipes: argument groups, opening data, record and card at the end; the quickstart."""

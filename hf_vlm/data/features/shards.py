@@ -34,7 +34,7 @@ class FeatureCacheError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """How the rows of a cache are split into shards, and the expected header of each shard."""
+    """The split of a cache's rows into shards, and the expected header of each shard."""
 
     folder: Path
     key: dict[str, Any]

@@ -1,1 +1,1 @@
-"""What the user has, as rows: images, tables, tar files, conversations, questions."""
+"""The user's own data as rows: images, tables, tar files, conversations, questions."""

@@ -3,7 +3,7 @@
 - LLaVA-Instruct and mix665k: `conversations` of `{"from": "human" | "gpt", "value": ...}` with `<image>` in the text,
   and `image`, a path or several; ShareGPT is the same with a `system` turn and often without images.
 - TRL: `messages` of `{"role": ..., "content": ...}`, contents being texts or lists of parts, and `images`.
-- `<image>` is put before the text of its turn, with a line break after it, as LLaVA does.
+- `<image>` is put before the text of its turn, with a newline after it, as LLaVA does.
 """
 
 from collections.abc import Mapping

@@ -169,7 +169,7 @@ def read_results(folder: str | Path) -> Results:
 
 
 def evaluation_of(name: str, by_set: dict[str, dict[str, Any]], model_type: str) -> Evaluation:
-    """How an evaluation is shown: as the cards' texts or the task's description say, else under its own names."""
+    """An evaluation as the card shows it: by the cards' texts, by the task's description, or else by its own keys."""
     texts = card_texts(model_type)
     known = EVALUATIONS | (texts.evaluations if texts else {})
     if name in known:

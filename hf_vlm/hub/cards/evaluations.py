@@ -1,4 +1,4 @@
-"""How evaluations are shown in model cards: the descriptions of the tasks, and what a card adds to them.
+"""The evaluations of model cards: the descriptions of the tasks, with the dataset, note and row names of a card.
 
 An evaluation that is not listed here is shown as its description says, or under its own names.
 """

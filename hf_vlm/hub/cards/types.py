@@ -14,7 +14,7 @@ NOT_EXAMINED = "Bias and safety were not examined. Do not use the model to judge
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How one evaluation of `results.json` is shown.
+    """One evaluation of `results.json` as a card shows it.
 
     Args:
         description: Names of the task and of its metrics.
