@@ -294,7 +294,7 @@ def test_a_base_that_does_not_serve() -> None:
     assert refused(from_original, weights, own.config, base=own).endswith("pass config or base, and not both.")
     assert refused(from_original, weights, base=own.model).startswith("base is a VlmLlavaModel")
     clip = {"visual.class_embedding": torch.zeros(3)}
-    assert refused(from_original, clip, base=own).startswith("base is only for weights in the layout of LLaVA's own code")
+    assert refused(from_original, clip, base=own).startswith("base is only for weights in the layout of LLaVA's")
     assert "offloaded" in refused(from_original, weights, base=own.to("meta"))
 
 
