@@ -209,7 +209,7 @@ def print_steps(results: list[dict[str, Any]], size: str) -> None:
     print(f"\n{table(STEP_HEADER, step_rows(results, size))}\n")
     print("x: pairs per step. Seconds: whole step, median (range). Ratios: over hf_vlm's in the same round. The")
     print(
-        "goal of stage 1 is for forward and backward on cached features, that of stage 2 for the whole step.\n",
+        "goal of stage 1 is for forward and backward on cached features, the goal of stage 2 for the whole step.\n",
         flush=True,
     )
 

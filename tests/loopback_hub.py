@@ -1,7 +1,7 @@
 """A Hub on the loopback interface: what huggingface_hub asks of the real one, over real HTTP, without a network.
 
 - Accounts by token; public and private repositories; commits that never change; branches and pull requests.
-- Large files go to a storage of another origin (`localhost` beside `127.0.0.1`) and come from there, by range too.
+- Large files are stored at another origin (`localhost` instead of `127.0.0.1`) and served from there, also by range.
 - Faults on request: answers such as 503, and a download that breaks off.
 
 A route is a function `(hub, request) -> Response`; what goes wrong is a [`Refusal`], answered as the Hub answers it.
@@ -114,7 +114,7 @@ class Request:
 
 @dataclass
 class Response:
-    """An answer; `cut` breaks the connection after so many bytes of the body."""
+    """An answer; `cut` breaks the connection after that number of bytes of the body."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class LoopbackHub:
         self.before_commit: Callable[[], None] | None = None
 
     def fail(self, pattern: str, times: int, status: int = 503) -> None:
-        """The next so many requests whose `METHOD path` holds the pattern get this status."""
+        """The next requests whose `METHOD path` contains the pattern get this status, up to the given number."""
         self.faults += [(pattern, status)] * times
 
     def state(self) -> dict[str, dict[str, str]]:

@@ -38,7 +38,7 @@ class VlmToyConfig(PreTrainedConfig):
 
 __all__ = ["VlmToyConfig"]
 ''',
-    "models/modeling_toy.py": '''"""The toy: an image tower beside a bag of words."""
+    "models/modeling_toy.py": '''"""The toy: an image tower and a bag of words."""
 
 from dataclasses import dataclass
 
@@ -61,7 +61,7 @@ class VlmToyOutput(ModelOutput):
 
 
 class VlmToyModel(PreTrainedModel):
-    """An image tower beside a bag of words."""
+    """An image tower and a bag of words."""
 
     config: VlmToyConfig
     base_model_prefix = "model"
@@ -212,7 +212,7 @@ assert type(AutoProcessor.from_pretrained(folder, trust_remote_code=True)).__nam
 
 
 def python(code: str, *arguments: object, path: list[Path] | None = None, flags: tuple[str, ...] = ()) -> None:
-    """Runs code in a new process that finds only these folders besides the installed packages."""
+    """Runs code in a new process that finds only these folders and the installed packages."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path or [])), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", *flags, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

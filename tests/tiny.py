@@ -142,7 +142,7 @@ def blip_tokens(captions: list[str] = CAPTIONS, **options) -> dict[str, torch.Te
 
 
 def blip_inputs(captions: list[str] = CAPTIONS, size: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
-    """A batch of random pictures with their captions, for BLIP."""
+    """A batch of random images with their captions, for BLIP."""
     return {"pixel_values": pixels(len(captions), size), **blip_tokens(captions)}
 
 
@@ -170,7 +170,7 @@ def clip_processor(size: int = IMAGE_SIZE, **options) -> VlmClipProcessor:
 
 
 def image(width: int = 40, height: int = 36, seed: int = 0) -> Image.Image:
-    """A smooth random picture, unlike every other seed's."""
+    """A smooth random image, different for every seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -187,13 +187,13 @@ def tokens(captions: list[str] = CAPTIONS, **options) -> dict[str, torch.Tensor]
 
 
 def clip_inputs(captions: list[str] = CAPTIONS, size: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
-    """A batch of random pictures with their captions."""
+    """A batch of random images with their captions."""
     return {"pixel_values": pixels(len(captions), size), **tokens(captions)}
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
-    """Draws every parameter anew, norms, biases and learned factors too, and sets eval mode: nothing is left at a value
+    """Redraws every parameter, norms, biases and learned factors too, and sets eval mode: nothing is left at a value
     (0 or 1) under which a forgotten or misplaced parameter would go unnoticed.
     """
     for module in model.modules():

@@ -93,7 +93,7 @@ def bert(**options) -> BertModel:
 
 
 def qformer_config(**options) -> VlmQFormerConfig:
-    """Three layers, of which the first and the last look at the image."""
+    """Three layers; the first and the last attend to the image."""
     tokens = {"vocab_size": len(BERT_VOCABULARY), "bos_token_id": DEC, "sep_token_id": tiny.SEP}
     tokens |= {"max_position_embeddings": tiny.BLIP_LENGTH, "hidden_dropout": 0.0, "attention_dropout": 0.0}
     sizes = tiny.layer_sizes(24, heads=2, layers=3, num_query_tokens=QUERIES, memory_size=32)
@@ -164,14 +164,14 @@ def instruct_processor() -> VlmInstructBlipProcessor:
 
 
 def stage1_inputs(captions: list[str] = tiny.CAPTIONS) -> dict[str, torch.Tensor]:
-    """Random pictures with their captions."""
+    """Random images with their captions."""
     return {"pixel_values": tiny.pixels(len(captions)), **stage1_processor()(text=captions)}
 
 
 def stage2_inputs(
     prompts: list[str] = tiny.CAPTIONS, padding_side: str = "left", instruct: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Random pictures, each before its prompt; with `instruct`, also for the Q-Former."""
+    """Random images, each before its prompt; with `instruct`, also for the Q-Former."""
     processor = instruct_processor() if instruct else stage2_processor()
     processor.tokenizer.padding_side = padding_side
     pictures = [tiny.image(seed=i) for i in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""Tiny LLaVA models, processors, pictures and batches, made from nothing; see `tiny.py`."""
+"""Tiny LLaVA models, processors, images and batches, made from nothing; see `tiny.py`."""
 
 import torch
 from transformers import (
@@ -111,7 +111,7 @@ def with_labels(inputs: Batch) -> Batch:
     return {**inputs, "labels": tiny_blip2.prompt_labels(inputs)}
 
 
-# --- beside transformers
+# --- against transformers
 
 
 def native_name(name: str) -> str:
@@ -147,7 +147,7 @@ def pair(anyres: bool, llm: str = "llama", vision: str | None = None, **options)
 
 
 def pictures(anyres: bool, sizes: list[tuple[int, int]] = SIZES) -> Batch:
-    """Pixels of pictures of these sizes (width, height), all unlike."""
+    """Pixels of different images of these sizes (width, height)."""
     mode = {"resize_mode": "anyres", "image_grid_pinpoints": GRIDS} if anyres else {"resize_mode": "pad"}
     processor = VlmImageProcessor(size={"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}, **mode)
     return dict(processor([tiny.image(w, h, seed=i) for i, (w, h) in enumerate(sizes)], return_tensors="pt"))
@@ -180,7 +180,7 @@ def rows(counts: list[int]) -> Batch:
 
 
 def batch(anyres: bool, model: PreTrainedModel) -> Batch:
-    """Rows with the pictures of SIZES, for a model of `pair`."""
+    """Rows with the images of SIZES, for a model of `pair`."""
     vision, strategy = model.config.vision_config, model.config.vision_feature_select_strategy
     side = vision.image_size // vision.patch_size
     with_class = strategy == "full" and vision.model_type != "siglip_vision_model"

@@ -26,7 +26,7 @@ TRACEBACK = "HF_VLM_TRACEBACK"
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Help with defaults, and the recipe's docstring as it is written."""
+    """Help with defaults, and the recipe's docstring with its line breaks."""
 
 
 class RecipeParser(TrlParser):

@@ -25,7 +25,7 @@ class VlmTrainingArguments(TrainingArguments):
     )
     muon_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of Muon for the layers' matrices, beside AdamW; without it AdamW alone."},
+        metadata={"help": "Learning rate of Muon for the layers' matrices; AdamW trains the rest. None: AdamW only."},
     )
     learning_rates: dict | str | None = field(
         default=None,

@@ -238,7 +238,7 @@ def test_errors_are_one_line(models, tmp_path):
 
 
 def test_the_demonstration(models, tmp_path, monkeypatch, capsys):
-    """The recipe on pictures of its own in place of scenes: JSON, table, and each score's own numbers."""
+    """The recipe on the user's images instead of scenes: JSON, table, and the numbers of each score."""
 
     def captions(self, split):
         seed = len(split)

@@ -68,7 +68,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
 
 
 def test_evaluate_own_data(checkpoint, tmp_path):
-    """Four pictures with a metadata file; the report has both directions and chance."""
+    """Four images with a metadata file; the report has both directions and chance."""
     folder = tmp_path / "data"
     folder.mkdir()
     rows = []

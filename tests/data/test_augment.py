@@ -1,4 +1,4 @@
-"""Random variations of training pictures: determinism, shape and range, what each variation does and leaves alone."""
+"""Augmentation of training images: determinism, shape and range, what each step changes and what it keeps."""
 
 from dataclasses import fields, replace
 

@@ -185,7 +185,7 @@ def test_cached_images_are_not_augmented() -> None:
         tiny_training.collator(augment=True, vision_features=torch.zeros(4, 2))
 
 
-# Pictures and captions
+# Images and captions
 
 
 def test_captions_are_padded_to_the_longest_of_the_batch() -> None:

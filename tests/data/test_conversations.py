@@ -157,7 +157,7 @@ def test_files_of_json_and_jsonl(tmp_path):
 
 
 def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path):
-    """The next good row stands in: of a file with images beside it, and of a data set with images in it."""
+    """The next good row stands in: for a file with images next to it, and for a dataset with images in it."""
     tiny.image().save(tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     asked = {"conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "tree"}]}
@@ -242,7 +242,7 @@ def test_all_short_questions_about_a_scene_are_one_conversation():
 
 
 def test_descriptions_in_detail_are_true():
-    """Every object in its third of the picture, and every relation as the boxes have it."""
+    """Every object in its third of the image, and every relation as given by the boxes."""
     stream, related = scenes().stream, 0
     for number in range(60):
         scene = stream.scene(number)

@@ -1,4 +1,4 @@
-"""The built-in pictures: what is held out, what is drawn, and a cache that is never broken.
+"""The built-in images: what is held out, what is drawn, and a cache that is never corrupted.
 
 The first test to run draws all emoji into the user's cache, as any later use would; small builds use their own folders.
 """
@@ -38,7 +38,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def digest(splits: DatasetDict) -> str:
-    """Everything but the pixels, and the pixels of one picture a split."""
+    """Everything but the pixels, and the pixels of one image per split."""
     text = ""
     for name, split in splits.items():
         text += name + repr(split.remove_columns("image")[:]) + repr(split[0]["image"].tobytes())
@@ -136,7 +136,7 @@ def test_glyphs_that_the_font_lacks() -> None:
     assert drawings.exists("🍎", "noto")
     assert drawings.exists("👩‍🚀", "noto")
     assert not drawings.exists("\U0001f6d9", "noto")  # drawn as a box
-    assert not drawings.exists("👨‍🪀", "noto")  # no such sequence: drawn as a man beside a yo-yo
+    assert not drawings.exists("👨‍🪀", "noto")  # no such sequence: drawn as a man next to a yo-yo
     assert not drawings.exists("\U0001f6d9", "twemoji")
     assert not drawings.exists("🦎", "noto")  # its drawing uses a mode that resvg lacks
 

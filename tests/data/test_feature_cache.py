@@ -36,7 +36,7 @@ DATA = {"path": "tiny", "rows": len(ROWS)}
 
 
 class Encoder:
-    """The token states of a tower; counts the pictures and stops before one of them if told to."""
+    """The token states of a tower; counts the images, and can stop before a given one."""
 
     def __init__(self, tower, stop: int | None = None):
         self.tower, self.stop, self.seen = tower, stop, 0
@@ -54,7 +54,7 @@ def tower():
 
 
 def build(folder, tower, stop=None, rows=ROWS, processor=None, data=DATA, **options):
-    """A cache in shards of four rows, and how many pictures were encoded for it."""
+    """A cache in shards of four rows, and how many images were encoded for it."""
     processor, encoder = processor or tiny.clip_processor(), Encoder(tower, stop)
     key = feature_key(tower, processor, data)
     options = {"batch_size": 3, "rows_per_shard": 4, "progress": False, **options}

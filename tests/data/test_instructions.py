@@ -1,4 +1,4 @@
-"""Instructions: true of the pictures they are about, worded apart for training and test, mixed by square roots."""
+"""Instructions: true for their images, with other wordings in training than in test, mixed by square roots."""
 
 import importlib.util
 import re
@@ -314,7 +314,7 @@ def test_easy_vqa(split: str, questions: int, pictures: int) -> None:
 
 
 def test_easy_vqa_answers_are_of_that_picture() -> None:
-    """A shape said to be red is red in the middle of its picture, and so for blue."""
+    """A shape whose answer is red is red in the middle of its image, and likewise for blue."""
     images, seen = easy_vqa_images("test"), Counter()
     for row in easy_vqa_questions("test"):
         if row["answer"] in ("red", "blue") and row["question"] == "what color is the shape?":

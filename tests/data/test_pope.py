@@ -90,7 +90,8 @@ def test_absent_objects_are_chosen_as_their_kind_says() -> None:
 
     asked = pope_questions(OBJECTS)
     assert absent(5, "popular") == "Is there a cat in the picture?"  # in three of the six
-    assert absent(1, "adversarial") in {f"Is there a {name} in the picture?" for name in ("dog", "tree")}  # beside cats
+    with_cats = ("dog", "tree")
+    assert absent(1, "adversarial") in {f"Is there a {name} in the picture?" for name in with_cats}
     assert absent(1, "popular") == "Is there a dog in the picture?"
     assert "cat" not in "".join(absent(4, kind) for kind in POPE_KINDS)  # a black cat is one
     assert len({absent(5, "random")} | {pope_questions(OBJECTS, seed)[5][1]["question"] for seed in range(20)}) > 1

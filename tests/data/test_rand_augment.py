@@ -39,7 +39,7 @@ def test_the_ten_operations_of_the_paper() -> None:
 
 
 def test_one_certain_operation_gives_its_results_and_nothing_else() -> None:
-    """Every picture is the outcome of one operation one way, and each of them about as often as the others."""
+    """Every image is the result of one operation in one direction, all about equally often."""
     results = draws(RandAugment(count=1, magnitude=8, probability=1.0), count=2000)
     expected = {
         (name, way): torch.from_numpy(np.array(operation(grain(), 0.8, way))).permute(2, 0, 1) / 255
@@ -56,7 +56,7 @@ def test_one_certain_operation_gives_its_results_and_nothing_else() -> None:
 
 
 def test_each_is_done_with_its_probability() -> None:
-    """Of two draws, at which all but identity change the picture: (1 - p + p / 10) squared stay as they were."""
+    """With two draws, and all operations but identity changing the image, (1 - p + p / 10) squared stay unchanged."""
     results = draws(RandAugment(magnitude=8), count=2000)
     unchanged = (results == draws(RandAugment(count=0), count=1)).flatten(1).all(dim=1).float().mean()
     assert unchanged == pytest.approx((0.5 + 0.5 / 10) ** 2, abs=0.035)

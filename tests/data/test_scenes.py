@@ -125,7 +125,7 @@ def verdict(caption: str, scene: dict, reader: Reader, relation) -> bool:
     return dict(said) == dict(counts)
 
 
-# Pictures
+# Images
 
 
 def test_boxes_are_the_pixels_that_differ_from_the_background(scenes: list[dict]) -> None:

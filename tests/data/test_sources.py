@@ -52,7 +52,7 @@ def jsonl(path: Path, rows: Iterable[dict]) -> Path:
 
 
 def table(folder: Path, numbers: Sequence[int] = range(COUNT)) -> Path:
-    """captions.jsonl beside a folder of images."""
+    """captions.jsonl next to a folder of images."""
     write_images(folder / "images", numbers)
     rows = [{"image": f"images/{number}.png", "caption": f"number {number}"} for number in numbers]
     return jsonl(folder / "captions.jsonl", rows)

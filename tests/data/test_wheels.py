@@ -63,7 +63,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def left_in(cache: Path) -> list[str]:
-    """What is in the cache besides locks."""
+    """The files in the cache other than locks."""
     return sorted(path.name for path in cache.glob("*") if path.suffix != ".lock")
 
 

@@ -126,7 +126,7 @@ def test_reranking_all_equals_brute_force():
     expected = similarity_metrics(scores, [by_text[text] for text in TEXTS], ids, ks=(1, 2, 4), tie_tolerance=1e-5)
     assert report["reranked"] == pytest.approx(expected)
     assert report["num_texts"] == len(TEXTS)
-    # The first step's numbers stand beside it, and are those without re-ranking.
+    # The first step's numbers are reported too, and equal the ones without re-ranking.
     plain = retrieval_report(model, PROCESSOR, IMAGES, captions, ids, ks=(1, 2, 4), progress=False)
     assert plain == {key: value for key, value in report.items() if key not in ("rerank", "reranked")}
     assert any(report[key] != value for key, value in report["reranked"].items())
@@ -182,7 +182,7 @@ def hard_negatives() -> list[list[dict[str, str]]]:
 
 def test_hard_negatives_by_matching_and_blind():
     model = tiny.blip_model()
-    with torch.no_grad():  # embeddings around 0, so that what is more similar depends on the picture
+    with torch.no_grad():  # embeddings around 0, so that the more similar caption depends on the image
         states = model.model.encode_images(PROCESSOR(images=IMAGES)["pixel_values"])
         model.similarity.vision_proj.bias.copy_(-model.similarity.vision_proj.weight @ states[:, 0].mean(dim=0))
     report = hard_negative_report(model, PROCESSOR, IMAGES, hard_negatives(), matching=True, progress=False)
@@ -198,7 +198,7 @@ def test_hard_negatives_by_matching_and_blind():
                     logits = model(pixel_values, **PROCESSOR(text=[pair[key]])).itm_logits[0]
                 found.append(float(logits.softmax(0)[1]))
     assert report["itm"] == pytest.approx(hard_negative_metrics(scores["caption"], scores["negative"], kinds))
-    # Blind, the pictures are of no account, and one pair is like any other of the same texts.
+    # With grey images, the images have no influence: all pairs with the same texts are equal.
     others = [tiny.image(seed=seed) for seed in range(10, 17)]
     other = hard_negative_report(model, PROCESSOR, others, hard_negatives(), matching=True, progress=False)
     assert (other["blind"], other["itm_blind"]) == (report["blind"], report["itm_blind"])
@@ -303,7 +303,7 @@ def test_vqa_report_has_blind_and_majority_rows():
     train = [{"question": "?", "answer": answer, "kind": kind} for kind, answer in said]
     report, answers = vqa_report(model, PROCESSOR, IMAGES, asked(), train_questions=train, **options)
     assert len(answers) == report["questions"] == 10
-    # Blue is the answer to the colour of 4 of 7 pictures. Three of four people said two: each of them sees two others
+    # Blue is the answer to the colour of 4 of 7 images. Three of four people said two: each of them sees two others
     # of three agree, the fourth all three.
     assert report["majority"]["vqa_accuracy_question_colour"] == pytest.approx(4 / 7)
     assert report["majority"]["vqa_accuracy_question_count"] == pytest.approx((3 * 2 / 3 + 1) / 4)
@@ -423,7 +423,7 @@ def test_what_cannot_be_done_is_one_line(checkpoints, head, data, task, message)
 
 @pytest.fixture
 def own_data(tmp_path):
-    """Two splits with pictures, captions, questions and answers."""
+    """Two splits with images, captions, questions and answers."""
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         rows = []

@@ -83,7 +83,7 @@ WORDS = Task(
 
 @pytest.fixture
 def with_words(monkeypatch):
-    """The throw-away task in the list of tasks and beside CLIP's head: all that a new task has to be named in."""
+    """The throw-away task in the list of tasks and in CLIP's head: the only two places that name a new task."""
     monkeypatch.setattr(evaluation_tasks, "TASKS", (*TASKS, WORDS))
     known = families.heads()
     known["VlmClipModel"] = families.Head("VlmClipModel", tasks=(*known["VlmClipModel"].tasks, "words"))

@@ -122,7 +122,7 @@ def test_there_and_back(head: type[PreTrainedModel], tie: bool) -> None:
     back = to_transformers(ours)
     assert type(back) is NATIVE[head]
     state, returned = theirs.state_dict(), back.state_dict()
-    # One number in two places, which transformers does not keep equal where all is drawn anew.
+    # The same number in two places; transformers does not keep them equal when all parameters are redrawn.
     bias = "text_decoder.cls.predictions.bias"
     if bias in state:
         state[bias] = state["text_decoder.cls.predictions.decoder.bias"]
@@ -139,7 +139,7 @@ def test_there_and_back(head: type[PreTrainedModel], tie: bool) -> None:
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("head", NATIVE)
 def test_ours_as_native(head: type[PreTrainedModel], tie: bool, tmp_path: Path) -> None:
-    """Also of weights that a pretraining head saved, of which this one has a part."""
+    """Also from a checkpoint of the pretraining head, which contains this head's weights."""
     options = {"vision": tiny.layer_sizes(width=24, heads=3)}
     pretrained = tiny.blip_model(PRETRAINING, tie_word_embeddings=tie, **options)
     pretrained.save_pretrained(tmp_path)

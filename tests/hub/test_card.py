@@ -180,7 +180,7 @@ def test_card_without_record_or_results_claims_nothing(tmp_path, name):
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_usage_runs(tmp_path, name, monkeypatch, capsys):
-    """The snippet, taken out of the card and run beside the folder and an image."""
+    """The card's snippet, run next to the folder and an image."""
     text = write_card(save(tmp_path / "model", name)).read_text()
     (snippet,) = re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL)
     assert snippet.startswith("import hf_vlm")
@@ -280,7 +280,7 @@ def test_model_index_carries_the_numbers_unrounded(folder):
 
 
 def test_rows_of_a_blip(tmp_path):
-    """What re-ranking, matching, a grey picture and the majority give stands below; its own goes into the index."""
+    """Re-ranking, matching, grey image and majority are extra rows; only the plain numbers go into the model-index."""
     folder = save(tmp_path / "blip", "vlm_blip VlmBlipForPreTraining")
     results = {
         "retrieval": {

@@ -567,7 +567,7 @@ def test_another_original_is_refused() -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16)])
 def test_heads_of_open_clip_towers(width: int, heads: int) -> None:
-    """ViT-B, L, H, g and bigG, none of which says its heads in its tensors."""
+    """ViT-B, L, H, g and bigG, whose tensors do not tell the number of heads."""
     with torch.device("meta"):
         theirs = OpenClip(vision={"width": width, "heads": 1, "layers": 1}, text={"width": 1280, "heads": 1})
     config = read_config(theirs.state_dict(), "gelu")

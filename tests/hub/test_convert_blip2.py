@@ -86,7 +86,7 @@ def refusal(call: Callable, *args, **kwargs) -> str:
 
 
 def native(head: type[PreTrainedModel], llm: str | None = None, vision=None, qformer=None, llm_options=None, **options):
-    """transformers' class for a head of ours, every parameter drawn anew."""
+    """transformers' class for one of our heads, every parameter redrawn."""
     vision = {**tiny.layer_sizes(32), "image_size": 32, "patch_size": 8, **(vision or {})}
     qformer = {**tiny.layer_sizes(24, heads=2, layers=3), **TEXT, **(qformer or {})}
     if head is RETRIEVAL:

@@ -1,4 +1,4 @@
-"""LLaVA from the layout of its own code, beside transformers' models with every parameter randomised."""
+"""LLaVA from the layout of its own code, against transformers' models with every parameter randomised."""
 
 import json
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_a_config_is_enough_where_all_is_in_the_checkpoint(anyres: bool) -> None
 
 
 def test_linear_projector_of_the_first_release() -> None:
-    """Beside CLIP and the LLM by themselves, with the projection written out."""
+    """Against CLIP and the LLM on their own, with the projection written out."""
     tower, llm = tiny_llava.tower("clip"), tiny_blip2.llm("llama", vocab_size=WORDS)
     weight, bias = torch.randn(20, 32) * 0.2, torch.randn(20) * 0.2
     weights = {**llm.state_dict(), "model.mm_projector.weight": weight, "model.mm_projector.bias": bias}
@@ -174,7 +174,7 @@ def test_projector_alone(anyres: bool) -> None:
 
 
 def test_projector_with_embeddings() -> None:
-    """As it is saved where `<im_start>` and `<im_end>` are trained."""
+    """As saved when `<im_start>` and `<im_end>` are trained."""
     native, own = pair(False)
     nn.init.zeros_(own.get_input_embeddings().weight)
     weights = original(native)

@@ -67,7 +67,7 @@ def reader(workers: tuple[Worker, Worker]) -> Worker:
 
 
 def save(folder: Path, model: VlmClipModel | None = None, **options: object) -> Path:
-    """A checkpoint with all that a run leaves beside it."""
+    """A checkpoint with all other files that a run writes."""
     (model or tiny.clip_model()).save_pretrained(folder, **options)
     tiny.clip_processor().save_pretrained(folder)
     (folder / "README.md").write_text(CARD)
@@ -127,7 +127,7 @@ def test_a_card_that_nobody_edited_names_the_repository(hub, writer, folder):
 
 
 def test_a_recorded_card_is_recognised_after_push_and_download(hub, writer, folder, tmp_path):
-    """The record's hash is that of the card beside it: here, and on the Hub, where the card names the repository."""
+    """The record's hash matches the card next to it: here, and on the Hub, where the card names the repository."""
     write_record(folder, {"recipe": "clip_pretrain"})
     (folder / "results.json").unlink()
     (folder / "README.md").unlink()
@@ -437,7 +437,7 @@ def test_offline_mode_is_one_line(folder):
 
 
 def recipe(tmp_path: Path, **options: object) -> Path:
-    """CLIP's recipe on four pictures, two steps, every one saved, pushed at the end."""
+    """CLIP's recipe on four images, two steps, every one saved, pushed at the end."""
     data = tmp_path / "data"
     data.mkdir()
     lines = [json.dumps({"file_name": f"{i}.png", "words": caption}) for i, caption in enumerate(tiny.CAPTIONS)]

@@ -101,7 +101,7 @@ class Pushed:
         run(hub, folder / "stranger", None, "-S", "-c", READ, packages, str(folder), texts, *repos)
 
     def said(self, file: str, repo: str) -> dict[str, torch.Tensor]:
-        """What a process said of a repository."""
+        """The outputs of a process for a repository."""
         tensors = load_file(self.folder / f"{file}.safetensors")
         return {key.split()[1]: tensor for key, tensor in tensors.items() if key.split()[0] == repo}
 

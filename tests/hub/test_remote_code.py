@@ -117,7 +117,7 @@ for name in sys.argv[3:]:
 
 
 def run_without_the_package(program: str, folder: Path, *arguments: str) -> None:
-    """Runs a program on checkpoints in the folder, with a picture beside them, where hf_vlm is not to be found."""
+    """Runs a program where hf_vlm is not installed, in the folder with the checkpoints and an image."""
     tiny.image().save(folder / "picture.png")
     packages = sysconfig.get_paths()["purelib"]
     env = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "PYTHONPATH": ""}

@@ -136,7 +136,7 @@ def test_cider_by_hand() -> None:
     scores = caption_metrics(["cat runs", "x"], [["cat sits there"], ["dog"]])
     cosine = 1 / (math.sqrt(2) * math.sqrt(3))
     assert scores["cider"] == pytest.approx(10 * cosine * math.exp(-1 / 72) / 4 / 2)
-    # A word thrice counts as often as the reference has it, but its own vector is as long as it is.
+    # A word repeated three times is clipped to its count in the reference, but the vector's norm is not clipped.
     scores = caption_metrics(["cat cat cat", "x"], [["cat"], ["dog"]])
     assert scores["cider"] == pytest.approx(10 * (1 / 3) * math.exp(-4 / 72) / 4 / 2)
 
@@ -145,7 +145,7 @@ def test_bleu_by_hand() -> None:
     # The famous "the the the": clipped at 2 of 7. Closest reference: 7 words.
     scores = caption_metrics(["the " * 7], [["the cat is on the mat now", "there is a cat on the mat"]])
     assert scores["bleu_1"] == pytest.approx(2 / 7)
-    # Of two equally close lengths (2 and 4 beside 3) the shorter one: no penalty.
+    # Of two equally close lengths (2 and 4 for 3) the shorter one: no penalty.
     assert caption_metrics(["a b c"], [["a b", "a b c d"]])["bleu_2"] == pytest.approx(1)
     assert caption_metrics(["a b c"], [["a b c d"]])["bleu_1"] == pytest.approx(math.exp(1 - 4 / 3))
 

@@ -18,7 +18,7 @@ from hf_vlm.evaluation import majority_answer, majority_answers, normalize_answe
         ("dont", "don't"),
         ("2.5", "2.5"),
         ("a.m.", "am"),
-        # Punctuation leaves a space, or nothing beside a space.
+        # Punctuation leaves a space, or nothing next to a space.
         ("t-shirt", "t shirt"),
         ("red/blue", "red blue"),
         ("red, blue", "red blue"),

@@ -122,7 +122,7 @@ def test_pixels_of_other_colour_modes_are_those_of_rgb(mode: str) -> None:
 
 
 def test_the_overview_comes_first_and_then_the_tiles_row_by_row() -> None:
-    """A picture of four colours that fills its grid: each tile is of one."""
+    """An image of four colours that fills its grid: each tile has one colour."""
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
     image = Image.new("RGB", (64, 64))
     for i, colour in enumerate(colours):
@@ -161,7 +161,7 @@ def test_placeholders_are_as_many_as_the_models_tokens_for_all_sizes() -> None:
 
 
 def test_texts_get_as_many_placeholders_as_the_model_wants() -> None:
-    """With pictures of all small sizes, in one batch, through the tower."""
+    """With images of all small sizes, in one batch, through the tower."""
     processor, model = tiny_llava.llava_processor(anyres=True), tiny_llava.llava_model(anyres=True)
     sizes = [size for size in ALL_SIZES if max(size) <= 500][::3]
     images = [tiny.image(wide, high, seed=i) for i, (high, wide) in enumerate(sizes)]

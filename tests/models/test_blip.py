@@ -459,7 +459,7 @@ def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("generation", [{}, {"num_beams": 3}], ids=str)
 @pytest.mark.parametrize("head", [VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering])
 def test_batches_are_written_as_if_alone(head: type[PreTrainedModel], generation: dict) -> None:
-    """Prompts (or questions) of different lengths; each begins with [DEC] and goes on with its prompt."""
+    """Prompts (or questions) of different lengths; each begins with [DEC], followed by its prompt."""
     model, inputs = tiny.blip_model(head), tiny.blip_inputs(PROMPTS)
     model.set_attn_implementation("sdpa")
     together = model.generate(**inputs, max_new_tokens=6, **generation)

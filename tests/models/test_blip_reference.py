@@ -189,7 +189,7 @@ def native_config(vision: dict | None = None, text: dict | None = None, tie: boo
 
 
 def pair(native_class: type[PreTrainedModel], **options) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Ours, converted, and transformers' with every parameter drawn anew."""
+    """transformers' model with every parameter redrawn, and ours, converted from it."""
     native = tiny.randomise(native_class(native_config(**options)))
     return from_transformers(native), native
 

@@ -1,4 +1,4 @@
-"""The image processor: every kind of picture comes out right, at the right size, with the numbers that PIL gives."""
+"""The image processor: every kind of image has the right content and size, with the same values as PIL."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ GREEN = (0, 200, 0)
 
 
 def pixels_of(image: Image.Image, **options) -> np.ndarray:
-    """The processed picture back in 0..255, of shape (height, width, 3)."""
+    """The processed image back in 0..255, of shape (height, width, 3)."""
     processor = VlmImageProcessor(size={"height": 32, "width": 32}, **options)
     normalised = processor(image, return_tensors="pt")["pixel_values"][0]
     assert normalised.dtype == torch.float32
@@ -65,7 +65,7 @@ def test_one_pixel_and_a_ribbon():
     for mode in ("crop", "squash", "pad"):
         wide = Image.new("RGB", (30_000, 3), GREEN)
         middle = pixels_of(wide, resize_mode=mode)[16, 16]
-        # Padded to a square, a ribbon this thin is one row of the shrunken picture: little more than the mean colour.
+        # Padded to a square, such a thin ribbon is one row of the resized image: little more than the mean colour.
         expected, tolerance = ((122.77, 116.75, 104.09), 10) if mode == "pad" else (GREEN, 1)
         assert np.abs(middle - expected).max() < tolerance
 

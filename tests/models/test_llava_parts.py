@@ -321,7 +321,7 @@ def test_text_alone_leaves_no_trained_parameter_without_a_gradient(case: Case, t
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
-    """What one process did, and what two ranks did, one of which saw text alone."""
+    """Results of one process, and of two ranks when one of them sees only text."""
     folder = tmp_path_factory.mktemp("ranks")
     one = llava_steps.main(folder)
     torchrun("llava_steps", folder)
@@ -365,7 +365,7 @@ def test_from_parts_grows_the_embeddings_and_keeps_ties(image_token_id: int | No
 @pytest.mark.parametrize("anyres", [False, True])
 @pytest.mark.parametrize("name", TOWERS)
 def test_from_parts_copies_the_tower(name: str, anyres: bool, tmp_path: Path) -> None:
-    """From an instance, which is left as it is, or from a folder."""
+    """From an instance, which stays unchanged, or from a folder."""
     tower = tiny_llava.tower(name).train()
     tower.save_pretrained(tmp_path)
     config = tower.config.to_dict()

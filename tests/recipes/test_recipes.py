@@ -39,7 +39,7 @@ def parse(config: Path, *options: str):
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """A webdataset shard of pictures and captions, and a folder of the same to evaluate on."""
+    """A webdataset shard of images and captions, and a folder of the same for evaluation."""
     (tmp_path / "shards").mkdir()
     with tarfile.open(tmp_path / "shards" / "0.tar", "w") as shard:
         for i in range(12):
@@ -146,7 +146,7 @@ def test_paper_runs_stops_and_resumes(tmp_path, shards, tokenizer_folder, monkey
 
 @pytest.mark.slow
 def test_small_runs_stops_and_resumes(tmp_path):
-    """small.yaml as it is, two steps, then a third; then the reports on the built-in data."""
+    """small.yaml unchanged, two steps, then a third; then the reports on the built-in data."""
     options = ["--output_dir", str(tmp_path), "--save_steps", "1", "--eval_steps", "1", "--num_scenes", "20"]
     options += ["--per_device_train_batch_size", "8"]
     clip_pretrain.main(*parse(SMALL, *options, "--max_steps", "2"))

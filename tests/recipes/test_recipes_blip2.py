@@ -1,6 +1,6 @@
 """BLIP-2's and InstructBLIP's recipes: small.yaml runs, resumes, saves and loads; paper.yaml says what it must.
 
-Parts are tiny, pictures of 48 pixels; what takes the built-in pictures is slow.
+Parts are tiny, images have 48 pixels; tests with the built-in images are slow.
 """
 
 import csv
@@ -116,7 +116,7 @@ def tiny_values(name: str, config: Path, parts: Path, output: Path) -> dict:
 
 
 def image_folder(folder: Path, rows: int = 12) -> Path:
-    """Pictures with `metadata.csv`."""
+    """Images with `metadata.csv`."""
     folder.mkdir()
     with (folder / "metadata.csv").open("w") as file:
         writer = csv.writer(file)
@@ -128,7 +128,7 @@ def image_folder(folder: Path, rows: int = 12) -> Path:
 
 
 def parquet(folder: Path, columns: dict[str, str], rows: int = 6) -> Path:
-    """Pictures with captions, or with questions that several people answered; columns are named as a source has it."""
+    """Images with captions, or with questions that several people answered, under the column names of a source."""
     texts = {"caption": [tiny.CAPTIONS[row % 5] for row in range(rows)], "question": ["the tree on the left"] * rows}
     texts["answer"] = [["red", "red", "blue"], ["green", "dog", "green"]] * (rows // 2)
     types = {"image": ImageFeature(), "answer": List(Value("string"))}
@@ -291,7 +291,7 @@ def test_trl_itself_gives_the_same_losses(rank, tmp_path):
             gradient_accumulation_steps=2,
             max_steps=2,
             learning_rate=0.1,
-            optim="sgd",  # Adam would make much of the rounding in a gradient of nought
+            optim="sgd",  # Adam would amplify the rounding error of a zero gradient
             logging_steps=1,
             save_strategy="no",
             bf16=False,

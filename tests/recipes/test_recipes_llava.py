@@ -311,7 +311,7 @@ def test_papers_run(version, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", SMALLS)
 def test_small_runs_stops_and_resumes(config, folder, tmp_path):
-    """On scenes and easy-VQA: LoRA, then in full with LoRA's results beside it in the card."""
+    """On scenes and easy-VQA: LoRA, then full fine-tuning, whose card shows LoRA's results too."""
     name = f"llava_align/{config}"
     scenes = {"train_scenes": 24}
     aligned = run_values(name, tiny_values(name, folder, tmp_path / "align", **scenes), tmp_path / "align.yaml")

@@ -23,7 +23,7 @@ SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 def rows(count: int) -> list[dict[str, Any]]:
     """Examples with two captions of one to eight words, and two questions with one or several answers.
 
-    Every fifth row is a second picture of the one before.
+    Every fifth row is a second image of the one before.
     """
     examples = []
     for i in range(count):

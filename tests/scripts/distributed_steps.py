@@ -76,7 +76,7 @@ def gradients(loss_type: str, ids: str, way: str) -> dict[str, torch.Tensor]:
 
 
 def blip_batch(num_pairs: int) -> dict[str, torch.Tensor]:
-    """Pairs of which the first half has short captions, the second half long ones."""
+    """Pairs with short captions in the first half and long captions in the second."""
     captions = sorted((2 * tiny.CAPTIONS)[:num_pairs], key=len)
     ids = PAIR_IDS[:num_pairs] if num_pairs > 2 else torch.tensor([4, 5])
     return {**tiny.blip_inputs(captions), "pair_ids": ids}

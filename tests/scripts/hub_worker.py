@@ -28,7 +28,7 @@ def picture() -> Image.Image:
 
 
 def logits(source: str, **options) -> str:
-    """What a checkpoint says of a picture, as a digest of its bits."""
+    """A checkpoint's outputs for an image, as a digest of their bits."""
     model = AutoModel.from_pretrained(source, **options).eval()
     processor = AutoProcessor.from_pretrained(source, **options)
     with torch.inference_mode():
@@ -37,7 +37,7 @@ def logits(source: str, **options) -> str:
 
 
 def body(source: str, text: str | None = None) -> list:
-    """The keys that `AutoModel` misses in a checkpoint, and what it makes of the picture, as a digest of its bits."""
+    """The keys that `AutoModel` misses in a checkpoint, and its outputs for the image, as a digest of their bits."""
     model, info = AutoModel.from_pretrained(source, output_loading_info=True)
     inputs = AutoProcessor.from_pretrained(source)(images=[picture()], text=None if text is None else [text])
     with torch.inference_mode():
@@ -46,7 +46,7 @@ def body(source: str, text: str | None = None) -> list:
 
 
 def pipelines(source: str) -> list:
-    """What both pipelines say of the picture."""
+    """The outputs of both pipelines for the image."""
     classify = pipeline("zero-shot-image-classification", model=source)
     labels = [[row["label"], row["score"]] for row in classify(picture(), candidate_labels=["cat", "dog", "tree"])]
     return [labels, pipeline("image-feature-extraction", model=source)(picture())]

@@ -17,7 +17,7 @@ def vector_of(row_id: str, version: int) -> np.ndarray:
 
 
 def run(uri: str, notes: str, first: int, ready: Event) -> None:
-    """Writes six rows at a time, of which two were written before, tidies up, and notes `id version` of each row."""
+    """Writes six rows at a time, two of them again, tidies up, and notes `id version` of each row."""
     connect(uri)  # which imports LanceDB, the slow part
     ready.set()
     table = VectorTable.open(uri) if exists(uri) else VectorTable.create(uri, DIM, "{}")

@@ -1,7 +1,7 @@
 """LLaVA's loss and gradients of one rank: `torchrun --nproc_per_node N -m scripts.llava_steps FOLDER`.
 
 The first half of the rows has images, the second has none: of two ranks, the second sees text alone. Without torchrun
-it is a single process without process group. The results of rank 0 go to FOLDER/results-N.pt; a rank that waits in vain
+it is a single process without process group. The results of rank 0 go to FOLDER/results-N.pt; a rank that waits forever
 for another gives up after a minute.
 """
 

@@ -59,7 +59,7 @@ def trained(folder: Path, name: str) -> dict[str, Any]:
         activation_checkpointing="checkpointed" in name,
         max_steps=2,
         weight_decay=0.1,
-        ddp_timeout=60,  # a rank that waits in vain for the other gives up
+        ddp_timeout=60,  # a rank that waits for the other too long gives up
         **{**llava_training.ONE_GRADIENT, "learning_rate": 0.5},
     )
     trainer.train()

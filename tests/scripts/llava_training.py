@@ -47,7 +47,7 @@ def texts(count: int = 8) -> list[dict[str, Any]]:
 def model(
     anyres: bool = False, dropout: float = 0.0, llm: str = "llama", **options
 ) -> VlmLlavaForConditionalGeneration:
-    """A randomised model, of which `dropout` is that of the LLM's attention and of the tower's."""
+    """A randomised model; `dropout` applies to the attention of the LLM and of the tower."""
     sizes = {"vocab_size": len(tiny.VOCABULARY) + 1, "max_position_embeddings": 2 * MAX_LENGTH}
     parts = {
         "vision_config": tiny.tower_config(attention_dropout=dropout, num_hidden_layers=3),

@@ -41,7 +41,7 @@ def main(batch_size: int) -> None:
     # The loss of more than a block is checkpointed, and the first use of that imports 70 MB of modules.
     checkpoint(torch.neg, torch.zeros(1, requires_grad=True), use_reentrant=False)
     with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # VmHWM starts anew
+        reset.write("5")  # resets VmHWM
     resident = memory("VmRSS")
     grad_cache_backward(model, batch, CHUNK, torch.Tensor.backward)
     print(json.dumps({"peak_bytes": memory("VmHWM") - resident, "resident_bytes": resident}))

@@ -21,7 +21,7 @@ DROPOUT = {
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    """Examples with two captions each; every fifth row is a second picture of the one before."""
+    """Examples with two captions each; every fifth row is a second image of the one before."""
     examples = []
     for i in range(count):
         thing, other = THINGS[i % 4], THINGS[(i // 4) % 4]

@@ -33,7 +33,7 @@ def clip():
 
 
 def picture_items() -> list[Item]:
-    """Pictures in two styles, one of which is hard to quote."""
+    """Images in two styles; the name of one is hard to quote."""
     styles = ("noto", EVIL)
     return [
         Item(f"p{i}", tiny.image(seed=i), f"picture {i}", metadata={"style": styles[i % 2], "year": 2000 + i})
@@ -48,7 +48,7 @@ def caption_items() -> list[Item]:
 
 @pytest.fixture(scope="module")
 def index(clip, tmp_path_factory):
-    """An index of pictures and texts that tests only read."""
+    """An index of images and texts that tests only read."""
     items = [*picture_items(), *caption_items()]
     return EmbeddingIndex.build(tmp_path_factory.mktemp("index"), items, *clip, progress=False)[0]
 
@@ -442,7 +442,7 @@ def test_trained_model_finds_the_emoji(tmp_path):
         assert min(np.mean(by_text), np.mean(by_image)) > 3 * k / 60
     both = [index.search(row["name"], row["image"], kind="image", k=1)[0].id == row["emoji"] for row in rows]
     assert np.mean(both) >= expected["text_to_image_r1"]
-    # Taking a name away sends its picture down.
+    # Subtracting a name lowers the rank of its image.
     others = rows["name"][1:] + rows["name"][:1]
     minus = [
         index.search(a, minus=b, minus_weight=1.0, kind="image", k=60)

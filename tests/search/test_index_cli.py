@@ -27,7 +27,7 @@ def run(*args: str) -> Result:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model, some pictures and a file of descriptions."""
+    """A model, some images and a file of descriptions."""
     tiny.clip_model().save_pretrained(tmp_path / "clip")
     tiny.clip_processor().save_pretrained(tmp_path / "clip")
     (tmp_path / "pictures").mkdir()

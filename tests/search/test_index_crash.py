@@ -15,7 +15,7 @@ KILLS = 20
 
 
 def kill_one(uri: Path, notes: Path, first: int, seconds: float) -> None:
-    """Starts a writer and kills it after so many seconds of work."""
+    """Starts a writer and kills it after a number of seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_vlm.search.store"])
     ready = context.Event()

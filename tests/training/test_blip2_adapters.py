@@ -27,7 +27,7 @@ def adapter(request, tmp_path):
 
 
 def inputs_of(head: type[PreTrainedModel]) -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)  # of the pictures
+    torch.manual_seed(1)  # for the images
     made = tiny_blip2.stage2_inputs(padding_side="left")
     if head is VlmInstructBlipForConditionalGeneration:
         made |= {"qformer_input_ids": torch.tensor([[2, 7, 9, 3]] * len(made["input_ids"]))}

@@ -176,7 +176,7 @@ def test_an_adapter_is_trained_on(lora: Trained, tmp_path: Path) -> None:
 
 
 def test_a_merged_model_is_the_adapter_and_any_other_checkpoint(lora: Trained, tmp_path: Path) -> None:
-    """Same logits and tokens; the names of the base, of which the tower and the embeddings are as they were."""
+    """Same logits and tokens; the base model's names; the tower and the embeddings are unchanged."""
     loaded = PeftModel.from_pretrained(Llava.from_pretrained(lora.base), lora.adapter)
     merged = loaded.merge_and_unload().eval()
     lora.assert_same(merged, atol=1e-5)

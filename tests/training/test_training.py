@@ -316,7 +316,7 @@ def test_evaluation_keeps_the_best_checkpoint(tmp_path: Path) -> None:
     assert changed(note.by_step[3], weights(model)) != set()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
-    # What the metric was given is what the model says of the pictures as they are, without dropout.
+    # The metric receives the model's outputs for the unaugmented images, without dropout.
     model.eval()
     batch = tiny_training.collator()([trainer.eval_dataset[i] for i in range(6)])
     with torch.no_grad():
@@ -365,7 +365,7 @@ def test_bf16_is_chosen_by_a_probe() -> None:
     state, half, full = re.fullmatch(r"bf16: (on|off) \(probe: (\d+) GFLOP/s in bf16, (\d+) in fp32\)", reason).groups()
     assert use == (state == "on")
     assert int(full) > 0
-    # The numbers are rounded: one beside the limit says nothing.
+    # The numbers are rounded: a value next to the limit is inconclusive.
     assert (int(half) + 1 >= 1.2 * (int(full) - 1)) if use else (int(half) - 1 <= 1.2 * (int(full) + 1))
 
 

@@ -92,7 +92,7 @@ def question_instructions(
 
     Args:
         rows: Dicts with `question` and `answer`: a text, or several people's answers. The most frequent answer is the
-            response. `index` is the row of the image, by default that of the question. No image is decoded.
+            response. `index` is the row of the image, by default the row of the question. No image is decoded.
         source: Value of the column `source`.
         seed: Seed of the wordings.
         wordings: `"train"` or the held-out `"unseen"`.

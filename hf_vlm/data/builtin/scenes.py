@@ -200,7 +200,7 @@ def load_scenes(
     cache_dir: str | Path | None = None,
     aspects: Sequence[float] = (1.0,),
 ) -> datasets.Dataset:
-    """A fixed test set: scenes 0 to n - 1 of a stream. The default seed differs from that of training.
+    """A fixed test set: scenes 0 to n - 1 of a stream. The default seed differs from the training default.
 
     Args:
         split, seed, size, objects, cache_dir, aspects: See `SceneStream`.

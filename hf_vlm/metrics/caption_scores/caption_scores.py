@@ -18,7 +18,7 @@ _CITATION = """\
 _INPUTS = """
 Args:
     predictions: (images,), one caption per image.
-    references: (images,), a list of captions per image, of which at least one contains a word.
+    references: (images,), a list of captions per image, at least one of them with a word.
 """
 
 
