@@ -147,41 +147,46 @@ def with_text_tower(model: nn.Module, **options) -> VlmClipModel:
     [
         (
             lambda: with_text_tower(BertModel(BertConfig(**tiny.layer_sizes(), vocab_size=20))),
-            "text_config.model_type='bert'; it needs 'vlm_text_tower'",
+            "text_config.model_type='bert'; it requires 'vlm_text_tower'",
         ),
-        (lambda: tiny.clip_model(vision={"layout": "mean"}), "vision_config.qkv_bias=False; it needs True"),
+        (lambda: tiny.clip_model(vision={"layout": "mean"}), "vision_config.qkv_bias=False; it requires True"),
         (
             lambda: tiny.clip_model(vision={"layout": "mean", "qkv_bias": True}),
-            "vision_config.use_class_token=False; it needs True",
+            "vision_config.use_class_token=False; it requires True",
         ),
-        (lambda: tiny.clip_model(vision={"use_patch_bias": True}), "vision_config.use_patch_bias=True; it needs False"),
-        (lambda: tiny.clip_model(vision={"use_pre_norm": False}), "vision_config.use_pre_norm=False; it needs True"),
+        (
+            lambda: tiny.clip_model(vision={"use_patch_bias": True}),
+            "vision_config.use_patch_bias=True; it requires False",
+        ),
+        (lambda: tiny.clip_model(vision={"use_pre_norm": False}), "vision_config.use_pre_norm=False; it requires True"),
         (
             lambda: tiny.clip_model(vision={"final_norm": "sequence"}),
-            "vision_config.final_norm='sequence'; it needs 'pooled'",
+            "vision_config.final_norm='sequence'; it requires 'pooled'",
         ),
-        (lambda: tiny.clip_model(vision={"pooling": "mean"}), "vision_config.pooling='mean'; it needs 'class'"),
-        (lambda: tiny.clip_model(vision_pooling="mean"), "vision_pooling='mean'; it needs 'tower'"),
-        (lambda: tiny.clip_model(text_pooling="class"), "text_pooling='class'; it needs 'tower'"),
-        (lambda: tiny.clip_model(loss_type="sigmoid"), "loss_type='sigmoid'; it needs 'softmax'"),
+        (lambda: tiny.clip_model(vision={"pooling": "mean"}), "vision_config.pooling='mean'; it requires 'class'"),
+        (lambda: tiny.clip_model(vision_pooling="mean"), "vision_pooling='mean'; it requires 'tower'"),
+        (lambda: tiny.clip_model(text_pooling="class"), "text_pooling='class'; it requires 'tower'"),
+        (lambda: tiny.clip_model(loss_type="sigmoid"), "loss_type='sigmoid'; it requires 'softmax'"),
     ],
 )
 def test_what_clip_cannot_express_is_refused(build: Callable[[], VlmClipModel], message: str) -> None:
-    assert refusal(to_transformers, build()) == f"CLIPModel has no equivalent of {message}."
+    assert refusal(to_transformers, build()) == f"CLIPModel does not support {message}."
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     bert = save(tmp_path, BertModel(BertConfig(**tiny.layer_sizes(), vocab_size=20)))
     assert refusal(from_transformers, bert) == (
-        f"{bert} is of architecture bert, which cannot be converted here; "
-        "clip, blip, blip-2, instructblip, llava, llava_next can."
+        f"{bert} is of type bert, which cannot be converted; "
+        "supported types: clip, blip, blip-2, instructblip, llava, llava_next."
     )
     assert refusal(to_transformers, str(bert)).endswith(
-        "which cannot be converted here; vlm_clip, vlm_blip, vlm_blip2, vlm_instructblip, vlm_llava can."
+        "which cannot be converted; supported types: vlm_clip, vlm_blip, vlm_blip2, vlm_instructblip, vlm_llava."
     )
-    assert refusal(to_transformers, native_clip()).startswith("This object is of architecture clip, ")
+    assert refusal(to_transformers, native_clip()).startswith("This object is of type clip, ")
     part = CLIPForImageClassification(tiny.native_clip_config())
-    assert refusal(from_transformers, part) == "A CLIPForImageClassification is not a whole CLIP: pass a CLIPModel."
+    assert (
+        refusal(from_transformers, part) == "CLIPForImageClassification is not a complete CLIP model: pass a CLIPModel."
+    )
 
 
 @pytest.mark.parametrize("convert", [from_transformers, to_transformers])
@@ -193,7 +198,7 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path, convert: Callable) -
     del weights["visual_projection.weight"], weights["text_projection.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert refusal(convert, folder) == (
-        f"The weights of {folder} do not fit; missing: text_projection.weight, visual_projection.weight; "
+        f"The weights of {folder} do not match the model; missing: text_projection.weight, visual_projection.weight; "
         "unexpected: extra.weight."
     )
 
@@ -267,9 +272,12 @@ def test_processors_give_the_same_tokens(tmp_path: Path) -> None:
     [
         (
             {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}},
-            "no equivalent of size={'shortest_edge': 40} with crop_size={'height': 32, 'width': 32}",
+            "does not support size={'shortest_edge': 40} with crop_size={'height': 32, 'width': 32} and ",
         ),
-        ({"size": {"shortest_edge": 40}, "do_center_crop": False}, "size={'shortest_edge': 40} with crop_size=None"),
+        (
+            {"size": {"shortest_edge": 40}, "do_center_crop": False},
+            "size={'shortest_edge': 40} with crop_size=None and",
+        ),
         ({"do_resize": False}, "size={'shortest_edge': 224} with crop_size="),
     ],
 )
@@ -280,8 +288,10 @@ def test_image_sizes_without_equivalent_are_refused(options: dict, message: str)
 
 def test_processors_without_equivalent_are_refused() -> None:
     message = refusal(processor_to_transformers, tiny.clip_processor(resize_mode="pad"))
-    assert message == "CLIPImageProcessor has no equivalent of resize_mode='pad'; it needs 'crop' or 'squash'."
-    assert "CLIPProcessor, which cannot be converted here" in refusal(processor_to_transformers, native_processor())
+    assert message == "CLIPImageProcessor does not support resize_mode='pad'; it requires 'crop' or 'squash'."
+    assert "is of type CLIPProcessor, which cannot be converted; " in refusal(
+        processor_to_transformers, native_processor()
+    )
 
 
 # --- folders
@@ -324,9 +334,7 @@ def test_refused_folder_writes_nothing(tmp_path: Path, exists: bool) -> None:
     for source in sources:
         refusal(convert_folder, source, target, to="native")
     refusal(convert_folder, sources[0], target, to="hf_vlm")
-    assert refusal(convert_folder, sources[0], target, to="onnx") == (
-        "There is no target 'onnx'; choose native or hf_vlm."
-    )
+    assert refusal(convert_folder, sources[0], target, to="onnx") == ("Unknown target 'onnx': choose native or hf_vlm.")
     with pytest.raises(OSError, match="bare"):
         convert_folder(save(tmp_path / "bare", model), target, to="native")
     assert [path for path in sorted(tmp_path.rglob("*")) if "bare" not in path.parts] == before
@@ -336,7 +344,7 @@ def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     source = save(tmp_path / "native", native_clip(), native_processor())
     for target in (source, source / "config.json"):
         assert refusal(convert_folder, source, target, to="hf_vlm") == (
-            f"{target} exists and is not an empty folder: choose another one."
+            f"{target} exists and is not an empty folder: choose a new or empty folder."
         )
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -465,7 +473,7 @@ def test_open_clip_with_a_config() -> None:
     config["text_config"].update(tiny.layer_sizes(width=40, heads=5, layers=1), intermediate_size=120)
     assert_equals_open_clip(from_original(theirs.state_dict(), VlmClipConfig(**config)), theirs)
     assert refusal(from_original, theirs.state_dict(), hidden_act="gelu") == (
-        "A width of 48 is no multiple of 64, the width of a head: pass a config."
+        "The width 48 is not a multiple of the attention head width 64: pass a config."
     )
 
 
@@ -540,14 +548,16 @@ def test_open_clip_weights_that_do_not_fit() -> None:
     lacking["visual.transformer.resblocks.0.ls_1.gamma"] = torch.ones(64)
     lacking["text_projection"] = torch.ones(16, 128)
     message = (
-        "The weights of this open_clip checkpoint do not fit; missing: transformer.resblocks.0.ln_2.bias, "
+        "The weights of this open_clip checkpoint do not match the model; missing: transformer.resblocks.0.ln_2.bias, "
         "transformer.resblocks.0.ln_2.weight, visual.transformer.resblocks.0.ln_2.bias and 3 more; unexpected: "
-        "visual.transformer.resblocks.0.ls_1.gamma; of another shape: text_projection (16, 128) instead of (128, 16)."
+        "visual.transformer.resblocks.0.ls_1.gamma; wrong shape: text_projection (16, 128) instead of (128, 16)."
     )
     assert refusal(from_original, lacking, config) == message
     assert refusal(from_original, lacking, hidden_act="gelu") == message
     del lacking["token_embedding.weight"]
-    assert refusal(from_original, lacking, hidden_act="gelu").endswith("do not fit; missing: token_embedding.weight.")
+    assert refusal(from_original, lacking, hidden_act="gelu").endswith(
+        "do not match the model; missing: token_embedding.weight."
+    )
 
 
 def test_open_clip_needs_its_activation() -> None:
@@ -560,8 +570,8 @@ def test_open_clip_needs_its_activation() -> None:
 def test_another_original_is_refused() -> None:
     resnet = {"visual.conv1.weight": torch.ones(2, 3, 3, 3), "visual.layer1.0.conv1.weight": torch.ones(2, 2, 3, 3)}
     assert refusal(from_original, resnet, hidden_act="gelu") == (
-        "Not a known layout: its tensors are visual.conv1.weight, visual.layer1.0.conv1.weight, ...; "
-        "those of open_clip's vision transformers, BLIP, BLIP-2 and LLaVA are known."
+        "Unknown layout of weights, with the tensors visual.conv1.weight, visual.layer1.0.conv1.weight, ...; "
+        "supported: the original layouts of CLIP (open_clip, vision transformers only), BLIP, BLIP-2 and LLaVA."
     )
 
 

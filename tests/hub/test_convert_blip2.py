@@ -264,7 +264,7 @@ def test_retrieval(sizes: dict, tmp_path: Path) -> None:
 def test_pretrained_weights_as_native(tmp_path: Path) -> None:
     """Those of a first stage, once they are those of the head for retrieval."""
     first = tiny_blip2.blip2_model(VlmBlip2ForPreTraining, vision_norm_eps=1e-6)
-    assert "make it one of" in refusal(to_transformers, first)
+    assert "load the checkpoint as one of" in refusal(to_transformers, first)
     first.save_pretrained(tmp_path)
     theirs = to_transformers(RETRIEVAL.from_pretrained(tmp_path))
     tokens, pixel_values = tiny.blip_tokens(), tiny.pixels(5)
@@ -289,32 +289,32 @@ def foreign_tower() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (foreign_tower, "vision_config.model_type='siglip_vision_model'; it needs 'vlm_tower'."),
-        (ours_with(vision={"use_pre_norm": True}), "vision_config.use_pre_norm=True; it needs False."),
-        (ours_with(vision={"use_patch_bias": False}), "vision_config.use_patch_bias=False; it needs True."),
+        (foreign_tower, "vision_config.model_type='siglip_vision_model'; it requires 'vlm_tower'."),
+        (ours_with(vision={"use_pre_norm": True}), "vision_config.use_pre_norm=True; it requires False."),
+        (ours_with(vision={"use_patch_bias": False}), "vision_config.use_patch_bias=False; it requires True."),
         (
             ours_with(RETRIEVAL, vision={"use_class_token": False, "pooling": "mean"}),
-            "vision_config.use_class_token=False; it needs True.",
+            "vision_config.use_class_token=False; it requires True.",
         ),
-        (ours_with(vision={"num_channels": 4}), "vision_config.num_channels=4; it needs 3."),
-        (ours_with(INSTRUCT, vision_norm_eps=1e-5), "vision_norm_eps=1e-05; it needs 1e-06."),
+        (ours_with(vision={"num_channels": 4}), "vision_config.num_channels=4; it requires 3."),
+        (ours_with(INSTRUCT, vision_norm_eps=1e-5), "vision_norm_eps=1e-05; it requires 1e-06."),
     ],
 )
 def test_refused_to_transformers(make: Callable, message: str) -> None:
     model = make()
     owner = NATIVE[type(model)].__name__
-    assert refusal(to_transformers, model) == f"{owner} has no equivalent of {message}"
+    assert refusal(to_transformers, model) == f"{owner} does not support {message}"
 
 
 def test_refused_from_transformers() -> None:
     config = native(BLIP2, "opt").config
-    assert "A Blip2Model has no equivalent here" in refusal(from_transformers, Blip2Model(config))
+    assert "Blip2Model cannot be converted" in refusal(from_transformers, Blip2Model(config))
     without = native(BLIP2, "opt", image_token_index=None)
     assert refusal(from_transformers, without).endswith("set image_token_index in its config.")
     half = native(BLIP2, "opt", qformer={"use_qformer_text_input": True})
-    assert "has no equivalent of qformer_config.use_qformer_text_input=True" in refusal(from_transformers, half)
+    assert "does not support qformer_config.use_qformer_text_input=True" in refusal(from_transformers, half)
     half = native(RETRIEVAL, qformer={"use_qformer_text_input": False})
-    assert "has no equivalent of qformer_config.use_qformer_text_input=False" in refusal(from_transformers, half)
+    assert "does not support qformer_config.use_qformer_text_input=False" in refusal(from_transformers, half)
 
 
 def test_llm_that_is_of_another_class_there(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_llm_that_is_of_another_class_there(tmp_path: Path) -> None:
     bart = BartConfig(**sizes, **heads)
     ours = BLIP2(tiny_blip2.blip2_config(text_config=bart, image_token_id=29, vision_norm_eps=1e-6))
     message = refusal(to_transformers, ours)
-    assert message.startswith("A BartForConditionalGeneration has no equivalent")
+    assert message.startswith("The LLM is a BartForConditionalGeneration, but its config builds a BartForCausalLM")
     ours.save_pretrained(tmp_path / "ours")
     assert refusal(convert_folder, tmp_path / "ours", tmp_path / "native", to="native") == message
     assert not (tmp_path / "native").exists()
@@ -438,13 +438,13 @@ def lavis_names(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_original_layout_that_does_not_fit() -> None:
     tower = {name: None for name in original() if name.startswith("visual_encoder.")}
     assert refusal(from_original, original(**tower)).endswith("add its tensors as visual_encoder.*.")
-    assert "not of the first stage" in refusal(from_original, original(**{"itm_head.weight": None}))
+    assert "not from the first stage" in refusal(from_original, original(**{"itm_head.weight": None}))
     assert "missing: query_tokens" in refusal(from_original, original(query_tokens=None))
     more = original(**{"opt_proj.weight": torch.zeros(3)})
     assert "unexpected: opt_proj.weight" in refusal(from_original, more, config=config_of_recorded())
     shape = original(**{"itm_head.weight": torch.zeros(2, 31)})
     message = refusal(from_original, shape, config=config_of_recorded())
-    assert re.search(r"of another shape: itm_head.weight \(2, 31\)", message)
+    assert re.search(r"wrong shape: itm_head.weight \(2, 31\)", message)
 
 
 def config_of_recorded() -> VlmBlip2Config:

@@ -228,23 +228,30 @@ def refused(call, *args, **kwargs) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (linear, 'The checkpoint\'s projector is "linear", the model\'s "mlp": set projector_type.'),
+        (linear, 'The checkpoint\'s projector is "linear", but the model\'s is "mlp": set projector_type="linear".'),
         (with_tensor(NEWLINE, 20), "has an image newline, but the model does not use tiles"),
-        (more_words, "The checkpoint has 67 words, but the model 64 rows: build it with image_token_id=67."),
-        (two_words, "has the rows of two added words only"),
-        (lora, "These are LoRA's weights: merge them"),
-        (without(LAYER), f"do not fit; missing: {LAYER}."),
-        (without(HEAD), f"do not fit; missing: {HEAD}."),
-        (without(EMBEDDINGS), f"do not fit; missing: {EMBEDDINGS}."),
-        (without("model.mm_projector.2.bias"), "do not fit; missing: model.mm_projector.2.bias."),
-        (part_of_the_tower, f"do not fit; missing: {TOWER}embeddings.patch_embedding.weight, "),
-        (with_tensor("model.mm_projector.4.bias", 20), "do not fit; unexpected: model.mm_projector.4.bias."),
-        (with_tensor(LAYER, 40, 21), f"do not fit; of another shape: {LAYER} (40, 21) instead of (40, 20)."),
-        (with_tensor(EMBEDDINGS, 40, 21), f"of another shape: {EMBEDDINGS} (40, 21) instead of (64, 20)."),
-        (with_tensor(EMBEDDINGS), f"of another shape: {EMBEDDINGS} () instead of (64, 20)."),
+        (
+            more_words,
+            "The checkpoint has 67 tokens, but the model has only 64 rows of embeddings: build the model with "
+            "image_token_id=67.",
+        ),
+        (two_words, "has only the rows of the two added tokens"),
+        (lora, "The weights are LoRA weights: merge them"),
+        (without(LAYER), f"do not match the model; missing: {LAYER}."),
+        (without(HEAD), f"do not match the model; missing: {HEAD}."),
+        (without(EMBEDDINGS), f"do not match the model; missing: {EMBEDDINGS}."),
+        (without("model.mm_projector.2.bias"), "do not match the model; missing: model.mm_projector.2.bias."),
+        (part_of_the_tower, f"do not match the model; missing: {TOWER}embeddings.patch_embedding.weight, "),
+        (
+            with_tensor("model.mm_projector.4.bias", 20),
+            "do not match the model; unexpected: model.mm_projector.4.bias.",
+        ),
+        (with_tensor(LAYER, 40, 21), f"do not match the model; wrong shape: {LAYER} (40, 21) instead of (40, 20)."),
+        (with_tensor(EMBEDDINGS, 40, 21), f"wrong shape: {EMBEDDINGS} (40, 21) instead of (64, 20)."),
+        (with_tensor(EMBEDDINGS), f"wrong shape: {EMBEDDINGS} () instead of (64, 20)."),
         (
             with_tensor("model.mm_projector.0.weight", 20, 48),
-            "do not fit; of another shape: model.mm_projector.0.weight (20, 48) instead of (20, 32).",
+            "do not match the model; wrong shape: model.mm_projector.0.weight (20, 48) instead of (20, 32).",
         ),
     ],
 )
@@ -268,7 +275,7 @@ def test_head_that_the_base_ties_is_refused() -> None:
     weights = original(native)
     from_original({**weights, HEAD: weights[EMBEDDINGS]}, base=base)
     message = refused(from_original, {**weights, HEAD: weights[EMBEDDINGS] + 1}, base=base)
-    assert message.startswith("The checkpoint's head is not its embeddings")
+    assert message.startswith("The checkpoint's output layer differs from its embeddings")
 
 
 def test_parts_that_are_nowhere_are_asked_for() -> None:
@@ -282,7 +289,7 @@ def test_parts_that_are_nowhere_are_asked_for() -> None:
     ):
         for config in (None, own.config):
             assert refused(from_original, given, config) == (
-                f"This LLaVA checkpoint leaves out its {parts}: pass base=VlmLlavaForConditionalGeneration.from_parts("
+                f"This LLaVA checkpoint lacks the {parts}: pass base=VlmLlavaForConditionalGeneration.from_parts("
                 f'tower, llm, projector_type="{kind}").'
             )
     assert refused(from_original, weights).endswith("pass a config or a base.")
@@ -291,7 +298,9 @@ def test_parts_that_are_nowhere_are_asked_for() -> None:
 def test_a_base_that_does_not_serve() -> None:
     native, own = pair(False)
     weights = original(native)
-    assert refused(from_original, weights, own.config, base=own).endswith("pass config or base, and not both.")
+    assert refused(from_original, weights, own.config, base=own).endswith(
+        "base already has a config: pass only one of them."
+    )
     assert refused(from_original, weights, base=own.model).startswith("base is a VlmLlavaModel")
     clip = {"visual.class_embedding": torch.zeros(3)}
     assert refused(from_original, clip, base=own).startswith("base is only for weights in the layout of LLaVA's")
@@ -341,7 +350,9 @@ def test_folder_of_a_projector(native: PreTrainedModel, tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
-    assert refused(from_original, tmp_path).startswith(f"{tmp_path} holds no weights: model.safetensors, ")
+    assert refused(from_original, tmp_path).startswith(
+        f"{tmp_path} holds no weights; expected one of model.safetensors, "
+    )
     index = tmp_path / "model.safetensors.index.json"
     for text in (
         "",
@@ -356,12 +367,14 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     save_file({"model.mm_projector.weight": torch.zeros(2, 2)}, tmp_path.parent / "outside.safetensors")
     for name in ("../outside.safetensors", str(tmp_path.parent / "outside.safetensors"), "a/../../b.safetensors", "."):
         index.write_text(json.dumps({"weight_map": {"model.mm_projector.weight": name}}))
-        assert refused(from_original, tmp_path) == f"{index} names {name}, which lies outside its folder."
+        assert refused(from_original, tmp_path) == (
+            f"{index} lists {name}, but only files in the folder of the index are read."
+        )
     index.write_text(json.dumps({"weight_map": {"model.mm_projector.weight": ".."}}))
     assert "is not a weights file" in refused(from_original, tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     assert refused(from_original, tmp_path) == (
-        f"{tmp_path} lacks model-00001-of-00001.safetensors, which its index names."
+        f"{tmp_path} lacks model-00001-of-00001.safetensors, which {index.name} lists: download the missing file."
     )
 
 
@@ -369,7 +382,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
 def test_lora_folder_is_refused(name: str, tmp_path: Path) -> None:
     torch.save({"model.mm_projector.weight": torch.zeros(2, 2)}, tmp_path / "mm_projector.bin")
     (tmp_path / name).touch()
-    assert refused(from_original, tmp_path).startswith(f"{tmp_path} holds LoRA's weights: merge them")
+    assert refused(from_original, tmp_path).startswith(f"{tmp_path} holds LoRA weights: merge them")
 
 
 class Code:
@@ -396,4 +409,4 @@ def test_pickles_with_code_and_damaged_ones(tmp_path: Path, monkeypatch: pytest.
     assert not Path("code_was_run").exists()
     for content in ([torch.zeros(2)], torch.zeros(2), {"model": 3}, {"a": [1]}, {3: torch.zeros(2)}):
         torch.save(content, path)
-        assert refused(from_original, path).startswith(f"{path} holds something else than tensors by name")
+        assert refused(from_original, path).startswith(f"{path} does not hold a dict of tensors")

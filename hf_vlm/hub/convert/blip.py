@@ -146,7 +146,7 @@ def from_transformers(model: PreTrainedModel) -> VlmBlipHead:
     """See [`hf_vlm.hub.convert.from_transformers`]."""
     if type(model) not in HEADS:
         names = ", ".join(native.__name__ for native in HEADS)
-        raise ValueError(f"A {type(model).__name__} has no equivalent here; {names} have.")
+        raise ValueError(f"{type(model).__name__} cannot be converted; supported classes: {names}.")
     head = HEADS[type(model)]
     own = head(read_config(model.config, head))
     state_dict = {name: t for name, t in model.state_dict().items() if not name.endswith(REDUNDANT)}
@@ -164,15 +164,18 @@ def to_transformers(model: VlmBlipHead) -> PreTrainedModel:
     natives = {head: native for native, head in HEADS.items()}
     if type(model) not in natives:
         names = ", ".join(head.__name__ for head in natives)
-        raise ValueError(f"transformers has no class for a {type(model).__name__}; make it one of {names} first.")
+        raise ValueError(
+            f"transformers has no class for {type(model).__name__}: load the checkpoint as one of {names} first."
+        )
     if any(getattr(model.config, name) != value for name, value in model.layout.items()):
         model = type(model).from_pretraining(model)  # drops parts that came with another head's checkpoint
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
-    check_allowed(vision, ALLOWED_VISION, "vision_config.", "BLIP")
-    check_allowed(config, ALLOWED, owner="BLIP")
+    check_allowed(vision, ALLOWED_VISION, "vision_config.", "transformers' BLIP")
+    check_allowed(config, ALLOWED, owner="transformers' BLIP")
     if config.decoder_memory == "question" and vision.hidden_size != text.hidden_size:
         raise ValueError(
-            f"BlipForQuestionAnswering needs images as wide as texts, not {vision.hidden_size} and {text.hidden_size}."
+            "BlipForQuestionAnswering requires the same hidden_size for image tower and text, but this model has "
+            f"{vision.hidden_size} and {text.hidden_size}."
         )
     state_dict = split_text(model.state_dict())
     state_dict.pop("similarity.temperature", None)
@@ -220,7 +223,7 @@ def processor_to_transformers(processor: VlmBlipProcessor) -> BlipProcessor:
     values = processor.image_processor.to_dict()
     if values["resize_mode"] != "squash":
         raise ValueError(
-            f"BlipImageProcessor has no equivalent of resize_mode={values['resize_mode']!r}; it needs 'squash'."
+            f"BlipImageProcessor does not support resize_mode={values['resize_mode']!r}; it requires 'squash'."
         )
     options = {name: values[name] for name in SHARED_FIELDS}
     return BlipProcessor(BlipImageProcessorPil(size=dict(values["size"]), **options), processor.tokenizer)

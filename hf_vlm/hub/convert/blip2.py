@@ -131,7 +131,7 @@ def read_config(native: PreTrainedModel) -> VlmBlip2Config:
     owner, is_retrieval = type(native).__name__, head is VlmBlip2ForImageTextRetrieval
     if head is not VlmInstructBlipForConditionalGeneration:
         use_text = {"use_qformer_text_input": (is_retrieval,)}
-        check_allowed(config.qformer_config, use_text, "qformer_config.", f"Our class for a {owner}")
+        check_allowed(config.qformer_config, use_text, "qformer_config.", head.__name__)
     qformer = chosen(config.qformer_config, QFORMER_FIELDS)
     qformer |= {
         "num_query_tokens": config.num_query_tokens,
@@ -146,7 +146,7 @@ def read_config(native: PreTrainedModel) -> VlmBlip2Config:
     if is_retrieval:
         options["projection_dim"] = config.image_text_hidden_size
     elif config.image_token_index is None:
-        raise ValueError(f"This {owner} has no placeholder for images: set image_token_index in its config.")
+        raise ValueError(f"This {owner} has no image token: set image_token_index in its config.")
     else:
         options = {
             "text_config": config_without_path(native.language_model),
@@ -164,7 +164,7 @@ def check_same_llm(one: PreTrainedModel, other: PreTrainedModel) -> None:
     """Refuses an LLM whose class differs from the class that its config builds."""
     if type(one) is not type(other):
         raise ValueError(
-            f"A {type(one).__name__} has no equivalent: from its config a {type(other).__name__} would be made."
+            f"The LLM is a {type(one).__name__}, but its config builds a {type(other).__name__}: use another LLM."
         )
 
 
@@ -172,7 +172,7 @@ def from_transformers(model: PreTrainedModel) -> VlmBlip2PreTrainedModel:
     """See [`hf_vlm.hub.convert.from_transformers`]."""
     if type(model) not in HEADS:
         names = ", ".join(native.__name__ for native in HEADS)
-        raise ValueError(f"A {type(model).__name__} has no equivalent here; {names} have.")
+        raise ValueError(f"{type(model).__name__} cannot be converted; supported classes: {names}.")
     own = HEADS[type(model)](read_config(model))
     renamed = fuse_qformer(rename(model.state_dict(), flipped(NAMES[type(model)])))
     embeddings = "model.vision_model.embeddings."
@@ -226,7 +226,9 @@ def to_transformers(model: VlmBlip2PreTrainedModel) -> PreTrainedModel:
     natives = {head: native for native, head in HEADS.items()}
     if type(model) not in natives:
         names = ", ".join(head.__name__ for head in natives)
-        raise ValueError(f"transformers has no class for a {type(model).__name__}; make it one of {names} first.")
+        raise ValueError(
+            f"transformers has no class for {type(model).__name__}: load the checkpoint as one of {names} first."
+        )
     native_class = natives[type(model)]
     native = native_class(native_config(model.config, native_class))
     if model.model.language_model is not None:

@@ -55,9 +55,12 @@ def from_original(state_dict: Mapping[str, torch.Tensor], config: VlmBlip2Config
         ValueError: if the image tower is missing, the checkpoint is from a later stage, or tensors do not fit.
     """
     if not any(name.startswith("visual_encoder.") for name in state_dict):
-        raise ValueError("This BLIP-2 checkpoint leaves out its frozen tower: add its tensors as visual_encoder.*.")
+        raise ValueError("This BLIP-2 checkpoint lacks the frozen image tower: add its tensors as visual_encoder.*.")
     if "itm_head.weight" not in state_dict:
-        raise ValueError("This BLIP-2 checkpoint is not of the first stage: convert it by transformers' own classes.")
+        raise ValueError(
+            "This BLIP-2 checkpoint is not from the first stage (itm_head.weight is missing): download the "
+            "checkpoint in transformers' layout and convert it with from_transformers."
+        )
     weights = {name: tensor for name, tensor in state_dict.items() if name not in REDUNDANT}
     renamed = fuse_qformer(rename(with_key_bias(weights), flipped(NAMES)))
     for name, last in (("class_embedding", 2), ("position_embedding.weight", 1)):

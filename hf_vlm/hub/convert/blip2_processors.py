@@ -26,7 +26,7 @@ def processor_from_transformers(processor: ProcessorMixin) -> VlmBlip2Processor:
     if isinstance(processor, Blip2Processor) and tokenizer.cls_token is not None:
         return VlmBlip2Processor(image_processor, tokenizer)
     if processor.num_query_tokens is None:
-        raise ValueError(f"This {owner} does not say how many placeholders an image has: set its num_query_tokens.")
+        raise ValueError(f"The number of placeholders per image of this {owner} is unknown: set its num_query_tokens.")
     tokenizer.padding_side = "left"
     if isinstance(processor, InstructBlipProcessor):
         reader = copy.deepcopy(processor.qformer_tokenizer)

@@ -100,7 +100,9 @@ def without_twins(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
         if twin == name or ".self_attention." in name:
             result[name] = tensor
         elif not torch.equal(tensor, state_dict[twin]):
-            raise ValueError(f"Encoder and decoder differ in {name}: pass a config with share_encoder_decoder=False.")
+            raise ValueError(
+                f"Text encoder and decoder differ in {name}: pass a config with share_encoder_decoder=False."
+            )
     return result
 
 

@@ -96,13 +96,13 @@ def check_allowed(
     for name, choices in allowed.items():
         if name in values and values[name] not in choices:
             option = f"{prefix}{name}={values[name]!r}"
-            raise ValueError(f"{owner} has no equivalent of {option}; it needs {choices[0]!r}.")
+            raise ValueError(f"{owner} does not support {option}; it requires {choices[0]!r}.")
 
 
 def from_transformers(model: PreTrainedModel) -> VlmClipModel:
     """See [`hf_vlm.hub.convert.from_transformers`]."""
     if not isinstance(model, CLIPModel):
-        raise ValueError(f"A {type(model).__name__} is not a whole CLIP: pass a CLIPModel.")
+        raise ValueError(f"{type(model).__name__} is not a complete CLIP model: pass a CLIPModel.")
     config = VlmClipConfig(
         vision_config=chosen(model.config.vision_config, VISION_FIELDS),
         text_config=chosen(model.config.text_config, TEXT_FIELDS),

@@ -40,7 +40,7 @@ def _native_family(model_type: str, source: object) -> Family:
 
 def _unknown(name: str, source: object, known: Iterable[str]) -> ValueError:
     where = source if isinstance(source, str | Path) else "This object"
-    return ValueError(f"{where} is of architecture {name}, which cannot be converted here; {', '.join(known)} can.")
+    return ValueError(f"{where} is of type {name}, which cannot be converted; supported types: {', '.join(known)}.")
 
 
 def _converter(family: Family) -> ModuleType:
@@ -58,7 +58,9 @@ def _load(classes: Sequence[type[PreTrainedModel]], path: str | Path) -> PreTrai
     names = AutoConfig.from_pretrained(path).architectures or [classes[0].__name__]
     by_name = {model_class.__name__: model_class for model_class in classes}
     if names[0] not in by_name:
-        raise ValueError(f"{path} holds a {names[0]}, which cannot be converted here; {', '.join(by_name)} can.")
+        raise ValueError(
+            f"{path} holds a {names[0]}, which cannot be converted; supported classes: {', '.join(by_name)}."
+        )
     return load_complete(by_name[names[0]], path)
 
 
@@ -206,8 +208,8 @@ def from_original(
         return blip_original.from_original(state_dict, config, image_size)
     names = ", ".join(list(state_dict)[:3])
     raise ValueError(
-        f"Not a known layout: its tensors are {names}, ...; those of open_clip's vision transformers, BLIP, BLIP-2 and "
-        "LLaVA are known."
+        f"Unknown layout of weights, with the tensors {names}, ...; supported: the original layouts of CLIP "
+        "(open_clip, vision transformers only), BLIP, BLIP-2 and LLaVA."
     )
 
 
@@ -225,13 +227,13 @@ def convert_folder(src: str | Path, dst: str | Path, to: Literal["native", "hf_v
     """
     dst = Path(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise ValueError(f"{dst} exists and is not an empty folder: choose another one.")
+        raise ValueError(f"{dst} exists and is not an empty folder: choose a new or empty folder.")
     if to == "native":
         model, processor = to_transformers(src), processor_to_transformers(src)
     elif to == "hf_vlm":
         model, processor = from_transformers(src), processor_from_transformers(src)
     else:
-        raise ValueError(f"There is no target {to!r}; choose native or hf_vlm.")
+        raise ValueError(f"Unknown target {to!r}: choose native or hf_vlm.")
     dst.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dst.parent, prefix=f".{dst.name}-") as folder:
         unfinished = Path(folder) / dst.name

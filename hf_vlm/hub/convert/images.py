@@ -32,7 +32,11 @@ def from_clip_image_processor(native: BaseImageProcessor) -> VlmImageProcessor:
     elif size.keys() == {"height", "width"} and crop in (None, size):
         mode, target = "squash", size
     else:
-        raise ValueError(f"VlmImageProcessor has no equivalent of size={size} with crop_size={crop}.")
+        raise ValueError(
+            f"VlmImageProcessor does not support size={size} with crop_size={crop} and do_resize="
+            f"{values['do_resize']}; it requires the shorter side resized to the longer side of the crop, or a fixed "
+            "height and width without a crop."
+        )
     return VlmImageProcessor(size=target, resize_mode=mode, **{name: values[name] for name in SHARED_FIELDS})
 
 
@@ -45,7 +49,7 @@ def to_clip_image_processor(image_processor: VlmImageProcessor) -> CLIPImageProc
     values = image_processor.to_dict()
     size, mode = dict(values["size"]), values["resize_mode"]
     if mode == "pad":
-        raise ValueError("CLIPImageProcessor has no equivalent of resize_mode='pad'; it needs 'crop' or 'squash'.")
+        raise ValueError("CLIPImageProcessor does not support resize_mode='pad'; it requires 'crop' or 'squash'.")
     return CLIPImageProcessorPil(
         size={"shortest_edge": max(size.values())} if mode == "crop" else size,
         crop_size=size,

@@ -52,11 +52,12 @@ def tower_only(state_dict: StateDict, prefix: str) -> tuple[StateDict, StateDict
 def from_transformers(model: PreTrainedModel) -> VlmLlavaForConditionalGeneration:
     """See [`hf_vlm.hub.convert.from_transformers`]."""
     if type(model) not in NATIVE_MODELS:
-        raise ValueError(f"A {type(model).__name__} has no equivalent here; a LlavaForConditionalGeneration has.")
+        names = ", ".join(native.__name__ for native in NATIVE_MODELS)
+        raise ValueError(f"{type(model).__name__} cannot be converted; supported classes: {names}.")
     native = model.config
     layer = native.vision_feature_layer
     if isinstance(layer, list | tuple) and len(layer) != 1:
-        raise ValueError(f"VlmLlavaModel has no equivalent of vision_feature_layer={layer}; it reads one layer.")
+        raise ValueError(f"VlmLlavaModel does not support vision_feature_layer={layer}; it requires a single layer.")
     vision = native.vision_config
     is_clip = vision.model_type == CLIP_TOWER
     config = VlmLlavaConfig(
@@ -97,7 +98,9 @@ def to_transformers(model: VlmLlavaForConditionalGeneration) -> PreTrainedModel:
     if own_tower:
         check_allowed(vision, ALLOWED_VISION, "vision_config.", owner)
     if len(list(model.get_output_embeddings().parameters())) > 1:
-        raise ValueError(f"{owner} has no equivalent of a head with a bias, which this LLM has.")
+        raise ValueError(
+            f"{owner} does not support an output layer with a bias, but the output layer of this LLM has one."
+        )
     fields = {
         "vision_config": chosen(vision, VISION_FIELDS) | {"model_type": CLIP_TOWER} if own_tower else vision.to_dict(),
         "text_config": config.text_config.to_dict(),
@@ -111,7 +114,7 @@ def to_transformers(model: VlmLlavaForConditionalGeneration) -> PreTrainedModel:
         native = LlavaForConditionalGeneration(LlavaConfig(**fields))
     else:
         native = native_class(LlavaNextConfig(**fields, image_grid_pinpoints=config.image_grid_pinpoints))
-    check_same_llm(AutoModelForCausalLM.from_config(config.text_config), model.model.language_model)
+    check_same_llm(model.model.language_model, AutoModelForCausalLM.from_config(config.text_config))
     tower, rest = tower_only(rename(model.state_dict(), names_of(model, own_tower)), "model.vision_tower.")
     tower = split(tower, QKV, "qkv_proj") if own_tower else tower
     native = with_weights(native, {**tower, **rest})

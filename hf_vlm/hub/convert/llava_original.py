@@ -50,7 +50,7 @@ def read_folder(folder: Path) -> StateDict:
             adapters.
     """
     if any((folder / name).exists() for name in LORA_FILES):
-        raise ValueError(f"{folder} holds LoRA's weights: merge them into the LLM with LLaVA's own code first.")
+        raise ValueError(f"{folder} holds LoRA weights: merge them into the LLM with LLaVA's own code first.")
     state_dict: StateDict = {}
     for path in _weight_files(folder):
         state_dict |= read_state_dict(path)
@@ -64,7 +64,9 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         if index.exists():
             return _parts(index)
-    raise ValueError(f"{folder} holds no weights: {', '.join(WEIGHT_FILES)} are read, the first two also in parts.")
+    raise ValueError(
+        f"{folder} holds no weights; expected one of {', '.join(WEIGHT_FILES)} (the first two may be sharded)."
+    )
 
 
 def _parts(index: Path) -> list[Path]:
@@ -75,9 +77,9 @@ def _parts(index: Path) -> list[Path]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of weight files: replace it.") from error
     if outside:
-        raise ValueError(f"{index} names {outside[0]}, which lies outside its folder.")
+        raise ValueError(f"{index} lists {outside[0]}, but only files in the folder of the index are read.")
     if missing := [name for name in names if not (index.parent / name).exists()]:
-        raise ValueError(f"{index.parent} lacks {missing[0]}, which its index names.")
+        raise ValueError(f"{index.parent} lacks {missing[0]}, which {index.name} lists: download the missing file.")
     return [index.parent / name for name in names]
 
 
@@ -93,13 +95,13 @@ def from_original(
             model's, or tensors do not fit. A base is unchanged then.
     """
     if any(name.startswith(LORA_PREFIX) for name in state_dict):
-        raise ValueError("These are LoRA's weights: merge them into the LLM with LLaVA's own code first.")
+        raise ValueError("The weights are LoRA weights: merge them into the LLM with LLaVA's own code first.")
     weights = {name: tensor for name, tensor in state_dict.items() if not name.endswith(BUFFERS)}
     model = _new_model(weights, config) if base is None else base
     if not isinstance(model, VlmLlavaForConditionalGeneration):
         raise ValueError(f"base is a {type(model).__name__}; it must be a VlmLlavaForConditionalGeneration.")
     if base is not None and config is not None:
-        raise ValueError("A base has its config: pass config or base, and not both.")
+        raise ValueError("Both config and base were given, but base already has a config: pass only one of them.")
     _check_projector(weights, model.config)
     targets = targets_of(model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -116,11 +118,13 @@ def _new_model(weights: StateDict, config: VlmLlavaConfig | None) -> VlmLlavaFor
     lacking = [part for part in ("image tower", "LLM") if part not in _parts_of(weights)]
     if lacking:
         raise ValueError(
-            f"This LLaVA checkpoint leaves out its {' and '.join(lacking)}: pass base=VlmLlavaForConditionalGeneration."
+            f"This LLaVA checkpoint lacks the {' and '.join(lacking)}: pass base=VlmLlavaForConditionalGeneration."
             f'from_parts(tower, llm, projector_type="{_projector_type(weights)}").'
         )
     if config is None:
-        raise ValueError("The tensors of a LLaVA do not say its heads and activations: pass a config or a base.")
+        raise ValueError(
+            "The tensors of a LLaVA do not determine its attention heads and activations: pass a config or a base."
+        )
     return VlmLlavaForConditionalGeneration(config)
 
 
@@ -157,11 +161,13 @@ def _projector_type(weights: StateDict) -> str:
 def _check_projector(weights: StateDict, config: VlmLlavaConfig) -> None:
     found, expected = _projector_type(weights), config.projector_type
     if found != expected:
-        raise ValueError(f'The checkpoint\'s projector is "{found}", the model\'s "{expected}": set projector_type.')
+        raise ValueError(
+            f'The checkpoint\'s projector is "{found}", but the model\'s is "{expected}": set projector_type="{found}".'
+        )
     if NEWLINE in weights and config.image_grid_pinpoints is None:
         raise ValueError(
             "The checkpoint has an image newline, but the model does not use tiles: set image_grid_pinpoints, or "
-            f'leave {NEWLINE} out if the checkpoint\'s config says mm_patch_merge_type="flat".'
+            f'remove {NEWLINE} from the tensors if the checkpoint\'s config has mm_patch_merge_type="flat".'
         )
     if NEWLINE not in weights and config.image_grid_pinpoints is not None:
         raise ValueError(
@@ -183,7 +189,7 @@ def _check_tensors(weights: StateDict, targets: StateDict, tied: bool) -> None:
     unexpected = list(weights.keys() - targets.keys())
     check_keys(OWNER, [name for name in missing if not (tied and name == HEAD)], unexpected, mismatched)
     if any(targets[name].is_meta for name in weights):
-        raise ValueError("The weights of base are offloaded: load its parts without device_map.")
+        raise ValueError("The weights of base are offloaded: load its image tower and LLM without device_map.")
 
 
 def _check_words(weights: StateDict, targets: StateDict, tied: bool) -> None:
@@ -191,12 +197,18 @@ def _check_words(weights: StateDict, targets: StateDict, tied: bool) -> None:
         if name in weights and len(weights[name]) > len(targets[name]):
             count, rows = len(weights[name]), len(targets[name])
             raise ValueError(
-                f"The checkpoint has {count} words, but the model {rows} rows: build it with image_token_id={count}."
+                f"The checkpoint has {count} tokens, but the model has only {rows} rows of embeddings: build the "
+                f"model with image_token_id={count}."
             )
     if "LLM" not in _parts_of(weights) and WORDS in weights and len(weights[WORDS]) == ADDED_WORDS:
-        raise ValueError(f"{WORDS} has the rows of two added words only: put them into their places in the LLM first.")
+        raise ValueError(
+            f"{WORDS} has only the rows of the two added tokens: copy the rows into the embeddings of the LLM first."
+        )
     if tied and HEAD in weights and not torch.equal(weights[HEAD], weights[WORDS]):
-        raise ValueError("The checkpoint's head is not its embeddings, but the model's LLM ties the two: untie it.")
+        raise ValueError(
+            "The checkpoint's output layer differs from its embeddings, but the model's LLM ties the two: load the LLM "
+            "with tie_word_embeddings=False."
+        )
 
 
 __all__ = ["from_original", "is_llava", "read_folder", "targets_of"]

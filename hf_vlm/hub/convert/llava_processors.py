@@ -76,7 +76,7 @@ def processor_from_transformers(processor: ProcessorMixin) -> VlmLlavaProcessor:
     fields = {name: getattr(processor, name) for name in FIELDS}
     if fields["patch_size"] is None or fields["vision_feature_select_strategy"] is None:
         raise ValueError(
-            f"This {type(processor).__name__} does not say how many tokens an image has: set patch_size and "
+            f"The number of tokens per image of this {type(processor).__name__} is unknown: set its patch_size and "
             "vision_feature_select_strategy."
         )
     template = processor.chat_template or processor.tokenizer.chat_template or VICUNA_TEMPLATE

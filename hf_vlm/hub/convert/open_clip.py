@@ -77,8 +77,8 @@ def from_original(
     original = {name.removeprefix("text."): tensor for name, tensor in state_dict.items() if name not in OPENAI_SIZES}
     if (config is None) == (hidden_act is None):
         raise ValueError(
-            "The weights do not say their activation: pass hidden_act (quick_gelu for OpenAI's weights, gelu for most "
-            "others) or a config that has it, and not both."
+            "The weights do not determine the activation: pass hidden_act (quick_gelu for OpenAI's weights, gelu for "
+            "most others) or a config, but not both."
         )
     model = VlmClipModel(config or read_config(original, str(hidden_act)))
     check_state_dict("this open_clip checkpoint", original, transposed(rename(model.state_dict(), NAMES)))
@@ -141,7 +141,9 @@ def count_heads(width: int, head_width: int) -> int:
         ValueError: if `width` is not a multiple of `head_width`.
     """
     if width % head_width:
-        raise ValueError(f"A width of {width} is no multiple of {head_width}, the width of a head: pass a config.")
+        raise ValueError(
+            f"The width {width} is not a multiple of the attention head width {head_width}: pass a config."
+        )
     return width // head_width
 
 

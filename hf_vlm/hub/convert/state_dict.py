@@ -70,12 +70,12 @@ def check_keys(
         ValueError: if any list is not empty; one line with the first few names of each kind.
     """
     problems = []
-    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", mismatched)):
         if names:
             more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
             problems.append(f"{kind}: {', '.join(sorted(names)[:NUM_SHOWN])}{more}")
     if problems:
-        raise ValueError(f"The weights of {source} do not fit; {'; '.join(problems)}.")
+        raise ValueError(f"The weights of {source} do not match the model; {'; '.join(problems)}.")
 
 
 def check_state_dict(source: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -134,15 +134,15 @@ def read_state_dict(path: str | Path) -> StateDict:
         raise
     except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(
-            f"{path} cannot be read as plain tensors (damaged, a TorchScript archive, or code inside): save its state "
-            "dict as safetensors with the code that it came from."
+            f"{path} cannot be read as plain tensors: the file is damaged, a TorchScript archive, or contains code. "
+            "Save the state dict as safetensors with the code that wrote the file."
         ) from error
     if isinstance(loaded, dict):
         loaded = loaded.get("state_dict", loaded.get("model", loaded))
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in loaded.items()
     ):
-        raise ValueError(f"{path} holds something else than tensors by name: save the state dict alone.")
+        raise ValueError(f"{path} does not hold a dict of tensors: save only the state dict of the model.")
     return loaded
 
 
