@@ -338,7 +338,7 @@ def test_command(tmp_path):
     other = CliRunner().invoke(app, [*command, "--image-size", "48"])
     assert "image_size is 32, not 48" in str(other.exception)
     endless = CliRunner().invoke(app, command[:4])
-    assert "say how many" in str(endless.exception)
+    assert "give their number" in str(endless.exception)
 
 
 def test_a_stream_is_refused(tmp_path, tower):

@@ -294,7 +294,7 @@ def test_mixtures_that_cannot_be_are_refused() -> None:
     tables = make_tables(a=5)
     with pytest.raises(ValueError, match="b is empty"):
         mix_by_sqrt(tables | {"b": tables["a"].select([])}, 0, 5)
-    with pytest.raises(ValueError, match="5 rows of 0 data sets"):
+    with pytest.raises(ValueError, match="5 rows of 0 datasets"):
         mix_by_sqrt({}, 0, 5)
     with pytest.raises(ValueError, match="b and a differ in their columns"):
         mix_by_sqrt(tables | {"b": tables["a"].remove_columns("task")}, 0, 5)

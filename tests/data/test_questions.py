@@ -183,7 +183,7 @@ def test_scenes_are_rows(stream: SceneStream) -> None:
     assert (rows[3]["caption"], rows[3]["questions"], rows[3]["id"]) == (scene["captions"], scene["questions"], 3)
     assert np.array_equal(np.asarray(rows[3]["image"]), np.asarray(scene["image"]))
     for beyond in (-1, 5):
-        with pytest.raises(IndexError, match=f"no scene {beyond}: they are numbered 0 to 4"):
+        with pytest.raises(IndexError, match=f"no scene {beyond}: scenes are numbered 0 to 4"):
             rows[beyond]
     assert PairDataset(rows)[3]["caption"] in scene["captions"]
     assert QuestionDataset(rows)[3]["question"] in [question["question"] for question in scene["questions"]]

@@ -413,7 +413,7 @@ UNUSABLE = {
     "broken file": (broken_parquet, "cannot be opened"),
     "no such split": (lambda folder: parquet(folder, split="test"), "cannot be opened.*test"),
     "no such split on disk": (lambda folder: DataSource(saved(folder).path, split="train"), "no split 'train'"),
-    "no such data set": (lambda folder: DataSource("nobody/nothing"), "cannot be opened"),
+    "no such dataset": (lambda folder: DataSource("nobody/nothing"), "cannot be opened"),
     "a column twice": (
         lambda folder: DataSource(str(table(folder)), columns={"image": "caption"}),
         "one column stands for two",

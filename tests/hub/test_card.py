@@ -380,7 +380,7 @@ def test_broken_files_are_one_line(folder, name, content, message):
 
 
 def test_text_from_outside_is_text(folder):
-    """A data set whose name is Markdown, HTML, YAML and a code fence."""
+    """A dataset whose name is Markdown, HTML, YAML and a code fence."""
     evil = "a|b](http://x) <script>*\n---\n# h\n```\n{{ 7*7 }}: &x"
     record = {**RECORD, "recipe": evil, "data": [{"name": evil, "hub_id": evil, "licence": evil, "credit": evil}]}
     record["arguments"] = {"data": {"sources": [{"path": evil}]}}

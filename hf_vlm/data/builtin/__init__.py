@@ -1,1 +1,1 @@
-"""Built-in data: drawings, scenes, easy-VQA, and the captions, questions and conversations about them."""
+"""Built-in datasets: emoji drawings, scenes and easy-VQA, with captions, questions and conversations."""

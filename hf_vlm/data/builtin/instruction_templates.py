@@ -1,8 +1,8 @@
-"""The wordings in which each task is put to a model as an instruction, in the spirit of InstructBLIP's appendix.
+"""Instruction templates for each task, similar to those in InstructBLIP's appendix.
 
-- Responses are short, so most wordings say so: how long to answer is part of what is learned.
-- `UNSEEN_WORDINGS` say the same in really different words. They are never trained on and measure whether a model
-  follows instructions or recognises prompts.
+- Responses are short, so most templates ask for a short response: the model also learns the length.
+- `UNSEEN_WORDINGS` ask the same in different words. They are held out from training, to measure whether a model follows
+  instructions or recognises prompts.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ TASKS: Mapping[str, tuple[str, ...]] = {
     "matching": ("caption",),
     "reasoning": ("question",),
 }
-"""The tasks, and the fields that their wordings have."""
+"""Task -> the fields in its templates."""
 
 TRAIN_WORDINGS: Mapping[str, tuple[str, ...]] = {
     "caption": (
@@ -118,20 +118,20 @@ UNSEEN_WORDINGS: Mapping[str, tuple[str, ...]] = {
 
 
 def wordings_of(task: str, wordings: Wordings = "train") -> tuple[str, ...]:
-    """The wordings of a task.
+    """The instruction templates of a task.
 
     Args:
-        task: A key of `TASKS`, whose value names the fields in braces.
-        wordings: `"train"`, or `"unseen"` for those that are held out.
+        task: A key of `TASKS`; its value names the fields in braces.
+        wordings: `"train"`, or `"unseen"` for the held-out templates.
 
     Raises:
-        ValueError: if either is unknown.
+        ValueError: if the task or the wordings are unknown.
     """
     tables = {"train": TRAIN_WORDINGS, "unseen": UNSEEN_WORDINGS}
     if wordings not in tables:
-        raise ValueError(f"wordings={wordings!r}: write 'train' or 'unseen'.")
+        raise ValueError(f"wordings={wordings!r} is unknown: choose 'train' or 'unseen'.")
     if task not in TASKS:
-        raise ValueError(f"{task!r} is no task of instructions; there are {', '.join(TASKS)}.")
+        raise ValueError(f"The instruction task {task!r} is unknown: choose {', '.join(TASKS)}.")
     return tables[wordings][task]
 
 

@@ -159,8 +159,8 @@ def mix_by_sqrt(tables: Mapping[str, datasets.Dataset], seed: int, num_rows: int
     names = sorted(tables)
     empty = [name for name in names if len(tables[name]) == 0]
     if not names or empty or num_rows < 1:
-        wrong = f"{empty[0]} is empty" if empty else f"{num_rows} rows of {len(names)} data sets are asked for"
-        raise ValueError(f"Cannot mix: {wrong}; give data sets with rows and a positive number of rows.")
+        wrong = f"{empty[0]} is empty" if empty else f"{num_rows} rows of {len(names)} datasets were requested"
+        raise ValueError(f"Cannot mix: {wrong}; give non-empty datasets and a positive number of rows.")
     for name in names:
         if tables[name].features != tables[names[0]].features:
             raise ValueError(f"Cannot mix: {name} and {names[0]} differ in their columns; make them equal.")

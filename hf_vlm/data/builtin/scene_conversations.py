@@ -59,7 +59,7 @@ class SceneConversations:
 
     def __getitem__(self, index: int) -> Conversation:
         if not 0 <= index < len(self):
-            raise IndexError(f"There is no scene {index}: they are numbered 0 to {len(self) - 1}.")
+            raise IndexError(f"There is no scene {index}: scenes are numbered 0 to {len(self) - 1}.")
         scene = self.rows.stream.scene(index)
         rng = random.Random(f"{self.seed} conversation {index}")
         kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]

@@ -34,7 +34,7 @@ class SceneRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.num_scenes:
-            raise IndexError(f"There is no scene {index}: they are numbered 0 to {self.num_scenes - 1}.")
+            raise IndexError(f"There is no scene {index}: scenes are numbered 0 to {self.num_scenes - 1}.")
         scene = self.stream.scene(index)
         return {
             "image": scene["image"],

@@ -1,7 +1,7 @@
 """The built-in datasets by name, and what each offers: pairs, questions, conversations, test sets, licences.
 
-A new dataset is a module of its own and a row of `BUILTIN`: `hf-vlm evaluate --data NAME`, `cache-features --data NAME`
-and `index build ... NAME` then know it. Importing this module is cheap; a dataset is imported when it is opened.
+A new dataset is a module and a row of `BUILTIN`. `hf-vlm evaluate --data NAME`, `cache-features --data NAME` and
+`index build ... NAME` then accept it. Importing this module is cheap: a dataset is imported when it is opened.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class BuiltinOptions:
-    """How to open a built-in dataset; each dataset uses the options that fit it.
+    """Options for opening a built-in dataset; each dataset ignores the options that it does not have.
 
     Args:
         split: The split.
@@ -35,22 +35,22 @@ Open = Callable[[BuiltinOptions], Any]
 
 @dataclass(frozen=True)
 class BuiltinData:
-    """A built-in dataset. Parts that it does not offer are None.
+    """A built-in dataset. Fields that the dataset does not offer are None.
 
     Args:
-        about: A few words for help texts.
+        about: A short description for help texts.
         pairs: Opens rows of `image`, `caption` and `id`.
         questions: Opens rows of `image` with `question` and `answer`, or with `questions`.
         conversations: Opens rows of `messages` and `images`.
         table: Opens a `datasets.Dataset` for a search index.
         columns: Role -> column of `table`: image, caption, id.
-        key: Names what the images depend on, for the key of a feature cache.
-        test_sets: Opens (name, fields of `hf_vlm.evaluation`'s TestSet) for each test set, or for those of given names.
-        test_fields: The fields of a TestSet that `test_sets` fills, images excepted.
+        key: Returns the options that determine the images, for the key of a feature cache.
+        test_sets: Opens (name, fields of `hf_vlm.evaluation`'s TestSet) for each test set, or only for the given names.
+        test_fields: The fields of a TestSet that `test_sets` fills, except images.
         train_questions: Opens the questions whose most frequent answer is the baseline of question answering.
-        task_prefix: Put before the names of tasks in a report.
+        task_prefix: Prefix of the names of tasks in a report.
         sizes: The smallest and the largest size of an image in pixels.
-        provenance: The sources with licence, credit and number of rows, for records and model cards.
+        provenance: Returns the sources with licence, credit and number of rows, for records and model cards.
     """
 
     about: str
@@ -68,11 +68,11 @@ class BuiltinData:
     provenance: Callable[[], list[Fields]] = list
 
     def fit(self, size: int) -> int:
-        """The size nearest to a given one that images of the dataset can have."""
+        """The nearest size that images of the dataset can have."""
         return min(max(size, self.sizes[0]), self.sizes[1])
 
     def images(self, options: BuiltinOptions) -> Any:
-        """Rows that have at least an `image`."""
+        """Opens rows that have at least an `image`."""
         opened = self.pairs or self.questions
         if opened is None:
             raise ValueError(f"This built-in dataset has no images to read by row: {self.about}.")
@@ -130,7 +130,7 @@ def _scene_rows(options: BuiltinOptions) -> Any:
     from .scene_rows import SceneRows
 
     if options.limit < 1:
-        raise ValueError("Scenes have no end: say how many, such as --limit 10000.")
+        raise ValueError("Scenes are unlimited: give their number, such as --limit 10000.")
     return SceneRows(_scene_stream(options), options.limit)
 
 
@@ -225,7 +225,7 @@ def _easy_vqa_provenance() -> list[Fields]:
 
 
 TRAIN_SCENES = 1000
-"""Number of training scenes whose questions give the most frequent answers."""
+"""Number of training scenes whose questions determine the most frequent answer."""
 
 BUILTIN: dict[str, BuiltinData] = {
     "emoji": BuiltinData(

@@ -1,7 +1,7 @@
-"""Decoding of one image, whatever it comes as, with errors that say where and why.
+"""Decodes one image from a path, bytes, a `datasets.Image` value or a PIL image; errors name the image and the cause.
 
-Nothing here changes the colours: grey, palette, CMYK, 16-bit and transparent images come back in the mode they were
-stored in, and the image processor converts them.
+Colours are not converted: greyscale, palette, CMYK, 16-bit and transparent images keep their stored mode. The image
+processor converts them.
 """
 
 import io
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# What Pillow's decoders raise on damaged files, found by flipping bytes in files of eighteen formats.
+# Errors of Pillow's decoders on damaged files, found by flipping bytes in files of eighteen formats.
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -40,32 +40,32 @@ _TRANSPOSE = {
 
 _METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
-Image.preinit()  # the common formats first: they are tried in this order
+Image.preinit()  # registers the common formats first; formats are tried in this order
 Image.init()
-# Decoding EPS would start Ghostscript on a program that came with the data.
+# Decoding EPS would make Ghostscript run a PostScript program from the data.
 _FORMATS = tuple(name for name in Image.ID if name != "EPS")
 
 
 class ImageError(ValueError):
-    """An image cannot be read; one line that says where it is, what is wrong with it and what to do."""
+    """An image cannot be read; one line that says which image, what is wrong and what to do."""
 
 
 def load_image(
     source: Image.Image | str | os.PathLike | bytes | Mapping[str, bytes | str | None] | None, where: str = ""
 ) -> Image.Image:
-    """Decodes an image fully: the first frame of an animation, turned upright as its EXIF orientation says.
+    """Decodes an image fully: the first frame of an animation, rotated according to its EXIF orientation.
 
     Args:
-        source: An image, a path, the bytes of a file, or a `datasets.Image` value: a dict with `bytes` or, where those
-            are None, `path`.
-        where: What to call the image in an error, such as "photos.csv, row 3 (a.png)". Default: its path.
+        source: An image, a path, the bytes of a file, or a `datasets.Image` value: a dict with `bytes` or, if `bytes`
+            is None, `path`.
+        where: Name of the image in an error, such as "photos.csv, row 3 (a.png)". Default: its path.
 
     Returns:
         The decoded image in its stored colour mode.
 
     Raises:
-        ImageError: if there is no image, no such file, or the file is empty, damaged, not an image, or has more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ImageError: if there is no image or no such file, or if the file is empty, damaged, not an image, or has more
+            pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if isinstance(source, Mapping):
         where = where or str(source.get("path") or "")
@@ -75,7 +75,7 @@ def load_image(
         source = _read(source, where)
     where = where or "image"
     if source is None:
-        raise ImageError(f"{where}: there is no image here; fill the cell or remove the row.")
+        raise ImageError(f"{where}: no image (the value is None); add one or remove the row.")
     if isinstance(source, bytes | bytearray | memoryview):
         source = _open(bytes(source), where)
     if not isinstance(source, Image.Image):
@@ -85,15 +85,15 @@ def load_image(
 
 def _read(path: str | os.PathLike, where: str) -> bytes:
     if "://" in os.fspath(path):
-        raise ImageError(f"{where}: a URL, and nothing is downloaded here; fetch the file and name its path.")
+        raise ImageError(f"{where}: a URL, which is not downloaded; download the file and give its path.")
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise ImageError(f"{where}: no such file; correct the path or remove the row.") from None
     except IsADirectoryError:
-        raise ImageError(f"{where}: a folder, not an image; name a file in it.") from None
+        raise ImageError(f"{where}: a folder, not an image; give a file in it.") from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"{where}: cannot be read ({_one_line(error)}); correct the path or its rights.") from error
+        raise ImageError(f"{where}: cannot be read ({_one_line(error)}); correct the path or permissions.") from error
 
 
 def _open(data: bytes, where: str) -> Image.Image:
@@ -102,9 +102,9 @@ def _open(data: bytes, where: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        raise ImageError(f"{where}: not an image, or of no format that Pillow reads; replace it.") from None
+        raise ImageError(f"{where}: not an image, or in a format that Pillow cannot read; replace it.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{where}: {_one_line(error)} Shrink it.") from None
+        raise ImageError(f"{where}: {_one_line(error)} Resize it.") from None
     except _DAMAGED as error:
         raise ImageError(f"{where}: the file is damaged ({_one_line(error)}); replace it or remove the row.") from error
 
@@ -113,7 +113,7 @@ def _decode(image: Image.Image, where: str) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         size = f"{image.width} x {image.height} pixels"
-        raise ImageError(f"{where}: {size} are too many (PIL.Image.MAX_IMAGE_PIXELS = {limit}); shrink it.")
+        raise ImageError(f"{where}: {size} are too many (PIL.Image.MAX_IMAGE_PIXELS = {limit}); resize it.")
     try:
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, *_DAMAGED) as error:
@@ -128,7 +128,7 @@ def _decode(image: Image.Image, where: str) -> Image.Image:
         return image
     upright = image.transpose(_TRANSPOSE[orientation])
     for key in _METADATA:
-        upright.info.pop(key, None)  # or the next to load this image would turn it again
+        upright.info.pop(key, None)  # otherwise a second load_image would rotate it again
     return upright
 
 

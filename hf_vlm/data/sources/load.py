@@ -1,6 +1,6 @@
-"""`load_source`: a source as rows of decoded images with captions, or with questions and answers.
+"""`load_source`: opens a source as rows of decoded images with captions, or with questions and answers.
 
-`hf_vlm.data.sources.open` knows the formats; `hf_vlm.data.sources.mixing.mix` opens several sources as one.
+`hf_vlm.data.sources.open` reads the formats; `hf_vlm.data.sources.mixing.mix` opens several sources as one.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from .open import DataSource, find_columns, open_rows, undecoded
 from .questions import QuestionRows, QuestionSource
 from .rows import OnError, Origin, RowReader, SkipReport, StreamReader, report_for, stored_path
 
-# All streams look alike inside, whatever they were read from, so that they can be mixed.
+# All streams have these columns, whatever their format, so that they can be mixed.
 _STREAM = datasets.Features(
     {
         "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
@@ -42,18 +42,19 @@ def load_source(
 def load_source(
     source: DataSource, on_error: OnError = "raise", report: SkipReport | None = None
 ) -> datasets.Dataset | datasets.IterableDataset | QuestionRows:
-    """Opens a source. Images are decoded when their row is asked for.
+    """Opens a source. Images are decoded when their row is accessed.
 
     Args:
-        source: What to open.
-        on_error: "raise", or "skip": a row whose image or caption is bad is left out and counted. In a stream it is not
-            there; map-style the next good row stands in for it, so do not measure quality on data with bad rows.
-        report: Counts the rows left out; a new one by default.
+        source: The source.
+        on_error: "raise", or "skip": a row with a bad image or caption is skipped and counted. A stream drops the row.
+            A map-style source returns the next good row instead, so do not measure quality on data with bad rows.
+        report: Counts the skipped rows; a new one by default.
 
     Returns:
-        Rows of `image` (decoded), `caption` (a text or a list of texts) and, where there is such a column, `id`. The
-        files of a stream keep their order in the first epoch (`mix` shuffles them there too) and are shuffled by
-        `set_epoch` in later ones; no buffer is involved, so `state_dict` resumes exactly.
+        Rows of `image` (decoded), `caption` (a text or a list of texts) and, if the source has this column, `id`. A
+        `QuestionSource` is opened as `QuestionRows`. The files of a stream keep their order in the first epoch, except
+        in a mixture (`mix`). `set_epoch` shuffles them in later epochs. There is no shuffle buffer, so `state_dict`
+        resumes exactly.
 
     Raises:
         SourceError: if the source cannot be opened or lacks a column, or a row names a file outside its folder.
@@ -76,12 +77,12 @@ def load_source(
 def read_rows(
     rows: datasets.Dataset, origin: Origin, columns: dict[str, str], report: SkipReport | None
 ) -> datasets.Dataset:
-    """Names the columns of a map-style source and decodes its rows on access."""
+    """Renames the columns of a map-style source to their roles, and decodes its rows on access."""
     rows = rows.select_columns(list(columns.values()))
     rows = rows.rename_columns({name: role for role, name in columns.items() if role != name})
     rows = undecoded(rows)
     kind = rows.features["caption"]
-    if isinstance(kind, datasets.ClassLabel):  # the number of a class becomes its name
+    if isinstance(kind, datasets.ClassLabel):  # class numbers become class names
         names = [kind.int2str(number) for number in rows["caption"]]
         rows = rows.remove_columns("caption").add_column("caption", names)
     reader = RowReader(rows, origin, report)
@@ -91,10 +92,10 @@ def read_rows(
 def open_stream(
     source: DataSource, number: int = 0, seed: int | None = None
 ) -> tuple[datasets.IterableDataset, Origin]:
-    """A stream of undecoded rows with their places.
+    """A stream of undecoded rows, each with its place for error messages.
 
     Args:
-        source: What to open.
+        source: The source.
         number: The source's position in a mixture.
         seed: Shuffles the files of the source; None keeps their order.
     """
@@ -123,7 +124,7 @@ def _stream_row(row: dict[str, Any], index: int, columns: dict[str, str], label:
 
 
 def _stream_place(label: str, index: int, image: Any) -> str:
-    """The name of a row's image, or when it was read: a stream does not tell rows by number."""
+    """The name of a row's image, or the row's position in its worker: rows of a stream have no global number."""
     if path := stored_path(image):
         return f"{label} ({path})"
     worker = get_worker_info()
@@ -133,7 +134,7 @@ def _stream_place(label: str, index: int, image: Any) -> str:
 def read_stream(
     stream: datasets.IterableDataset, origins: list[Origin], report: SkipReport | None
 ) -> datasets.IterableDataset:
-    """Decodes the rows of what `open_stream` opened."""
+    """Decodes the rows of streams that `open_stream` opened."""
     reader = StreamReader(origins, report)
     return stream.map(reader, batched=True, batch_size=1, remove_columns=list(_STREAM))
 

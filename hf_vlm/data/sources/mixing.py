@@ -23,13 +23,13 @@ Weights = Literal["size", "sqrt"] | Sequence[float]
 
 
 class Mixture(Dataset):
-    """Map-style data sets mixed in fixed shares, in an order drawn from the seed.
+    """Map-style datasets mixed in fixed shares, in an order drawn from the seed.
 
     With shares p, a pass has max(size / p) rows, and each source its share of them to within a row. With shares
     proportional to size, each row comes once. Ids are prefixed by source, so that ids of two sources never match.
 
     Args:
-        sources: Map-style data sets of rows, none of them empty.
+        sources: Map-style datasets of rows, none of them empty.
         shares: One positive number per source; only the ratios matter.
         seed: Decides the order.
     """
