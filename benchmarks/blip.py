@@ -200,7 +200,7 @@ def print_report(steps: list[dict[str, Any]], captions: list[dict[str, Any]], si
     if steps:
         print(f"\n{table(STEP_HEADER, step_rows(steps, size))}\n")
         print(
-            f"Image: side x pairs a step. Captions: {LONGEST} tokens here, {PADDED_LENGTH} in the plain step. Ratios:"
+            f"Image: side x pairs per step. Captions: {LONGEST} tokens here, {PADDED_LENGTH} in the plain step. Ratios:"
         )
         print("plain over hf_vlm, of seconds in the same round. Text side: seconds of forward and backward.")
         if size == "base":

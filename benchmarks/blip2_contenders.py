@@ -26,7 +26,7 @@ PAD, BOS = 1, 2  # OPT's
 STAGE1_OUTPUTS = ("loss", "loss_itc", "loss_itm", "loss_lm", "itm_logits")
 STAGE2_OUTPUTS = ("loss",)
 
-# Width and layers of image tower, Q-Former and LLM; heads are 64 wide. `batch`: pairs a step; `captions`: images.
+# Width and layers of image tower, Q-Former and LLM; heads are 64 wide. `batch`: pairs per step; `captions`: images.
 SIZES: dict[str, dict[str, int]] = {
     "small": {"width": 64, "layers": 2, "bert": 512, "opt": 512, "image": 32, "queries": 4, "batch": 4, "captions": 2},
     "base": {

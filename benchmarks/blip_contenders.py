@@ -25,7 +25,7 @@ CLASS_TOKEN, SEPARATOR = 101, 102
 COMPARED = ("loss", "loss_itc", "loss_itm", "loss_lm", "itm_logits")
 NEW_TOKENS = 20
 
-# Width and layers of image tower and text; heads are 64 wide. `batches`: image side and pairs a step.
+# Width and layers of image tower and text; heads are 64 wide. `batches`: image side and pairs per step.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 64, "layers": 2, "vocab": 512, "queue": 16, "batches": {32: 4, 64: 2}, "captions": 2},
     "small": {"width": 192, "layers": 6, "vocab": 8192, "queue": 4096, "batches": {112: 8, 192: 4}, "captions": 8},

@@ -79,7 +79,7 @@ def make_config(size: str, hidden_act: str):
             "pad_token_id": vocab_size - 1,
         },
         projection_dim=SIZES[size]["projection"],
-        logit_scale_init_value=math.log(100),  # as in a trained model, where the loss tells small differences
+        logit_scale_init_value=math.log(100),  # as in a trained model: the loss is sensitive to small differences
     )
 
 

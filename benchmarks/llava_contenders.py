@@ -39,9 +39,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 
-# `samples`: conversations a step, `micro_batch`: how many of them at once, `row_length`: most tokens of a
-# sample and of a packed row;
-# `images`: how many are answered about at once, by `new_tokens`.
+# `samples`: conversations per step. `micro_batch`: conversations per forward pass. `row_length`: most tokens of a
+# sample and of a packed row. `images`: images per batch of questions, each answered with `new_tokens` tokens.
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "vision": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64},
@@ -58,11 +57,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "answers": {"images": 4, "new_tokens": 32},
     },
 }
-SPARE_ROWS = 12  # of the vocabulary, from the placeholder on
+SPARE_ROWS = 12  # rows of the vocabulary from the placeholder to the end
 Rows = list[dict[str, Any]]
 Inputs = dict[str, torch.Tensor]
 
-# PyTorch counts this product, by which TRL sums the gradients of its head, only where it is not done in place.
+# TRL sums the gradients of its head by an in-place product. PyTorch counts the FLOPs of the out-of-place one only.
 register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(addmm_flop)
 
 
@@ -146,7 +145,7 @@ class Batches(NamedTuple):
     Args:
         size: A key of `SIZES`.
         samples: How many.
-        micro_batch: How many at once.
+        micro_batch: Conversations per forward pass.
         checkpointing: Whether activations are computed again in the backward pass.
     """
 

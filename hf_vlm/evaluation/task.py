@@ -179,7 +179,7 @@ class Task:
 
     @property
     def primary(self) -> str:
-        """Key of the metric that stands for the task."""
+        """Key of the task's primary metric."""
         return self.description.primary
 
     def can_use(self, fields: Iterable[str]) -> bool:

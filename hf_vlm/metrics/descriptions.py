@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 RECALL_RANKS = (1, 5, 10)
 EASY_VQA = "easy_"
-"""Prefix of the tasks whose questions are those of easy-VQA: `easy_vqa` is `vqa` on other data."""
+"""Prefix of the tasks on easy-VQA's questions: `easy_vqa` is `vqa` on other data."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Description:
         title: Heading in a model card.
         summary: What the task measures, in one line.
         hub_task: Task type and name in the Hub's model index.
-        primary: Key of the metric that stands for the task where there is room for one number.
+        primary: Key of the primary metric, used where the task is summarised by one number.
         metrics: Metrics of a model card: key -> column heading, also the name in the model index.
         sizes: Keys that count the images, texts, pairs or questions: key -> column heading.
         columns: Metrics of the terminal's table: key -> column heading. A key `"chance.top1"` is found in the nested

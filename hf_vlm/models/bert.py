@@ -135,7 +135,7 @@ def bert_qformer_config(bert: PreTrainedConfig, memory_size: int, dropout: float
 
 
 def copy_bert_to_qformer(qformer: PreTrainedModel, bert: PreTrainedModel) -> None:
-    """Copies a BERT's weights into a Q-Former, with its feed-forward layers for queries and text alike.
+    """Copies a BERT's weights into a Q-Former, with its feed-forward layers for both queries and text.
 
     Queries and cross-attention keep their new weights.
     """

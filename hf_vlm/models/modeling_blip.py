@@ -119,7 +119,7 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
-        """Patch states `(I, P, width)` of images; `vision_features` are returned as they are.
+        """Patch states `(I, P, width)` of images; `vision_features` are returned unchanged.
 
         Raises:
             ValueError: unless exactly one of `pixel_values` and `vision_features` is given.

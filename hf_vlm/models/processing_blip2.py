@@ -4,7 +4,7 @@ Only the processor decides the token layout. Training, evaluation and users call
 
 - A prompt is the placeholders of its image, the tokenizer's begin token, and the text that a chat template renders.
 - The default template ends an instruction with a newline, as in the training of `VlmBlip2ForConditionalGeneration`.
-- An answer is the rest of the rendered conversation, and the end token. Prompt and answer are tokenised apart.
+- An answer is the rest of the rendered conversation, and the end token. Prompt and answer are tokenised separately.
 - InstructBLIP's Q-Former reads the same rendered text as the LLM.
 """
 
@@ -106,7 +106,7 @@ class VlmBlip2Processor(ProcessorMixin):
         """Builds the processor that belongs to [`VlmBlip2ForConditionalGeneration.from_parts`].
 
         Args:
-            image_processor: That of the first stage.
+            image_processor: The image processor of the first stage.
             tokenizer: The LLM's; the placeholder is added to it.
             num_query_tokens: How many queries the Q-Former has.
             is_encoder_decoder: Whether the LLM has an encoder.
@@ -316,7 +316,7 @@ class VlmInstructBlipProcessor(VlmBlip2Processor):
         """Builds the processor that belongs to [`VlmInstructBlipForConditionalGeneration.from_blip2`].
 
         Args:
-            processor: That of BLIP-2's second stage.
+            processor: The processor of BLIP-2's second stage.
             qformer_tokenizer: BERT's tokenizer.
         """
         return cls(

@@ -10,7 +10,7 @@ from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model inside PEFT's wrapper; LoRA layers stay in it. Other models are returned as they are."""
+    """The model inside PEFT's wrapper; LoRA layers stay in it. Other models are returned unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

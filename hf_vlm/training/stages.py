@@ -1,7 +1,7 @@
 """The stages of LLaVA's training: which modules are trained, and at which learning rate.
 
-Modules that a stage does not name are frozen and stay in eval mode. Learning rates are those of LLaVA's repository, and
-for 1.6 those of its blog post; `learning_rates` in a recipe's YAML overrides them.
+Modules that a stage does not name are frozen and stay in eval mode. Learning rates come from LLaVA's repository, and
+for 1.6 from its blog post; `learning_rates` in a recipe's YAML overrides them.
 """
 
 from collections.abc import Mapping
@@ -102,7 +102,7 @@ def apply_stage(model: VlmLlavaForConditionalGeneration, stage: Stage) -> VlmLla
             an adapter contains only these.
     """
     if unknown := [part for part in stage.rates if part not in PARTS]:
-        raise ValueError(f"{unknown[0]!r} is no part of LLaVA: use {', '.join(PARTS)}.")
+        raise ValueError(f"{unknown[0]!r} is not a part of LLaVA: use {', '.join(PARTS)}.")
     if stage.lora and "vision_model" in stage.rates:
         raise ValueError("A stage with LoRA cannot train the image tower: an adapter does not contain the tower.")
     if stage.lora and set(stage.rates) != {"projector", "language_model"}:

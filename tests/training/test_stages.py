@@ -91,7 +91,7 @@ def test_a_stage_with_another_rank_keeps_its_scale_and_all_else():
 def test_unknown_stages_and_parts_are_refused():
     with pytest.raises(ValueError, match=r"no stage 'llava-2'"):
         stage_named("llava-2")
-    with pytest.raises(ValueError, match="'tower' is no part"):
+    with pytest.raises(ValueError, match="'tower' is not a part"):
         apply_stage(llava(), Stage({"tower": 1e-3}))
     with pytest.raises(ValueError, match="LoRA cannot train the image tower"):
         apply_stage(llava(), Stage({"vision_model": 1e-3}, lora={"r": 2, "alpha": 2}))

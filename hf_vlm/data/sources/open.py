@@ -99,7 +99,7 @@ class OpenedRows:
 
 
 class WrittenRows:
-    """Rows of JSON and CSV files as they are written, by row number.
+    """Unchanged rows of JSON and CSV files, by row number.
 
     `datasets` gives each column one type: "007" may become a number, a date a timestamp. Here every cell of JSON keeps
     its own type and every cell of CSV is a text. Rows are kept as JSON texts in one Arrow array, which is compact.

@@ -83,7 +83,7 @@ class QuestionRows:
     Args:
         rows: Dicts with an image, a question and an answer, as stored.
         label: What to call the rows in an error.
-        origin: Which files the rows may name. None: images are passed on as they are, for rows in memory.
+        origin: The files that rows may name. None: images are passed on unchanged, for rows in memory.
         columns: Role -> column, of image, question and answer. Default: the columns of those names.
         report: Counts the bad rows, which the next good row replaces. None: a bad row raises.
 

@@ -184,7 +184,7 @@ def next_good(read: Callable[[int], Example], index: int, count: int, label: str
     """The example of a row; or, if bad rows are skipped, of the next good row (cyclically).
 
     Args:
-        read: Makes the example of a row number; a ValueError that is no SourceError means a bad row.
+        read: Returns the example of a row number. A ValueError other than SourceError means a bad row.
         index: The row's number.
         count: The number of rows.
         label: What to call the source in an error.

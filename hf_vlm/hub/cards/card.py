@@ -61,7 +61,7 @@ def write_card(folder: str | Path, name: str | None = None, record: Record | Non
 
 
 def is_unedited(folder: Path) -> bool:
-    """Whether nobody has edited the card in a folder since it was written.
+    """Whether the card in a folder is unedited since it was written.
 
     The card's hash is compared with that in the record. Without one, the card must equal the card that would be written
     now.
@@ -288,7 +288,7 @@ def data_table(data: Sequence[Record]) -> str:
 
 
 def entries_table(entries: Sequence[Record], keys: Sequence[str]) -> str:
-    """A table of dictionaries; a column that none of them fills is left out."""
+    """A table of dictionaries; empty columns are left out."""
     filled = [key for key in keys if any(entry.get(key) is not None for entry in entries)]
     return table(filled, [[entry.get(key) for key in filled] for entry in entries]) if entries else ""
 
