@@ -13,11 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import tiny
-import tiny_blip2
 from benchmarks.blip2_plain import PlainBlip2
 from benchmarks.blip_plain import PlainBlip
 from benchmarks.harness import Spread, TrainingStep, _serve, matmul_peak, positive, table
+from cases import tiny, tiny_blip2
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, INPUTS, OUTPUTS = 4, 8, 16

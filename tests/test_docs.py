@@ -14,9 +14,7 @@ import pytest
 import typer
 
 import hf_vlm.data
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
 from hf_vlm.cli.main import app
 from hf_vlm.runs.catalogue import find_recipe, load_recipes
 

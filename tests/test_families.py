@@ -154,7 +154,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, pipeline
 
 import hf_vlm
-import tiny
+from cases import tiny
 from hf_vlm.evaluation import retrieval_report
 from hf_vlm.evaluation.tasks import load_checkpoint
 from hf_vlm.families import heads

@@ -17,7 +17,7 @@ from datasets import Dataset
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-import tiny
+from cases import tiny
 from loopback_hub import Account, LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmBlipForConditionalGeneration, VlmBlipForImageTextRetrieval
 from hf_vlm.bootstrap import filter as filtering
 from hf_vlm.bootstrap.filter import FilterSettings, PairFilter, filter_sources

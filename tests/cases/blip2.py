@@ -3,8 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,

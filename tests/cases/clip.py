@@ -22,7 +22,7 @@ from transformers import (
     ViTModel,
 )
 
-import tiny
+from cases import tiny
 from hf_vlm import (
     VlmClipModel,
     VlmTextTowerModel,

@@ -3,10 +3,9 @@
 import torch
 from transformers import PreTrainedModel
 
-import tiny
-import tiny_llava
+from cases import tiny, tiny_llava
+from cases.tiny_llava import TOWERS
 from hf_vlm import VlmLlavaForConditionalGeneration
-from tiny_llava import TOWERS
 
 from .case import Case, Inputs
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertModel, CLIPModel
 
-import tiny
+from cases import tiny
 from hf_vlm.evaluation.test_sets import evaluate_checkpoint, format_reports
 
 

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 
-import tiny
+from cases import tiny
 from hf_vlm.data.builtin.table import BUILTIN, BuiltinData, BuiltinOptions
 from hf_vlm.evaluation.task import EvaluationSettings, TestSet
 from hf_vlm.evaluation.test_sets import evaluate_checkpoint

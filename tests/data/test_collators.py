@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-import tiny
+from cases import tiny
 from hf_vlm.data.batches.collators import ContrastiveCollator, pair_id
 from hf_vlm.data.batches.pairs import PairDataset, PairStream
 from scripts import tiny_training

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import tiny
-import tiny_llava
+from cases import tiny, tiny_llava
 from hf_vlm.data import (
     PLAIN_TEMPLATE,
     CaptionConversations,

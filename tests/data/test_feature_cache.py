@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-import tiny
+from cases import tiny
 from hf_vlm.cli.main import app
 from hf_vlm.data import (
     CachedFeatures,
@@ -122,7 +122,8 @@ def test_stopped_and_resumed(tmp_path, tower):
 
 
 KILLED = """
-import os, signal, sys, torch, tiny
+import os, signal, sys, torch
+from cases import tiny
 from hf_vlm.data.features import shards
 from test_feature_cache import build
 save, tiny_model = shards.save_file, tiny.clip_model()

@@ -6,9 +6,9 @@ import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from cases.tiny import BLIP_VOCABULARY, CLS, END, PAD, SEP, START, VOCABULARY, blip_tokenizer, image, tokenizer
 from hf_vlm import VlmImageProcessor, VlmInstructBlipProcessor
 from hf_vlm.data import Augmentation, CaptionPromptCollator, PromptCollator, prompt_inputs
-from tiny import BLIP_VOCABULARY, CLS, END, PAD, SEP, START, VOCABULARY, blip_tokenizer, image, tokenizer
 
 IMAGE, QUERIES = 900, 2
 PLACES = [IMAGE] * QUERIES

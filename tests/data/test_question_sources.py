@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import tiny
+from cases import tiny
 from hf_vlm.data import QuestionRows, load_questions, load_source, question_instructions, question_source
 from hf_vlm.data.sources.open import DataSource, open_rows
 from hf_vlm.data.sources.questions import read_answers

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmBlipForQuestionAnswering
 from hf_vlm.data import CaptionCollator, PairDataset, QuestionCollator, QuestionDataset, SceneRows, SceneStream
 from hf_vlm.data.batches.questions import make_question, weigh_answers

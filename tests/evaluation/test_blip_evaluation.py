@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-import tiny
+from cases import tiny
 from hf_vlm import (
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,

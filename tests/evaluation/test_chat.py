@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import tiny
-import tiny_llava
+from cases import tiny, tiny_llava
 from hf_vlm.evaluation import answer_questions, chat
 from hf_vlm.evaluation.chat import answer_by_chat, shared_beginnings
 from hf_vlm.evaluation.prompts import prompting_of

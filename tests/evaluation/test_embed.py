@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import tiny
+from cases import tiny
 from hf_vlm.evaluation import embed_images, embed_texts
 
 

@@ -11,9 +11,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from typer.testing import CliRunner
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
 from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,

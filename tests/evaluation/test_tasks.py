@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import families
 from hf_vlm.cli.main import app
 from hf_vlm.evaluation import class_prompts, embed_images, embed_texts, zero_shot_metrics, zero_shot_report

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-import tiny
+from cases import tiny
 from hf_vlm import (
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,

@@ -16,9 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import BertConfig, BertModel, BertTokenizer, TrainerCallback
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
 from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmClipConfig, VlmClipModel, VlmClipProcessor, VlmImageProcessor
 from hf_vlm.hub.convert import (
     convert_folder,

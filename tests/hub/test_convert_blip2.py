@@ -26,8 +26,7 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import (
     VlmBlip2Config,
     VlmBlip2ForConditionalGeneration,

@@ -4,9 +4,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, LlavaProcessor
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
+from cases.tiny_llava import GRIDS, SIZES, batch, native_inputs, pair
 from hf_vlm import VlmImageProcessor, VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.hub.convert import (
     convert_folder,
@@ -18,7 +17,6 @@ from hf_vlm.hub.convert import (
 from hf_vlm.models import with_image_token
 from hf_vlm.models.chat_templates import flat_content
 from hf_vlm.models.processing_llava import VICUNA_TEMPLATE
-from tiny_llava import GRIDS, SIZES, batch, native_inputs, pair
 
 
 def logits(model, inputs) -> torch.Tensor:

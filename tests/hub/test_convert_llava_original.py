@@ -10,13 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
+from cases.tiny_llava import GRIDS, IMAGE, batch, native_inputs, pair
 from hf_vlm import VlmLlavaForConditionalGeneration
 from hf_vlm.hub.convert import from_original, from_transformers
 from hf_vlm.hub.convert.llava_original import targets_of
-from tiny_llava import GRIDS, IMAGE, batch, native_inputs, pair
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 WORDS = IMAGE  # the placeholder is the first id after the words

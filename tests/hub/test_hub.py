@@ -17,7 +17,7 @@ import pytest
 import yaml
 from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVisionModel
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.data import ContrastiveCollator
 from hf_vlm.hub.cards.card import is_unedited, write_card

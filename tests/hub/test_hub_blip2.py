@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-import tiny_blip2
+from cases import tiny_blip2
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmBlip2ForPreTraining, VlmInstructBlipForConditionalGeneration
 from hub_processes import ACCOUNTS, CARD, WRITER, Worker
 from loopback_hub import LoopbackHub

@@ -12,9 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
 from hf_vlm import VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.models import with_image_token
 from hub_processes import ACCOUNTS, CARD, TESTS, WRITER, environment

@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModel, BertConfig, BertModel
 from typer.testing import CliRunner
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import (
     VlmBlip2ForConditionalGeneration,
     VlmBlip2ForImageTextRetrieval,

@@ -20,8 +20,7 @@ from transformers import (
 )
 
 import hf_vlm
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import (
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,

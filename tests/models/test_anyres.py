@@ -14,12 +14,10 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
+from cases.tiny_llava import GRIDS
 from hf_vlm import VlmImageProcessor
 from hf_vlm.models.anyres import AnyresLayout, anyres_layout, anyres_views, join_views
-from tiny_llava import GRIDS
 
 # Grids, side of a tile and of a patch: the tests', LLaVA-1.6's, and patches that do not divide a tile.
 PAPER = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-import tiny
+from cases import tiny
 from cases.case import rows_projected
 from hf_vlm import (
     VlmBlipForConditionalGeneration,

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaModel
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from cases.case import rows_projected
 from hf_vlm import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining
 from hf_vlm.models.losses import sample_negatives

@@ -7,8 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmInstructBlipForConditionalGeneration
 from hf_vlm.models.language_model import cast_weights, hidden_states, load_language_model, logits_of
 

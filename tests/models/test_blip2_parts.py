@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-import tiny
+from cases import tiny
 from cases.blip2 import CASES
 from cases.case import Case, assert_all_close, assert_tensors_equal, calls_of, gradients, trained
 from hf_vlm import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, RobertaConfig, RobertaModel
 
-import tiny
+from cases import tiny
 from hf_vlm import (
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-import tiny
+from cases import tiny
 from hf_vlm import (
     VlmBlipConfig,
     VlmBlipForConditionalGeneration,

@@ -7,9 +7,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoProcessor, ProcessorMixin
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
 from hf_vlm import VlmBlip2Processor, VlmInstructBlipProcessor
 from hf_vlm.data import PROMPT_END, ConversationCollator, PromptCollator, prompt_inputs
 from hf_vlm.models.processing_blip2 import PROMPT_TEMPLATE

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import tiny
+from cases import tiny
 from cases.case import CLOSE, Inputs, assert_all_close, calls_of, gradients
 from cases.clip import PARTS, bert, dinov2, from_parts, our_text, our_vision, own_loss, siglip, vit
 from hf_vlm import (

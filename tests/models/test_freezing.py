@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import VlmBlipForPreTraining
 from hf_vlm.models.freezing import freeze, is_frozen, keep_frozen_in_eval
 

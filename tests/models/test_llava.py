@@ -9,11 +9,9 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
 from cases.case import calls_of
-from tiny_llava import GRIDS, IMAGE, SIZES, batch, native_inputs, one_by_one, padded, pair, pictures
+from cases.tiny_llava import GRIDS, IMAGE, SIZES, batch, native_inputs, one_by_one, padded, pair, pictures
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

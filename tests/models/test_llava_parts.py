@@ -9,16 +9,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
 from cases.case import CLOSE, Case, assert_all_close, assert_tensors_equal, calls_of, gradients, trained
 from cases.llava import CASES, Llava, own_loss
+from cases.tiny_llava import GRIDS, LAYERS, TOWERS
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmLlavaConfig, VlmLlavaModel
 from hf_vlm.models.towers import layer_states
 from processes import relative_errors, torchrun
 from scripts import llava_steps
-from tiny_llava import GRIDS, LAYERS, TOWERS
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())

@@ -1,4 +1,4 @@
-"""What holds for every model, each a row of `cases.CASES`."""
+"""What holds for every model, each a row of `cases.table.CASES`."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import tiny
-from cases import CASES, Case
-from cases.case import assert_all_close, assert_tensors_equal, calls_of, gradients, trained
+from cases import tiny
+from cases.case import Case, assert_all_close, assert_tensors_equal, calls_of, gradients, trained
+from cases.table import CASES
 
 OVERFITTED = {name: case for name, case in CASES.items() if case.overfits}
 

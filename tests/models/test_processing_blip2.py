@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import VlmBlip2Processor
 
 

@@ -6,14 +6,12 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoProcessor, pipeline
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
+from cases.tiny_llava import CHATML, SIZES
 from hf_vlm import VlmImageProcessor, VlmLlavaProcessor
 from hf_vlm.models import with_image_token
 from hf_vlm.models.chat_templates import flat_content, reads_parts
 from hf_vlm.models.processing_llava import VICUNA_TEMPLATE
-from tiny_llava import CHATML, SIZES
 
 IMAGE = tiny_blip2.IMAGE_TOKEN_ID
 PLACEHOLDERS = tiny_llava.PATCHES

@@ -20,7 +20,7 @@ from transformers import (
     CLIPVisionModel,
 )
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmClipModel, VlmTextTowerModel, VlmTowerModel
 from hf_vlm.hub.convert import clip as convert_clip
 from hf_vlm.hub.convert import from_transformers

@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoProcessor
 
-import tiny
+from cases import tiny
 from hf_vlm.runs.launch import parse_arguments
 from hf_vlm.training import last_checkpoint
 from recipes import blip_finetune

@@ -21,7 +21,7 @@ from transformers import (
     ViTModel,
 )
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmBlipForPreTraining
 from hf_vlm.runs.launch import parse_arguments
 from hf_vlm.training import last_checkpoint

@@ -33,8 +33,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import (
     VlmBlip2Config,
     VlmBlip2ForConditionalGeneration,

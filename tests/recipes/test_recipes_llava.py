@@ -21,8 +21,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import VlmLlavaConfig, VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.data import SceneStream
 from hf_vlm.data.builtin.scene_conversations import CAPTION

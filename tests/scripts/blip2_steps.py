@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import VlmBlip2ForImageTextRetrieval, VlmBlip2ForPreTraining
 from hf_vlm.models import distributed, modeling_blip2_pretraining
 from hf_vlm.models.distributed import gather_with_grad

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmBlipForPreTraining, VlmBlipForQuestionAnswering
 from hf_vlm.data import Augmentation, CaptionCollator, PairDataset, QuestionCollator, QuestionDataset
 from hf_vlm.models.modeling_blip import VlmBlipHead

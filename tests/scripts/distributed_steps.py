@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmClipModel
 from hf_vlm.data.batches.pairs import Pair, PairDataset
 from hf_vlm.models import losses

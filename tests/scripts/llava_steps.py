@@ -19,9 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import tiny_blip2
-import tiny_llava
-from tiny_llava import IMAGE, SIZES, Batch, padded, pictures
+from cases import tiny_blip2, tiny_llava
+from cases.tiny_llava import IMAGE, SIZES, Batch, padded, pictures
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CASES = list(itertools.product(["own", "clip"], ["one view", "anyres"], ["frozen", "unfrozen"], ["copied", "sharded"]))

@@ -9,9 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
 
-import tiny
-import tiny_blip2
-import tiny_llava
+from cases import tiny, tiny_blip2, tiny_llava
 from hf_vlm import VlmLlavaForConditionalGeneration
 from hf_vlm.data import ConversationCollator
 from hf_vlm.training import STAGES, VlmSFTConfig, VlmSFTTrainer, apply_stage

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.training.grad_cache import grad_cache_backward
 from scripts import distributed_steps

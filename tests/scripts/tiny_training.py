@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.data.batches.augment import Augmentation
 from hf_vlm.data.batches.collators import ContrastiveCollator

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import tiny
+from cases import tiny
 from hf_vlm.data import ImageError
 from hf_vlm.evaluation import embed_images, embed_texts, retrieval_metrics
 from hf_vlm.search import DatasetItems, EmbeddingIndex, Item, Result, text_items, write_sheet

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-import tiny
+from cases import tiny
 from hf_vlm.cli.main import app
 
 pytest.importorskip("lancedb")

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-import tiny
+from cases import tiny
 from hf_vlm.search.open import open_source
 
 COUNT = 3

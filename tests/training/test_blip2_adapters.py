@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-import tiny_blip2
+from cases import tiny_blip2
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmInstructBlipForConditionalGeneration
 from hf_vlm.training.lora import add_lora
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmBlip2ForPreTraining, VlmInstructBlipForConditionalGeneration
 from hf_vlm.data import CaptionCollator, PairDataset, PromptCollator
 from hf_vlm.training import Blip2Trainer, VlmSFTConfig, VlmSFTTrainer, VlmTrainer, VlmTrainingArguments

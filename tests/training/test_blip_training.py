@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 
-import tiny
+from cases import tiny
 from hf_vlm import (
     VlmBlipForConditionalGeneration,
     VlmBlipForImageTextRetrieval,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.training.grad_cache import grad_cache_backward
 from scripts import tiny_training

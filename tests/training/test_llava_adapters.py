@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
-import tiny_llava
+from cases import tiny_llava
 from hf_vlm import VlmLlavaForConditionalGeneration, VlmLlavaModel
 from hf_vlm.training import STAGES, apply_stage, last_checkpoint
 from hf_vlm.training.stages import PARTS

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import VlmLlavaForConditionalGeneration
 from hf_vlm.training import STAGES, Stage, VlmTrainer, VlmTrainingArguments, apply_stage, stage_named
 from hf_vlm.training.trainer import groups_by_rate

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState
 
-import tiny
+from cases import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.data.batches.collators import pair_id
 from hf_vlm.data.batches.pairs import PairDataset

@@ -17,8 +17,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-import tiny
-import tiny_blip2
+from cases import tiny, tiny_blip2
 from hf_vlm import VlmImageProcessor, VlmLlavaConfig, VlmLlavaForConditionalGeneration, VlmLlavaProcessor, VlmTowerModel
 from hf_vlm.models import with_image_token
 from hf_vlm.models.anyres import AnyresLayout, anyres_layout

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import tiny
+from cases import tiny
 from hf_vlm import (
     VlmBlip2Config,
     VlmBlip2ForPreTraining,
