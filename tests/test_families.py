@@ -108,9 +108,9 @@ __all__ = ["VlmToyProcessor"]
 ''',
     "hub/cards/toy.py": '''"""What a model card says of the toy."""
 
-from .types import Architecture
+from .types import CardTexts
 
-TOY = Architecture(
+TOY = CardTexts(
     title="Toy",
     paper="A Paper on Toys",
     arxiv="0000.00000",
