@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..data.builtin.corruption import JudgedCaption, corrupt_captions
-from ..data.builtin.emoji_pairs import TEST_SPLITS
+from ..data.builtin.emoji import TEST_SPLITS
 from ..data.builtin.scenes import load_scenes
 from ..evaluation import GREY, best_threshold, filter_metrics
 from ..evaluation.tasks import load_checkpoint

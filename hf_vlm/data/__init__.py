@@ -14,13 +14,11 @@ if TYPE_CHECKING:
     from .batches.questions import Question, QuestionDataset, load_questions
     from .builtin.corruption import corrupt_captions
     from .builtin.easy_vqa import easy_vqa_images, easy_vqa_questions
-    from .builtin.emoji import EMOJI_SPLITS, LICENCES, load_emoji
-    from .builtin.emoji_pairs import TEST_SPLITS, emoji_captions, emoji_pairs
+    from .builtin.emoji import EMOJI_SPLITS, LICENCES, TEST_SPLITS, emoji_captions, emoji_pairs, load_emoji
     from .builtin.instructions import caption_instructions, mix_by_sqrt, question_instructions, scene_instructions
     from .builtin.pope import pope_questions
     from .builtin.scene_conversations import SceneConversations
-    from .builtin.scene_rows import SceneRows
-    from .builtin.scenes import SceneStream, load_scenes
+    from .builtin.scenes import SceneRows, SceneStream, load_scenes
     from .features.cache import CachedFeatures, FeatureCacheError, cache_features, feature_key
     from .sources.conversations import Conversation, ConversationRows, load_conversations, open_conversations
     from .sources.images import ImageError, load_image

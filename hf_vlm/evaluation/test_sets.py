@@ -11,8 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.batches.collators import pair_id
-from ..data.builtin.emoji import load_emoji
-from ..data.builtin.emoji_pairs import TEST_SPLITS
+from ..data.builtin.emoji import TEST_SPLITS, load_emoji
 from ..data.builtin.scenes import load_scenes
 from ..data.builtin.table import BUILTIN, BuiltinOptions
 from ..data.sources.images import load_image

@@ -8,8 +8,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from ..data.batches.augment import Augmentation
 from ..data.batches.pairs import PairDataset, PairStream, load_pairs
-from ..data.builtin.scene_rows import SceneRows
-from ..data.builtin.scenes import SceneStream
+from ..data.builtin.scenes import SceneRows, SceneStream
 from ..data.features.cache import CachedFeatures
 from ..data.sources.open import DataSource
 from ..data.sources.rows import Rows

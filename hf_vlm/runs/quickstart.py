@@ -14,8 +14,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 from ..data.batches.augment import Augmentation
 from ..data.batches.collators import ContrastiveCollator
 from ..data.batches.pairs import PairDataset
-from ..data.builtin.emoji import load_emoji
-from ..data.builtin.emoji_pairs import emoji_pairs
+from ..data.builtin.emoji import emoji_pairs, load_emoji
 from ..data.wheels import resolve_part
 from ..evaluation.tables import describe, format_report, report_table
 from ..evaluation.test_sets import emoji_report

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.batches.collators import ContrastiveCollator
 from ..data.batches.pairs import PairDataset, PairStream
-from ..data.builtin.scene_rows import SceneRows
+from ..data.builtin.scenes import SceneRows
 from ..data.features.cache import CachedFeatures, cache_features
 from ..data.features.key import feature_key
 from ..data.sources.rows import Rows

@@ -17,11 +17,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+from datasets import Dataset
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -210,4 +212,49 @@ def _save_atomically(splits: datasets.DatasetDict, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-__all__ = ["EMOJI_SPLITS", "LICENCES", "TRAIN_STYLES", "emoji_name", "is_held_out", "load_emoji"]
+MAX_KEYWORDS = 6
+
+
+TEST_SPLITS = ("unseen_style", "unseen_emoji", "unseen_both")
+
+
+def emoji_captions(name: str, keywords: Sequence[str]) -> list[str]:
+    """Training captions of an emoji: its name (twice), the name in a phrase, and the name with each of six keywords.
+
+    The list is finite, so that embeddings of a frozen text tower can be cached.
+    """
+    return [name, name, f"an emoji of {name}", *(f"{name}, {keyword}" for keyword in keywords[:MAX_KEYWORDS])]
+
+
+def emoji_pairs(split: Dataset, names_only: bool = False) -> list[dict[str, Any]]:
+    """Rows for [`PairDataset`], decoded once and held in memory (about 36 kB each at 96 pixels).
+
+    Args:
+        split: A split of [`load_emoji`].
+        names_only: Use only the name as caption, as in evaluation; otherwise all of [`emoji_captions`].
+
+    Returns:
+        Dicts with `image` (RGBA), `caption` (list of strings) and `id`. All styles of an emoji share its `id`, so its
+        drawings are positives of each other's captions.
+    """
+    return [
+        {
+            "image": row["image"],
+            "caption": [row["name"]] if names_only else emoji_captions(row["name"], row["keywords"]),
+            "id": row["emoji_id"],
+        }
+        for row in split
+    ]
+
+
+__all__ = [
+    "EMOJI_SPLITS",
+    "LICENCES",
+    "TEST_SPLITS",
+    "TRAIN_STYLES",
+    "emoji_captions",
+    "emoji_name",
+    "emoji_pairs",
+    "is_held_out",
+    "load_emoji",
+]

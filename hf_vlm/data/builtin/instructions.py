@@ -18,9 +18,8 @@ import numpy as np
 
 from ..sources.questions import QuestionRows
 from .instruction_templates import TASKS, Wordings, wordings_of
-from .scene_rows import SceneRows
 from .scene_text import NUMBERS, OPPOSITES, conflict, holds, phrase, plural, reaches
-from .scenes import BACKGROUNDS
+from .scenes import BACKGROUNDS, SceneRows
 
 NUM_OPTIONS = 4
 

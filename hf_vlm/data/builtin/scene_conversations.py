@@ -14,8 +14,8 @@ from typing import Any
 
 from ..sources.conversations import IMAGE_MARK, SHORT_ANSWER, Conversation, Message
 from .instructions import scene_reasoning
-from .scene_rows import SceneRows
 from .scene_text import OPPOSITES, holds, phrase, place
+from .scenes import SceneRows
 
 CAPTION = "Provide a one-sentence caption for the provided image."
 DETAIL_QUESTIONS = (

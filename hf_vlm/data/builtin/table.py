@@ -80,8 +80,7 @@ class BuiltinData:
 
 
 def _emoji_pairs(options: BuiltinOptions) -> Any:
-    from .emoji import load_emoji
-    from .emoji_pairs import emoji_pairs
+    from .emoji import emoji_pairs, load_emoji
 
     return emoji_pairs(load_emoji(options.size)[options.split])
 
@@ -95,8 +94,7 @@ def _emoji_table(options: BuiltinOptions) -> Any:
 
 
 def _emoji_test_sets(options: BuiltinOptions, names: Sequence[str] | None) -> Iterator[tuple[str, Fields]]:
-    from .emoji import load_emoji
-    from .emoji_pairs import TEST_SPLITS
+    from .emoji import TEST_SPLITS, load_emoji
 
     splits = load_emoji()
     for name in names or TEST_SPLITS:
@@ -127,7 +125,7 @@ def _scene_stream(options: BuiltinOptions) -> Any:
 
 
 def _scene_rows(options: BuiltinOptions) -> Any:
-    from .scene_rows import SceneRows
+    from .scenes import SceneRows
 
     if options.limit < 1:
         raise ValueError("Scenes are unlimited: give their number, such as --limit 10000.")
@@ -148,7 +146,7 @@ def _scene_table(options: BuiltinOptions) -> Any:
 
 def _scene_test_sets(options: BuiltinOptions, names: Sequence[str] | None) -> Iterator[tuple[str, Fields]]:
     from ..batches.collators import pair_id
-    from .emoji_pairs import TEST_SPLITS
+    from .emoji import TEST_SPLITS
     from .scenes import load_scenes
 
     for name in names or TEST_SPLITS:
