@@ -23,7 +23,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -59,6 +58,8 @@ LICENCES = {
     },
 }
 
+MAX_KEYWORDS = 6
+TEST_SPLITS = ("unseen_style", "unseen_emoji", "unseen_both")
 FEATURES = datasets.Features(
     {
         "image": datasets.Image(),
@@ -212,12 +213,6 @@ def _save_atomically(splits: datasets.DatasetDict, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-MAX_KEYWORDS = 6
-
-
-TEST_SPLITS = ("unseen_style", "unseen_emoji", "unseen_both")
-
-
 def emoji_captions(name: str, keywords: Sequence[str]) -> list[str]:
     """Training captions of an emoji: its name (twice), the name in a phrase, and the name with each of six keywords.
 
@@ -226,7 +221,7 @@ def emoji_captions(name: str, keywords: Sequence[str]) -> list[str]:
     return [name, name, f"an emoji of {name}", *(f"{name}, {keyword}" for keyword in keywords[:MAX_KEYWORDS])]
 
 
-def emoji_pairs(split: Dataset, names_only: bool = False) -> list[dict[str, Any]]:
+def emoji_pairs(split: datasets.Dataset, names_only: bool = False) -> list[dict[str, Any]]:
     """Rows for [`PairDataset`], decoded once and held in memory (about 36 kB each at 96 pixels).
 
     Args:
