@@ -196,7 +196,7 @@ class Augmentation:
         return F.grid_sample(pixels, grid, align_corners=False)
 
     def _redraw(self, pixels: torch.Tensor, draw: "_Draw") -> torch.Tensor:
-        """Unline, ink and shade."""
+        """Apply `unline`, `ink` and `shade`."""
         chosen = draw.chosen(self.unline)
         if len(chosen):
             colour, opacity = pixels[chosen].split([3, 1], dim=1)
