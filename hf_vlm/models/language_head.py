@@ -106,6 +106,7 @@ def generate_from_embeds(
     generation_config: GenerationConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor,
+    /,
     **kwargs,
 ) -> torch.Tensor:
     """Token ids from the LLM's own `generate`; `kwargs` are its options.

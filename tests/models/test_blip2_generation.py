@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
+from transformers import GenerationConfig
 
 from cases import tiny, tiny_blip2
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmInstructBlipForConditionalGeneration
@@ -91,6 +92,14 @@ def test_batched_generation_is_one_by_one(head: type, name: str, beams: int) -> 
         expected = together[row].tolist()
         assert expected[: len(alone)] == alone
         assert set(expected[len(alone) :]) <= {tiny.PAD, tiny.END}  # a beam may be filled up with either
+
+
+def test_generate_takes_a_generation_config() -> None:
+    """As transformers' pipelines pass it."""
+    model, inputs = tiny_blip2.blip2_model(Stage2, "llama", std=0.4), tiny_blip2.stage2_inputs()
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    by_config = model.generate(**inputs, generation_config=GenerationConfig(**options, pad_token_id=tiny.PAD))
+    assert by_config.tolist() == model.generate(**inputs, **options).tolist()
 
 
 @pytest.mark.parametrize("beams", [1, 3])

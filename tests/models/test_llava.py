@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from cases import tiny, tiny_blip2, tiny_llava
 from cases.case import calls_of
@@ -80,6 +80,14 @@ def test_batched_generation_is_one_by_one(anyres: bool, beams: int) -> None:
         alone = own.generate(**one, num_beams=beams, **GREEDY)[0, one["input_ids"].shape[1] :].tolist()
         assert row[: len(alone)] == alone
         assert set(row[len(alone) :]) <= {tiny.PAD, tiny.END}
+
+
+def test_generate_takes_a_generation_config() -> None:
+    """As transformers' pipelines pass it."""
+    _, own = pair(False)
+    inputs = batch(False, own)
+    by_config = own.generate(**inputs, generation_config=GenerationConfig(**GREEDY, pad_token_id=tiny.PAD))
+    assert by_config.tolist() == own.generate(**inputs, **GREEDY).tolist()
 
 
 def test_another_image_changes_the_logits() -> None:
