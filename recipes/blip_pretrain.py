@@ -23,8 +23,8 @@ from hf_vlm.training import BlipTrainer, BlipTrainingArguments, last_checkpoint
 
 def build_model(args: BlipModelArguments) -> tuple[VlmBlipForPreTraining, VlmBlipProcessor]:
     """The model on its pretrained parts, and its processor."""
-    new_tower = VlmTowerConfig(**{**BLIP_VISION, "image_size": args.image_size, **(args.vision_config or {})})
-    vision = resolve_part(args.vision) if args.vision else VlmTowerModel(new_tower)
+    new_tower = {**BLIP_VISION, "image_size": args.image_size, **(args.vision_config or {})}
+    vision = resolve_part(args.vision) if args.vision else VlmTowerModel(VlmTowerConfig(**new_tower))
     text = resolve_part(args.text)
     fields = "projection_dim queue_size momentum soft_target_weight dropout itc_weight itm_weight lm_weight".split()
     options = {name: getattr(args, name) for name in fields}

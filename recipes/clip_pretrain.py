@@ -23,8 +23,8 @@ from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, ca
 
 def build_model(args: ClipModelArguments) -> tuple[VlmClipModel, VlmClipProcessor]:
     """Both towers, pretrained or new, and the processor that feeds them."""
-    new_tower = VlmTowerConfig(**{"image_size": args.image_size, **(args.vision_config or {})})
-    vision = resolve_part(args.vision) if args.vision else VlmTowerModel(new_tower)
+    fields = {"image_size": args.image_size, **(args.vision_config or {})}
+    vision = resolve_part(args.vision) if args.vision else VlmTowerModel(VlmTowerConfig(**fields))
     text_name = resolve_part(args.text or args.tokenizer or "openai/clip-vit-base-patch32")
     text = text_name if args.text else VlmTextTowerModel(VlmTextTowerConfig(**(args.text_config or {})))
     options = {"projection_dim": args.projection_dim, "loss_type": args.loss_type}

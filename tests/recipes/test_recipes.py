@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from cases import tiny
-from hf_vlm import VlmBlipForPreTraining
+from hf_vlm import VlmBlipForPreTraining, VlmTowerModel
+from hf_vlm.runs.arguments import BlipModelArguments, ClipModelArguments
 from hf_vlm.runs.launch import parse_arguments
 from hf_vlm.training import last_checkpoint
 from recipes import blip_pretrain, clip_pretrain
@@ -116,6 +117,17 @@ def test_paper_model_has_the_published_size(tokenizer_folder):
     with torch.device("meta"):
         model, _ = clip_pretrain.build_model(model_args)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 149_620_737
+
+
+def test_a_named_tower_may_have_another_patch_size(tmp_path, tokenizer_folder, blip_parts):
+    """A size that is no multiple of a new tower's 16 pixels."""
+    vision = tmp_path / "patch-6"
+    VlmTowerModel(tiny.tower_config(image_size=18, patch_size=6)).save_pretrained(vision)
+    sizes = {"vision": str(vision), "image_size": 18}
+    text = {"text_config": tiny.layer_sizes(), "tokenizer": str(tokenizer_folder)}
+    clip, _ = clip_pretrain.build_model(ClipModelArguments(**sizes, **text))
+    blip, _ = blip_pretrain.build_model(BlipModelArguments(**sizes, text=blip_parts[1]))
+    assert clip.vision_model.config.patch_size == blip.model.vision_model.config.patch_size == 6
 
 
 def test_paper_runs_stops_and_resumes(tmp_path, shards, tokenizer_folder, monkeypatch):
