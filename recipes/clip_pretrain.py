@@ -11,8 +11,7 @@ Every scalar key of the YAML is also an option (`--learning_rate 1e-4`). An inte
 from transformers import set_seed
 
 from hf_vlm import VlmClipModel, VlmClipProcessor, VlmTextTowerConfig, VlmTextTowerModel, VlmTowerConfig, VlmTowerModel
-from hf_vlm.data import ContrastiveCollator, PairDataset, PairStream, load_emoji, resolve_part
-from hf_vlm.data.builtin import emoji_pairs
+from hf_vlm.data import ContrastiveCollator, PairDataset, PairStream, emoji_pairs, load_emoji, resolve_part
 from hf_vlm.evaluation.test_sets import report_on_builtin_data
 from hf_vlm.runs.arguments import ClipDataArguments, ClipModelArguments
 from hf_vlm.runs.data import find_augmentation, own_pairs, recall
