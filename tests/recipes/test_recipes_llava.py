@@ -332,5 +332,5 @@ def test_small_runs_stops_and_resumes(config, folder, tmp_path):
             assert scores["lora"] == own
             assert "blind" in scores
     card = (output / "README.md").read_text()
-    assert "Objects that are not there" in card
-    assert card.count("| the same stage by LoRA |") == sum(map(len, results.values()))
+    assert "Object hallucination (POPE)" in card
+    assert card.count("| the same stage with LoRA |") == sum(map(len, results.values()))
