@@ -102,7 +102,7 @@ def test_errors_are_one_line(folder):
     for code, args, message in [
         (RUN, ("search", index, "tree", "--model", str(folder / "other")), "use that model"),
         (RUN, ("search", str(folder / "nothing"), "tree"), "build one first"),
-        (RUN, ("search", index, "tree", "--where", "colour=red"), "there are id, kind, text, path, style"),
+        (RUN, ("search", index, "tree", "--where", "colour=red"), "use one of id, kind, text, path, style"),
         (RUN, ("build", str(folder / "new"), texts), "--model"),
         (blocked, ("search", index, "tree"), 'pip install "hf-vlm[search]"'),
     ]:
@@ -122,7 +122,7 @@ def test_help_has_an_example(command):
 
 
 def test_help_imports_no_search_engine():
-    code = "import sys, hf_vlm.cli; print('lancedb' in sys.modules, 'datasets' in sys.modules)"
+    code = "import sys, hf_vlm.cli.main; print('lancedb' in sys.modules, 'datasets' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "False False\n"
 
