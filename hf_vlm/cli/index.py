@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..data.builtin.table import BUILTIN
+from ..terminal import printable
 
 index_app = typer.Typer(
     help="Search images and texts by text, by image, or by both.", no_args_is_help=True, rich_markup_mode="markdown"
@@ -155,7 +156,6 @@ def info(
 ) -> None:
     """Show the contents of an index and the model that it was built with."""
     from ..search.open import open_index
-    from ..search.terminal import printable
 
     facts = open_index(index).info()
     lines = [f"{name.replace('_', ' ') + ':':16} {printable(str(value))}" for name, value in facts.items()]

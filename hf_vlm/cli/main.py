@@ -11,6 +11,7 @@ import typer
 
 from ..data.builtin.table import BUILTIN
 from ..metrics.descriptions import DESCRIPTIONS
+from ..terminal import printable
 from .index import index_app
 from .recipes import PASS_ON, recipes_app, train
 
@@ -26,6 +27,7 @@ app.add_typer(index_app, name="index")
 app.add_typer(recipes_app, name="recipes")
 app.command(context_settings=PASS_ON, epilog="Example: `hf-vlm train clip_pretrain --config small`")(train)
 
+LINE_LENGTH = 2000
 KNOWN_ERRORS = (ValueError, OSError, ModuleNotFoundError, RuntimeError)
 
 
@@ -225,7 +227,7 @@ def main() -> None:
         # The check of a config says in its last line what is wrong, any other error in its first.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         line = lines[-1] if isinstance(error, StrictDataclassError) else lines[0]
-        typer.secho(f"Error: {line.strip()}", fg="red", err=True)
+        typer.secho(f"Error: {printable(line.strip(), LINE_LENGTH)}", fg="red", err=True)
         sys.exit(1)
 
 

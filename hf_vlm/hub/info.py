@@ -24,12 +24,14 @@ from huggingface_hub.utils import SafetensorsFileMetadata
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..families import FAMILIES, load_class
+from ..terminal import printable
 from .cards.card import RESULTS_NAME, card_texts, eval_results, input_sizes, read_results
 from .record import RECORD_NAME, count_parameters, read_json, read_record
 
 # The files that are downloaded from the Hub. Of the weights, only the headers are read.
 FILES = ["config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"]
 FILES += [RECORD_NAME, RESULTS_NAME, "README.md"]
+LINE_LENGTH = 2000
 Info = dict[str, Any]
 
 
@@ -183,17 +185,12 @@ def format_info(info: Info) -> str:
     for result in info.get("results", []):
         groups[f"{result['dataset']}, {result['split']}"].append(f"{result['metric']} {short(result['value'])}")
     lines += [("results", f"{group}: {'; '.join(numbers)}") for group, numbers in groups.items()]
-    return "\n".join(f"{label:<14}{printable(text)}" for label, text in lines)
+    return "\n".join(f"{label:<14}{printable(text, LINE_LENGTH)}" for label, text in lines)
 
 
 def short(value: Any) -> str:
     """A value as short text, fractions with three decimals."""
     return f"{value:.3f}" if isinstance(value, float) and not value.is_integer() else f"{value}"
-
-
-def printable(text: Any) -> str:
-    """Text from a checkpoint without control characters, which could drive the terminal."""
-    return "".join(character for character in str(text) if character.isprintable())
 
 
 __all__ = ["checkpoint_info", "format_info"]

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoProcessor, TrainingArguments
 
 from ..families import FAMILIES, load_class
+from ..terminal import printable
 from .cards.card import CARD_NAME, card_under_name
 from .export import save_with_code
 
@@ -54,7 +55,10 @@ NOT_NOW = "the Hub is not available ({status}): push again later."
 
 
 class PushError(RuntimeError):
-    """A push that failed; its message is one line."""
+    """A push that failed; its message is one printable line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def push_folder(

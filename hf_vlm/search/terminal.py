@@ -3,19 +3,11 @@
 import unicodedata
 from collections.abc import Sequence
 
+from ..terminal import JOINERS, printable
 from .match import Match
 
 MAX_WIDTH = 60
-JOINERS = ("\u200d", "\ufe0f", "\ufe0e")  # within emoji
-
-
-def printable(text: str) -> str:
-    """Text with control characters and changes of writing direction escaped."""
-    return "".join(each if each.isprintable() or each in JOINERS else _escape(each) for each in text)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+VARIATIONS = ("\ufe0e", "\ufe0f")  # text or emoji form of the character before
 
 
 def width(text: str) -> int:
@@ -23,7 +15,7 @@ def width(text: str) -> int:
     total = 0
     joined = False
     for each in text:
-        if each in JOINERS or unicodedata.combining(each):
+        if each in (*JOINERS, *VARIATIONS) or unicodedata.combining(each):
             joined = each == "\u200d"
             continue
         total += 0 if joined else 1 + (unicodedata.east_asian_width(each) in "WF")

@@ -19,6 +19,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ...terminal import InputError
 from .key import compared
 
 FORMAT = 1
@@ -28,7 +29,7 @@ _TENSOR = "features"
 _ENTRIES = {"format", "key", "num_rows", "rows_per_shard", "tokens", "width", "sha256"}
 
 
-class FeatureCacheError(ValueError):
+class FeatureCacheError(InputError):
     """A cache cannot be read or written; one line that says what to do."""
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ...terminal import InputError
+
 # Errors of Pillow's decoders on damaged files, found by flipping bytes in files of eighteen formats.
 _DAMAGED = (
     OSError,
@@ -46,7 +48,7 @@ Image.init()
 _FORMATS = tuple(name for name in Image.ID if name != "EPS")
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """An image cannot be read; one line that says which image, what is wrong and what to do."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import datasets
 import fsspec
 
+from ...terminal import InputError, quoted
 from .images import ImageError, load_image
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,11 @@ Example = TypeVar("Example")
 HOPELESS = 1000
 
 
-class SourceError(ValueError):
+class SourceError(InputError):
     """A data source cannot be used as described; one line that says what to write instead."""
 
 
-class CaptionError(ValueError):
+class CaptionError(InputError):
     """A row has no usable caption, question or answer; one line that names the row."""
 
 
@@ -140,7 +141,7 @@ def read_example(row: dict[str, Any], origin: Origin, place: str) -> dict[str, A
     image = load_image(image_of(row["image"], origin, place), where=place)
     captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions or [None]):
-        raise CaptionError(f"{place}: the caption is {row['caption']!r}; give it a text or a list of texts.")
+        raise CaptionError(f"{place}: the caption is {quoted(row['caption'])}; give it a text or a list of texts.")
     example = {"image": image, "caption": captions[0] if len(captions) == 1 else captions}
     if "id" in row:
         example["id"] = captions[0] if row["id"] is None else row["id"]
