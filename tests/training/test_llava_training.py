@@ -65,6 +65,16 @@ def a_step(folder: Path, model: PreTrainedModel, **options) -> tuple[list[float]
     return llava_training.losses(trainer), moved(before, model)
 
 
+def test_a_checkpoint_leaves_the_model_card_alone(tmp_path: Path) -> None:
+    """TRL's own trainer writes README.md at every save."""
+    card = tmp_path / "README.md"
+    card.write_text("our card")
+    model = llava_training.staged("llava-1.5-align")
+    llava_training.trainer(tmp_path, model, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert card.read_text() == "our card"
+
+
 # --- how a batch is split
 
 
