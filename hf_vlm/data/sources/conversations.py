@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
+from ...terminal import quoted
 from .images import load_image
 from .open import DataSource, WrittenRows, open_rows, undecoded
 from .rows import OnError, Origin, Rows, SkipReport, SourceError, image_of, next_good, place_of, report_for
@@ -51,8 +52,12 @@ def read_conversation(
         SourceError: if an image is a path and there is no image_folder, or the path leads out of it.
     """
     turns = (row.get("messages") or row.get("conversations")) if isinstance(row, Mapping) else None
+    if isinstance(turns, ValueError):  # a cell that could not be read
+        raise ValueError(f"{where}: the column of messages {turns}")
     if not turns:
         raise ValueError(f"{where} has neither messages nor conversations: add one of them or remove the row.")
+    if not isinstance(turns, list | tuple):
+        raise ValueError(f"{where} has {quoted(turns)} as its turns; give it a list of them or remove the row.")
     messages = [_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns)]
     images = row.get("images") if row.get("images") is not None else row.get("image")
     images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
+from .archives import open_archives
 from .rows import Origin, SourceError
 
 _BUILDERS = {
@@ -288,20 +288,33 @@ def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _build(source: DataSource, kind: str, data_files: Any, seed: int | None) -> Any:
-    make = partial(datasets.load_dataset_builder, kind, source.name, data_files=data_files, revision=source.revision)
-    builder = make()
-    if builder.name == "webdataset":
-        # As an Image, bytes would be dropped for a file of the same name in the working folder, were there one.
-        features = next(iter(builder.as_streaming_dataset().values())).features
-        features = {k: datasets.Value("binary") if isinstance(v, datasets.Image) else v for k, v in features.items()}
-        builder = make(features=datasets.Features(features))
+    builder = datasets.load_dataset_builder(kind, source.name, data_files=data_files, revision=source.revision)
     if seed is not None:
         for files in builder.config.data_files.values():
             np.random.default_rng(seed).shuffle(files)
+    if builder.name == "webdataset":
+        return _archives(source, builder)
     if source.streaming:
         return builder.as_streaming_dataset(split=source.split)
     builder.download_and_prepare()
     return builder.as_dataset(split=source.split)
+
+
+def _archives(source: DataSource, builder: datasets.DatasetBuilder) -> Any:
+    """The rows of a split of tar archives."""
+    name = re.split(r"\W", source.split)[0]
+    if name not in builder.config.data_files:
+        raise SourceError(f"{source.path}: no split {name!r}; it has {', '.join(builder.config.data_files)}.")
+    files = list(builder.config.data_files[name])
+    if not source.streaming:
+        files = datasets.DownloadManager(builder.dataset_name).download(files)
+    rows = open_archives(files, source.streaming, (source.columns or {}).values())
+    if source.split == name:
+        return rows
+    if source.streaming:
+        raise SourceError(f"{source.path}: a stream has no slices: write split: {name}.")
+    parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({name: len(rows)})
+    return rows.select(number for part in parts for number in range(part.from_, part.to))
 
 
 def _from_disk(source: DataSource, path: Path) -> Any:

@@ -139,6 +139,8 @@ def read_example(row: dict[str, Any], origin: Origin, place: str) -> dict[str, A
         SourceError: if the row names a file outside the folder of its source.
     """
     image = load_image(image_of(row["image"], origin, place), where=place)
+    if isinstance(row["caption"], ValueError):  # a cell that could not be read
+        raise CaptionError(f"{place}: the caption {row['caption']}")
     captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions or [None]):
         raise CaptionError(f"{place}: the caption is {quoted(row['caption'])}; give it a text or a list of texts.")
@@ -149,6 +151,8 @@ def read_example(row: dict[str, Any], origin: Origin, place: str) -> dict[str, A
 
 
 def image_of(image: Any, origin: Origin, place: str) -> Any:
+    if isinstance(image, ValueError):  # a cell that could not be read
+        raise ImageError(f"{place}: the image {image}")
     if isinstance(image, dict) and image.get("bytes") is not None:
         return image["bytes"]
     path = stored_path(image)
