@@ -15,25 +15,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FRONT_ENDS = {"cli", "recipes"}
 ANYTHING = None
-DATA = {"data", "data.batches", "data.builtin", "data.features", "data.sources", "data.wheels", "terminal"}
+DATA = {"data", "data.batches", "data.builtin", "data.features", "data.sources", "data.wheels", "paths", "terminal"}
 # What each part of hf_vlm may import of hf_vlm. The part "" is hf_vlm/__init__.py, the part "data" its `__init__.py`.
 ALLOWED = {
     "": ANYTHING,
     "lazy": {"lazy"},
+    "paths": {"paths"},
     "terminal": {"terminal"},
     "families": {"families", "models"},
     "registration": {"registration", "families"},
     "models": {"models", "lazy"},
     "metrics": {"metrics"},
     "data": {*DATA, "lazy"},
-    "data.wheels": {"data.wheels", "terminal"},
-    "data.sources": {"data.sources", "data.wheels", "terminal"},
-    "data.batches": {"data.batches", "data.sources", "data.wheels", "terminal"},
-    "data.builtin": {"data.builtin", "data.batches", "data.sources", "data.wheels", "terminal"},
-    "data.features": {"data.features", "data.sources", "data.wheels", "terminal"},
+    "data.wheels": {"data.wheels", "paths", "terminal"},
+    "data.sources": {"data.sources", "data.wheels", "paths", "terminal"},
+    "data.batches": {"data.batches", "data.sources", "data.wheels", "paths", "terminal"},
+    "data.builtin": {"data.builtin", "data.batches", "data.sources", "data.wheels", "paths", "terminal"},
+    "data.features": {"data.features", "data.sources", "data.wheels", "paths", "terminal"},
     "training": {"training", "models", "families", "lazy", *DATA},
     "evaluation": {"evaluation", "models", "families", "metrics", "lazy", *DATA},
-    "hub": {"hub", "models", "families", "metrics", "terminal"},
+    "hub": {"hub", "models", "families", "metrics", "paths", "terminal"},
     "search": {"search", "models", "evaluation", "lazy", *DATA},
     "bootstrap": {"bootstrap", "models", "metrics", "evaluation", "hub", *DATA},
     "runs": {

@@ -17,8 +17,9 @@ import datasets
 from PIL import Image
 
 from ..data.sources.images import load_image
-from ..data.sources.open import has_table
-from ..data.sources.rows import CaptionError, Origin, image_of
+from ..data.sources.open import has_table, undecoded
+from ..data.sources.rows import CaptionError, Origin, SourceError, image_of
+from ..paths import is_inside
 
 CAPTION_NAMES = ("caption", "text", "name", "title", "description")
 TEXT_FILES = (".txt", ".jsonl", ".csv")
@@ -73,6 +74,7 @@ def folder_items(folder: str | Path) -> list[Item]:
     Hidden files, and files whose suffix says that they are not images (text, tables, pages), are left out.
 
     Raises:
+        SourceError: if a file is a link that leads out of the folder.
         ValueError: if there are no images.
     """
     root = Path(folder).expanduser().resolve()
@@ -82,6 +84,8 @@ def folder_items(folder: str | Path) -> list[Item]:
         for name in sorted(names):
             path = Path(parent, name)
             if not name.startswith(".") and path.suffix.lower() not in NOT_IMAGES:
+                if not is_inside(path, root):
+                    raise SourceError(f"{path}: the link leads out of {folder}; remove it or copy the file.")
                 items.append(Item(str(path), path, path.relative_to(root).as_posix(), path=str(path)))
     if not items:
         raise ValueError(f"{folder}: no images in this folder; name another folder.")
@@ -209,9 +213,7 @@ class DatasetItems:
         if self.metadata is None:
             others = [name for name in features if name not in self.roles.values()]
             self.metadata = [name for name in others if _is_metadata(features[name])]
-        self.rows = self.rows.with_format(None)
-        for name in image_columns:
-            self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
+        self.rows = undecoded(self.rows.with_format(None))
         self.rows = self.rows.select_columns([*self.roles.values(), *self.metadata])
 
     def __len__(self) -> int:

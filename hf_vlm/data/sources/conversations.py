@@ -7,13 +7,24 @@
 """
 
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypedDict
 
 from ...terminal import quoted
 from .images import load_image
 from .open import DataSource, WrittenRows, open_rows, undecoded
-from .rows import OnError, Origin, Rows, SkipReport, SourceError, image_of, next_good, place_of, report_for
+from .rows import (
+    OnError,
+    Origin,
+    Rows,
+    SkipReport,
+    SourceError,
+    image_of,
+    next_good,
+    place_of,
+    report_for,
+    stored_path,
+)
 
 IMAGE_MARK = "<image>"
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
@@ -108,16 +119,13 @@ def _check_turns(messages: list[Message], where: str) -> None:
 def _located(image: Any, where: str, folder: str | Path | None, origin: Origin | None) -> Any:
     if origin is not None and origin.built:
         return image_of(image, origin, where)
-    if isinstance(image, Mapping):
-        if isinstance(image.get("bytes"), bytes):
-            return image
-        image = image.get("path")
-    if not isinstance(image, str):
-        return image
-    path = PurePosixPath(image)
-    if folder is None or path.is_absolute() or ".." in path.parts:
-        raise SourceError(f"{where} names the image {image!r}: give image_folder, and paths that stay within it.")
-    return str(Path(folder) / path)
+    path = stored_path(image)
+    if isinstance(path, str) and folder is None and not (isinstance(image, Mapping) and image.get("bytes")):
+        raise SourceError(f"{where} names the image {quoted(path)}: give image_folder, and paths that stay within it.")
+    found = image_of(image, Origin(where, None if folder is None else Path(folder)), where)
+    if isinstance(found, Path) and folder is not None:
+        return str(Path(folder) / str(path))
+    return image if isinstance(found, bytes) else found
 
 
 class ConversationRows:

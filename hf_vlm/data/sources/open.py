@@ -6,19 +6,25 @@
 - `load_source`, `question_source`, `open_conversations` and the search index all read through `open_rows`.
 """
 
+import copy
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import yaml
 from datasets.exceptions import DatasetsError
+from huggingface_hub.repocard import metadata_load
 
+from ...paths import is_inside, leads_out
+from ...terminal import quoted
 from .archives import open_archives
 from .rows import Origin, SourceError
 
@@ -31,6 +37,8 @@ _BUILDERS = {
     ".tar": "webdataset",
 }
 _WRITTEN = ("json", "csv")
+# Kinds of data that `datasets` may find in a folder or on the Hub.
+_KINDS = (*dict.fromkeys(_BUILDERS.values()), "imagefolder")
 # Metadata files of an image folder, and the column in which they name the image.
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _FILE_NAME = "file_name"
@@ -164,7 +172,7 @@ def open_rows(source: DataSource, seed: int | None = None, as_written: bool = Fa
         names = rows.column_names or list(next(iter(rows), {}))
     except SourceError:
         raise
-    except (OSError, ValueError, DatasetsError, csv.Error) as error:
+    except (OSError, ValueError, DatasetsError, csv.Error, yaml.YAMLError) as error:
         while error.__cause__ is not None:
             error = error.__cause__
         raise SourceError(f"{source.path}: cannot be opened: {' '.join(str(error).split())}") from error
@@ -202,13 +210,28 @@ def find_columns(source: DataSource, opened: OpenedRows) -> dict[str, str]:
 
 def undecoded(rows: Any) -> Any:
     """A dataset or stream whose images stay as stored: `datasets` would open any path that a row names."""
-    stored = datasets.Image(decode=False)
-    for name, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, stored)
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.List(stored))
+    features = rows.features
+    stored = _stored(features)
+    if features == stored:
+        return rows
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.cast(stored)
+    rows = copy.deepcopy(rows)  # not cast, which would write all rows anew for a nested feature
+    rows.info.features = stored
     return rows
+
+
+def _stored(feature: Any) -> Any:
+    """A feature in which nothing opens a file: images, audio, videos and documents stay bytes and paths, nested too."""
+    if isinstance(feature, dict):
+        return type(feature)({name: _stored(each) for name, each in feature.items()})
+    if isinstance(feature, list):
+        return [_stored(each) for each in feature]
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_stored(feature.feature))
+    if "decode" in getattr(feature, "__dataclass_fields__", {}) and not isinstance(feature, datasets.Json):
+        return replace(feature, decode=False)
+    return feature
 
 
 def is_local(path: str) -> bool:
@@ -247,11 +270,13 @@ def _open(source: DataSource, seed: int | None, as_written: bool) -> tuple[Any, 
         if as_written and (metadata := _metadata(path, source.split)):
             rows = WrittenRows.read([metadata], {_FILE_NAME: "image"}).slice(source.split)
             return rows, Origin(source.path, metadata.parent.resolve())
-        rows = _build(source, str(path.resolve()), None, seed)
+        _check_card(source.path, path)
+        rows = _build(source, str(path.resolve()), None, seed, partial(_check_built, source, path))
         return rows, Origin(source.path, path.resolve(), built=rows.info.builder_name == "imagefolder")
     if is_local(source.path):
         raise SourceError(f"{source.path}: no such file or folder; correct the path.")
-    rows = _build(source, source.path, source.data_files, seed)
+    _check_names(source.path, "data_files", source.data_files)
+    rows = _build(source, source.path, source.data_files, seed, partial(_check_built, source, None))
     return rows, Origin(source.path, None, built=rows.info.builder_name == "imagefolder")
 
 
@@ -274,21 +299,77 @@ def _metadata(folder: Path, split: str) -> Path | None:
     """The metadata file of an image folder's split: in the folder of that name, or of a folder without splits."""
     name = re.split(r"\W", split)[0]
     folders = [folder / name, *([folder] if name == "train" else [])]
-    return next((file for place in folders for file in map(place.joinpath, _METADATA) if file.is_file()), None)
+    found = next((file for place in folders for file in map(place.joinpath, _METADATA) if file.is_file()), None)
+    _check_links(folder, [] if found is None else [found])
+    return found
 
 
 def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
     files = []
     for pattern in patterns:
+        _check_names(f"{folder}", "data_files", pattern)
         found = sorted(file for file in folder.glob(pattern) if file.is_file())
         if not found:
             raise SourceError(f"{folder / pattern}: no such file; correct the path.")
         files += found
+    _check_links(folder, files)
     return files
 
 
-def _build(source: DataSource, kind: str, data_files: Any, seed: int | None) -> Any:
+def _check_names(label: str, where: str, names: Any) -> None:
+    """Refuses names of files that lead out of a source: absolute paths, URLs, and paths with `..`, nested or not."""
+    if isinstance(names, str):
+        if leads_out(names):
+            raise SourceError(
+                f"{label}: {where} names {quoted(names)}; name files within the source, by relative paths."
+            )
+    elif isinstance(names, Mapping | list | tuple):
+        for each in names.values() if isinstance(names, Mapping) else names:
+            _check_names(label, where, each)
+
+
+def _check_links(folder: Path, files: Iterable[str | Path]) -> None:
+    """Refuses files of a folder that are links to files elsewhere."""
+    for file in files:
+        if not is_inside(file, folder):
+            raise SourceError(f"{file}: leads out of {folder}; copy the file into the folder, or name its own folder.")
+
+
+def _check_card(label: str, folder: Path) -> None:
+    """Refuses a folder whose dataset card (README.md) names files elsewhere, before `datasets` looks for them."""
+    card, settings = folder / "README.md", folder / datasets.config.REPOYAML_FILENAME
+    headers = [metadata_load(card) if card.is_file() else None]
+    headers += [yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None]
+    for header in headers:
+        configs = (header.get("configs") if isinstance(header, Mapping) else None) or []
+        if not isinstance(configs, list) or not all(isinstance(config, Mapping) for config in configs):
+            raise SourceError(f"{label}: its dataset card has the configs {quoted(configs)}; write a list of mappings.")
+        for config in configs:
+            for field in ("data_files", "data_dir"):
+                _check_names(label, f"its dataset card, under {field},", config.get(field))
+
+
+def _check_built(source: DataSource, folder: Path | None, builder: datasets.DatasetBuilder) -> None:
+    """Refuses a dataset of another kind, or one that is made of files outside its folder or its Hub repository."""
+    if builder.name not in _KINDS:
+        raise SourceError(f"{source.path}: holds {builder.name} data; give a source of {', '.join(_KINDS)}.")
+    files = [file for of_split in (builder.config.data_files or {}).values() for file in of_split]
+    if folder is not None:
+        _check_links(folder, files)
+    elif outside := [file for file in files if not str(file).startswith(f"hf://datasets/{source.path}@")]:
+        raise SourceError(f"{source.path}: its dataset card names {quoted(outside[0])}, which is not of this dataset.")
+
+
+def _build(
+    source: DataSource,
+    kind: str,
+    data_files: Any,
+    seed: int | None,
+    check: Callable[[datasets.DatasetBuilder], None] | None = None,
+) -> Any:
     builder = datasets.load_dataset_builder(kind, source.name, data_files=data_files, revision=source.revision)
+    if check is not None:
+        check(builder)
     if seed is not None:
         for files in builder.config.data_files.values():
             np.random.default_rng(seed).shuffle(files)
@@ -317,7 +398,23 @@ def _archives(source: DataSource, builder: datasets.DatasetBuilder) -> Any:
     return rows.select(number for part in parts for number in range(part.from_, part.to))
 
 
+def _check_saved(path: Path) -> None:
+    """Refuses a folder of `save_to_disk` whose lists of splits and files name others, or that lacks them."""
+    listed = path / "dataset_dict.json" if (path / "dataset_dict.json").is_file() else path / "state.json"
+    try:
+        content = json.loads(listed.read_text(encoding="utf-8"))
+        splits = content["splits"] if listed.name == "dataset_dict.json" else []
+        names = splits or [file["filename"] for file in content["_data_files"]]
+        _check_names(f"{path}", listed.name, names)
+        _check_links(path, [path / name for name in names])
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise SourceError(f"{listed}: is not as save_to_disk writes it; save the dataset again.") from None
+    for split in splits:
+        _check_saved(path / split)
+
+
 def _from_disk(source: DataSource, path: Path) -> Any:
+    _check_saved(path)
     rows = datasets.load_from_disk(str(path))
     if isinstance(rows, datasets.DatasetDict):
         if source.split not in rows:

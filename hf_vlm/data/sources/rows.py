@@ -1,7 +1,7 @@
 """Decodes a stored row into an example: image decoded, caption checked; a bad row raises, or is skipped and counted.
 
 - Images are decoded when a row is asked for, so opening a source reads no image.
-- A file named by a row must lie in the folder of its source: data cannot make us read other files.
+- A file named by a row must lie in the folder of its source: data cannot make us read other files ([`image_of`]).
 - A bad row of a map-style source is replaced by the next good row of that source, so that length, order and resumed
   runs do not change. A bad row of a stream is dropped.
 """
@@ -10,14 +10,16 @@ import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import datasets
 import fsspec
+from huggingface_hub.constants import HF_HUB_CACHE
 
+from ...paths import is_inside
 from ...terminal import InputError, quoted
 from .images import ImageError, load_image
 
@@ -116,7 +118,7 @@ def _close(path: Path, shown: int, owner: int) -> None:
 
 def stored_path(image: Any) -> str | None:
     """The path in an image cell: the file to read, or the name that was stored with the bytes."""
-    if isinstance(image, dict):
+    if isinstance(image, Mapping):
         return image.get("path")
     return image if isinstance(image, str) else None
 
@@ -151,23 +153,68 @@ def read_example(row: dict[str, Any], origin: Origin, place: str) -> dict[str, A
 
 
 def image_of(image: Any, origin: Origin, place: str) -> Any:
+    """What `load_image` may decode of an image cell: the one rule about the files that a row may name.
+
+    A file lies in the folder of its source after links are resolved, or among the files that `datasets` listed or
+    downloaded itself. A URL in a cell is never fetched.
+
+    Args:
+        image: Bytes, a path, or a dict of both; anything else is passed on.
+        origin: Where the row comes from.
+        place: What to call the row in an error.
+
+    Raises:
+        ImageError: if the cell holds a URL, a name that no file can have, or bytes or a path of another type.
+        SourceError: if the path leads out of the folder of the source.
+    """
     if isinstance(image, ValueError):  # a cell that could not be read
         raise ImageError(f"{place}: the image {image}")
-    if isinstance(image, dict) and image.get("bytes") is not None:
+    if isinstance(image, Mapping) and image.get("bytes") is not None:
+        if not isinstance(image["bytes"], bytes):
+            raise ImageError(f"{place}: the bytes of the image are {quoted(image['bytes'])}; store the file's bytes.")
         return image["bytes"]
     path = stored_path(image)
     if path is None:
-        return None if isinstance(image, dict) else image
-    if origin.built and "://" in path:
-        return _fetch(path, place)
-    if origin.root is None and origin.built:
-        return path
-    if origin.root is None:
+        return None if isinstance(image, Mapping) else image
+    if not isinstance(path, str):
+        raise ImageError(f"{place}: the path of the image is {quoted(path)}; give it a text.")
+    if "://" in path:
+        if origin.built and _is_listed(path, origin):
+            return _fetch(path, place)
+        raise ImageError(f"{place}: a URL, which is not downloaded; download the file and give its path.")
+    folders = _downloads() if origin.built and origin.root is None else [origin.root]
+    if folders == [None]:
         raise SourceError(f"{place}: the row names a file, but this source has no folder; store the image in the row.")
-    file = Path(os.path.realpath(origin.root / path)) if "\0" not in path else None
-    if file is None or not file.is_relative_to(os.path.realpath(origin.root)):
-        raise SourceError(f"{place}: the path leads out of {origin.root}; move the image into the folder.")
+    if not _can_exist(path):
+        raise ImageError(f"{place}: no file can have this name; correct the path or remove the row.")
+    file = Path(os.path.realpath(folders[0] / path))
+    if not any(is_inside(file, folder) for folder in folders):
+        raise SourceError(f"{place}: the path leads out of {folders[0]}; move the image into the folder.")
     return file
+
+
+def _can_exist(path: str) -> bool:
+    """Whether the system takes a text as the name of a file: no null character, no lone surrogate."""
+    try:
+        return "\0" not in path and bool(os.fsencode(path))
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_listed(url: str, origin: Origin) -> bool:
+    """Whether a URL that `datasets` made for an image folder is of that folder: on the Hub, or in an archive there."""
+    member, _, archive = url.rpartition("::")
+    if member and not member.startswith("zip://"):
+        return False
+    if origin.root is not None:
+        return bool(member) and "://" not in archive and is_inside(archive, origin.root)
+    return archive.startswith(f"hf://datasets/{origin.label}@")
+
+
+def _downloads() -> list[Path]:
+    """The folders that `datasets` downloads the files of the Hub to."""
+    folders = (HF_HUB_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.HF_DATASETS_CACHE)
+    return [Path(folder) for folder in folders]
 
 
 def _fetch(url: str, place: str) -> bytes:
