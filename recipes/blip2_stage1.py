@@ -8,8 +8,6 @@ A laptop, on the built-in scenes, after `clip_pretrain`; several GPUs, on your o
 Every scalar key of the YAML is also an option (`--learning_rate 1e-4`). An interrupted run resumes when started again.
 """
 
-from transformers import set_seed
-
 from hf_vlm import VlmBlip2ForPreTraining, VlmBlip2Processor
 from hf_vlm.data import CaptionCollator, resolve_part
 from hf_vlm.evaluation.test_sets import save_scene_report
@@ -17,7 +15,8 @@ from hf_vlm.runs.arguments import Blip2DataArguments, Blip2Stage1ModelArguments
 from hf_vlm.runs.data import find_augmentation, open_features, open_pairs, recall
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
-from hf_vlm.training import Blip2Trainer, VlmTrainingArguments, last_checkpoint
+from hf_vlm.runs.start import Run
+from hf_vlm.training import Blip2Trainer, VlmTrainingArguments
 
 
 def build_model(args: Blip2Stage1ModelArguments) -> tuple[VlmBlip2ForPreTraining, VlmBlip2Processor]:
@@ -34,7 +33,7 @@ def main(
     model_args: Blip2Stage1ModelArguments, data_args: Blip2DataArguments, training_args: VlmTrainingArguments
 ) -> None:
     """Trains; on the built-in data, evaluates the model too."""
-    set_seed(training_args.seed)
+    run = Run("blip2_stage1", model_args, data_args, training_args)
 
     # MODEL
     model, processor = build_model(model_args)
@@ -57,7 +56,7 @@ def main(
         processing_class=processor,
         compute_metrics=recall,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    run.train(trainer)
     trainer.save_model()
     if data_args.sources is None and trainer.is_world_process_zero():
         save_scene_report(training_args.output_dir, model, processor, data_args.num_scenes, model_args.image_size)

@@ -8,7 +8,7 @@ A laptop, on the built-in scenes, after `blip2_stage1`; several GPUs, on your ow
 Every scalar key of the YAML is also an option (`--learning_rate 1e-4`). An interrupted run resumes when started again.
 """
 
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor
 
 from hf_vlm import VlmBlip2ForConditionalGeneration, VlmBlip2Processor
 from hf_vlm.data import CaptionPromptCollator
@@ -17,7 +17,8 @@ from hf_vlm.runs.arguments import Blip2DataArguments, Blip2Stage2ModelArguments
 from hf_vlm.runs.data import find_augmentation, open_features, open_pairs
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
-from hf_vlm.training import VlmTrainer, VlmTrainingArguments, last_checkpoint, open_language_model
+from hf_vlm.runs.start import Run
+from hf_vlm.training import VlmTrainer, VlmTrainingArguments, open_language_model
 
 
 def build_model(
@@ -39,7 +40,7 @@ def main(
     model_args: Blip2Stage2ModelArguments, data_args: Blip2DataArguments, training_args: VlmTrainingArguments
 ) -> None:
     """Trains; on the built-in data, evaluates the model too."""
-    set_seed(training_args.seed)
+    run = Run("blip2_stage2", model_args, data_args, training_args)
 
     # MODEL
     model, processor = build_model(model_args, training_args.bf16)
@@ -67,7 +68,7 @@ def main(
         eval_collator=CaptionPromptCollator(processor, **texts),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    run.train(trainer)
     trainer.save_model()
     if data_args.sources is None and trainer.is_world_process_zero():
         save_scene_report(training_args.output_dir, model, processor, data_args.num_scenes, size)

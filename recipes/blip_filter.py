@@ -21,6 +21,7 @@ from pathlib import Path
 
 from hf_vlm.bootstrap.filter import FilterSettings, PairFilter, filter_sources
 from hf_vlm.bootstrap.on_scenes import Corruption, add_results, filter_scenes, filter_table
+from hf_vlm.files import write_text
 from hf_vlm.runs.arguments import BlipFilterArguments, FilterSceneArguments, SourceArguments
 from hf_vlm.runs.data import check_sources
 from hf_vlm.runs.launch import launch
@@ -32,7 +33,7 @@ def demonstrate(args: FilterSceneArguments, settings: FilterSettings, folder: Pa
     reports = filter_scenes(PairFilter(settings), corruption, args.clip)
     print(filter_table(reports))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({"caption_filter": reports}, indent=2))
+    write_text(folder / "results.json", json.dumps({"caption_filter": reports}, indent=2))
     if args.update_card:
         add_results(settings.checkpoint, {"caption_filter": reports})
 

@@ -11,7 +11,7 @@ With LoRA the output folder holds the merged model, and its subfolder `adapter` 
 """
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor
 
 import hf_vlm
 from hf_vlm import VlmBlipForPreTraining, VlmBlipProcessor
@@ -29,7 +29,8 @@ from hf_vlm.runs.arguments import BlipTaskArguments, BlipTaskDataArguments
 from hf_vlm.runs.data import check_sources, find_augmentation, own_pairs, scene_rows, validation_scenes
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
-from hf_vlm.training import BlipTrainer, BlipTrainingArguments, last_checkpoint, save_trained
+from hf_vlm.runs.start import Run
+from hf_vlm.training import BlipTrainer, BlipTrainingArguments, save_trained
 
 HEADS = {
     "caption": hf_vlm.VlmBlipForConditionalGeneration,
@@ -75,7 +76,7 @@ def build_collator(task: str, processor: VlmBlipProcessor, prompt: str, augmenta
 
 def main(model_args: BlipTaskArguments, data_args: BlipTaskDataArguments, training_args: BlipTrainingArguments) -> None:
     """Trains; on the built-in data, evaluates the model too."""
-    set_seed(training_args.seed)
+    run = Run("blip_finetune", model_args, data_args, training_args)
 
     # MODEL
     model, processor = build_model(model_args)
@@ -95,7 +96,7 @@ def main(model_args: BlipTaskArguments, data_args: BlipTaskDataArguments, traini
         eval_collator=build_collator(task, processor, model_args.prompt),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    run.train(trainer)
     saved = save_trained(trainer)
     if data_args.sources is None and trainer.is_world_process_zero():
         save_scene_report(training_args.output_dir, saved, processor, data_args.num_scenes, size)

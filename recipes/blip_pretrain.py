@@ -8,8 +8,6 @@ A laptop, on the built-in scenes, after `clip_pretrain`; several GPUs, on your o
 Every scalar key of the YAML is also an option (`--learning_rate 1e-4`). An interrupted run resumes when started again.
 """
 
-from transformers import set_seed
-
 from hf_vlm import VlmBlipForPreTraining, VlmBlipProcessor, VlmTowerConfig, VlmTowerModel
 from hf_vlm.data import CaptionCollator, resolve_part
 from hf_vlm.evaluation.test_sets import save_scene_report
@@ -18,7 +16,8 @@ from hf_vlm.runs.arguments import BlipDataArguments, BlipModelArguments
 from hf_vlm.runs.data import find_augmentation, open_pairs, recall
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
-from hf_vlm.training import BlipTrainer, BlipTrainingArguments, last_checkpoint
+from hf_vlm.runs.start import Run
+from hf_vlm.training import BlipTrainer, BlipTrainingArguments
 
 
 def build_model(args: BlipModelArguments) -> tuple[VlmBlipForPreTraining, VlmBlipProcessor]:
@@ -35,7 +34,7 @@ def build_model(args: BlipModelArguments) -> tuple[VlmBlipForPreTraining, VlmBli
 
 def main(model_args: BlipModelArguments, data_args: BlipDataArguments, training_args: BlipTrainingArguments) -> None:
     """Trains; on the built-in data, evaluates the model too."""
-    set_seed(training_args.seed)
+    run = Run("blip_pretrain", model_args, data_args, training_args)
 
     # MODEL
     model, processor = build_model(model_args)
@@ -55,7 +54,7 @@ def main(model_args: BlipModelArguments, data_args: BlipDataArguments, training_
         processing_class=processor,
         compute_metrics=recall,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    run.train(trainer)
     trainer.save_model()
     if data_args.sources is None and trainer.is_world_process_zero():
         save_scene_report(training_args.output_dir, model, processor, data_args.num_scenes, size)

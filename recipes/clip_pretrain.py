@@ -8,8 +8,6 @@ A laptop, on the built-in emoji images; several GPUs, on your own shards:
 Every scalar key of the YAML is also an option (`--learning_rate 1e-4`). An interrupted run resumes when started again.
 """
 
-from transformers import set_seed
-
 from hf_vlm import VlmClipModel, VlmClipProcessor, VlmTextTowerConfig, VlmTextTowerModel, VlmTowerConfig, VlmTowerModel
 from hf_vlm.data import ContrastiveCollator, PairDataset, PairStream, emoji_pairs, load_emoji, resolve_part
 from hf_vlm.evaluation.test_sets import report_on_builtin_data
@@ -17,7 +15,8 @@ from hf_vlm.runs.arguments import ClipDataArguments, ClipModelArguments
 from hf_vlm.runs.data import find_augmentation, own_pairs, recall
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
-from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, cache_text_features, last_checkpoint
+from hf_vlm.runs.start import Run
+from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments, cache_text_features
 
 
 def build_model(args: ClipModelArguments) -> tuple[VlmClipModel, VlmClipProcessor]:
@@ -48,7 +47,7 @@ def main(
     model_args: ClipModelArguments, data_args: ClipDataArguments, training_args: ContrastiveTrainingArguments
 ) -> None:
     """Trains; on the built-in data, evaluates the model too."""
-    set_seed(training_args.seed)
+    run = Run("clip_pretrain", model_args, data_args, training_args)
 
     # MODEL
     model, processor = build_model(model_args)
@@ -72,7 +71,7 @@ def main(
         processing_class=processor,
         compute_metrics=recall,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    run.train(trainer)
     trainer.save_model()
     if data_args.sources is None and trainer.is_world_process_zero():
         report_on_builtin_data(training_args.output_dir, data_args.num_scenes)

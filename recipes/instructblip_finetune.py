@@ -10,7 +10,7 @@ interrupted run resumes when started again.
 """
 
 from datasets import Dataset
-from transformers import AutoProcessor, AutoTokenizer, set_seed
+from transformers import AutoProcessor, AutoTokenizer
 
 from hf_vlm import VlmInstructBlipForConditionalGeneration, VlmInstructBlipProcessor
 from hf_vlm.data import (
@@ -32,7 +32,8 @@ from hf_vlm.runs.arguments import InstructBlipDataArguments, InstructBlipModelAr
 from hf_vlm.runs.data import check_sources, open_features, scene_rows
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
-from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, add_lora, base_of, last_checkpoint, save_trained
+from hf_vlm.runs.start import Run
+from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, add_lora, base_of, save_trained
 
 TASKS = {"caption": caption_instructions, "vqa": question_instructions}
 
@@ -71,7 +72,7 @@ def main(
     model_args: InstructBlipModelArguments, data_args: InstructBlipDataArguments, training_args: VlmSFTConfig
 ) -> None:
     """Trains; on the built-in data, evaluates the model too."""
-    set_seed(training_args.seed)
+    run = Run("instructblip_finetune", model_args, data_args, training_args)
 
     # MODEL
     model, processor = build_model(model_args, training_args.bf16)
@@ -95,7 +96,7 @@ def main(
         data_collator=PromptCollator(processor, images, features, model_args.max_text_length, with_qformer=True),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    run.train(trainer)
     saved = save_trained(trainer)
     if data_args.sources is None and trainer.is_world_process_zero():
         save_scene_report(training_args.output_dir, saved, processor, data_args.num_scenes, size)

@@ -9,8 +9,6 @@ Every scalar key of the YAML is also an option (`--max_steps 100`). The learning
 `learning_rates` in the YAML overrides it. An interrupted run resumes when started again.
 """
 
-from transformers import set_seed
-
 from hf_vlm import VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.data import PLAIN_TEMPLATE, CaptionConversations, ConversationCollator, DataSource, mix
 from hf_vlm.models import with_image_token
@@ -18,7 +16,8 @@ from hf_vlm.runs.arguments import LlavaAlignDataArguments, LlavaAlignModelArgume
 from hf_vlm.runs.data import check_sources, scene_rows
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
-from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, apply_stage, last_checkpoint, open_language_model, stage_named
+from hf_vlm.runs.start import Run
+from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, apply_stage, open_language_model, stage_named
 
 
 def build_model(
@@ -52,7 +51,7 @@ def build_data(args: LlavaAlignDataArguments, size: int, seed: int) -> CaptionCo
 
 def main(model_args: LlavaAlignModelArguments, data_args: LlavaAlignDataArguments, training_args: VlmSFTConfig) -> None:
     """Trains the parts that the stage names."""
-    set_seed(training_args.seed)
+    run = Run("llava_align", model_args, data_args, training_args)
 
     # MODEL
     model, processor = build_model(model_args, training_args.bf16)
@@ -73,7 +72,7 @@ def main(model_args: LlavaAlignModelArguments, data_args: LlavaAlignDataArgument
         data_collator=ConversationCollator(processor, *lengths, chat_template=PLAIN_TEMPLATE),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    run.train(trainer)
     trainer.save_model()
     finish_run(trainer, "llava_align", model_args, data_args)
 

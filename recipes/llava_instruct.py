@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 from torch.utils.data import ConcatDataset
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor
 
 from hf_vlm import VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.data import (
@@ -31,7 +31,8 @@ from hf_vlm.runs.arguments import LlavaInstructDataArguments, LlavaInstructModel
 from hf_vlm.runs.data import scene_rows
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
-from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, apply_stage, last_checkpoint, save_trained, stage_named
+from hf_vlm.runs.start import Run
+from hf_vlm.training import VlmSFTConfig, VlmSFTTrainer, apply_stage, save_trained, stage_named
 
 
 def build_model(args: LlavaInstructModelArguments) -> tuple[VlmLlavaForConditionalGeneration, VlmLlavaProcessor]:
@@ -56,7 +57,7 @@ def main(
     model_args: LlavaInstructModelArguments, data_args: LlavaInstructDataArguments, training_args: VlmSFTConfig
 ) -> None:
     """Trains; on the built-in data, evaluates the model too."""
-    set_seed(training_args.seed)
+    run = Run("llava_instruct", model_args, data_args, training_args)
 
     # MODEL
     model, processor = build_model(model_args)
@@ -78,7 +79,7 @@ def main(
         data_collator=ConversationCollator(processor, *lengths),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    run.train(trainer)
     saved = save_trained(trainer)
     if data_args.sources is None and trainer.is_world_process_zero():
         settings = replace(AFTER_TRAINING, max_questions=data_args.num_questions, bf16=training_args.bf16)

@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from ..data.sources.stored import StoredRow, stored_blocks
 from ..evaluation import caption_images, embed_images, embed_texts, match_logits
 from ..evaluation.task import Evaluator
 from ..evaluation.tasks import load_checkpoint
+from ..files import hold_folder, replace_file, write_text
+from ..hub.record import read_json
 from ..metrics.retrieval import pair_cosines, unit_images
 from ..models import VlmBlipForConditionalGeneration, VlmBlipForPreTraining
 
@@ -215,10 +216,12 @@ def filter_sources(
         ValueError: if the folder holds the output of other sources or settings, or a source cannot be read.
     """
     folder, opened = Path(folder), [DataSource(**source) for source in sources]
-    state = _state(folder, {**asdict(settings), "sources": json.loads(json.dumps(list(sources)))})
-    pair_filter = PairFilter(settings, progress=False)
+    wanted = {**asdict(settings), "sources": json.loads(json.dumps(list(sources)))}
     on_error = cast(OnError, settings.on_error)
-    with tqdm(desc="images", initial=_totals(state)["images"], disable=not progress) as bar:
+    with hold_folder(folder), tqdm(desc="images", disable=not progress) as bar:
+        state = _state(folder, wanted)
+        pair_filter = PairFilter(settings, progress=False)
+        bar.update(_totals(state)["images"])
         for number, source in enumerate(opened):
             done = [part for part in state["parts"] if part["source"] == number]
             if number in state["complete"]:
@@ -238,9 +241,7 @@ def filter_sources(
 
 def _state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The state of the folder's run; empty for a new folder."""
-    path = folder / STATE_NAME
-    if path.is_file():
-        state = json.loads(path.read_text(encoding="utf-8"))
+    if state := read_json(folder / STATE_NAME):
         changed = [name for name, value in settings.items() if state["settings"].get(name) != value]
         if changed:
             raise ValueError(
@@ -248,22 +249,19 @@ def _state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             )
         return state
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    write_text(folder / "README.md", CARD)
     return {"settings": settings, "parts": [], "complete": []}
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    path = folder / STATE_NAME
-    path.with_suffix(".tmp").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_text(folder / STATE_NAME, json.dumps(state, indent=2))
 
 
 def _write_part(path: Path, columns: dict[str, list], settings: FilterSettings) -> None:
     written = [i for i, keep in enumerate(columns["keep"]) if keep or settings.action == "flag"]
     kept = {name: [column[i] for i in written] for name, column in columns.items()}
     part = datasets.Dataset.from_dict(kept, features=features(settings.itc))
-    part.to_parquet(str(path.with_suffix(".tmp")))
-    os.replace(path.with_suffix(".tmp"), path)
+    replace_file(path, lambda unfinished: part.to_parquet(str(unfinished)))
 
 
 def _counts(columns: dict[str, list], images: int) -> dict[str, int]:

@@ -19,6 +19,7 @@ from ..data.builtin.emoji import TEST_SPLITS
 from ..data.builtin.scenes import load_scenes
 from ..evaluation import GREY, best_threshold, filter_metrics
 from ..evaluation.tasks import load_checkpoint
+from ..files import write_text
 from ..hub.cards.card import RESULTS_NAME, read_results, write_card
 from .filter import PairFilter, similarity
 
@@ -115,7 +116,7 @@ def filter_table(reports: dict[str, dict[str, Any]]) -> str:
 def add_results(folder: str | Path, results: dict[str, dict]) -> None:
     """Adds evaluations to a checkpoint's `results.json` and card; replaces earlier ones of the same name."""
     path = Path(folder) / RESULTS_NAME
-    path.write_text(json.dumps({**read_results(folder), **results}, indent=2), encoding="utf-8")
+    write_text(path, json.dumps({**read_results(folder), **results}, indent=2))
     write_card(folder)
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from ..data.sources.images import load_image
 from ..data.sources.load import load_source
 from ..data.sources.open import DataSource
 from ..data.sources.questions import QuestionRows, question_source
+from ..files import write_text
 from ..metrics.descriptions import RECALL_RANKS
 from .prompts import prompting_of
 from .reports import hard_negative_report, retrieval_report
 from .tables import add_row, by_task, describe, format_report, format_reports, report_table
 from .task import DEFAULTS, EvaluationSettings, Evaluator, TestSet
 from .tasks import Reports, chosen_tasks, load_checkpoint, run_tasks, usable_tasks
+
+logger = logging.getLogger(__name__)
 
 # The fields of `TestSet` that each kind of data fills.
 CAPTION_FIELDS = ("captions", "references")
@@ -64,7 +68,7 @@ def report_on_builtin_data(folder: str, num_scenes: int) -> None:
     reports |= by_task(emoji_reports(Evaluator(model, processor), "zero_shot"))
     for task, report in reports.items():
         print(format_report(report, task))
-    Path(folder, "results.json").write_text(json.dumps(reports, indent=2))
+    write_text(Path(folder, "results.json"), json.dumps(reports, indent=2))
 
 
 def emoji_reports(evaluator: Evaluator, task: str | None = None) -> Reports:
@@ -213,8 +217,11 @@ def save_scene_report(
     results = by_task(reports)
     for row, other in beside.items():
         if other is not None and Path(other, "results.json").is_file():
-            add_row(results, row, json.loads(Path(other, "results.json").read_text()))
-    Path(folder, "results.json").write_text(json.dumps(results, indent=2))
+            try:
+                add_row(results, row, json.loads(Path(other, "results.json").read_text(encoding="utf-8")))
+            except (ValueError, AttributeError, TypeError, KeyError):
+                logger.warning("%s/results.json is broken: its row is left out.", other)
+    write_text(Path(folder, "results.json"), json.dumps(results, indent=2))
 
 
 def evaluate_checkpoint(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..families import heads
+from ..files import write_text
 
 
 def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
@@ -49,7 +50,7 @@ def _edit_json(path: Path, **entries: Any) -> None:
     content = json.loads(path.read_text()) | entries
     if "image_processor" in content:
         content["image_processor"]["auto_map"] = entries["auto_map"]
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 __all__ = ["save_with_code"]

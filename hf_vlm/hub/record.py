@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from ..files import write_text
+
 RECORD_NAME = "training_record.json"
 CARD_HASH = "card_sha256"  # key of the hash of the model card as it was written
 PACKAGES = ("hf_vlm", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
@@ -146,9 +148,7 @@ def published(value: Any) -> Any:
 
 def write_record(folder: str | Path, record: Record) -> Path:
     """Writes a record next to the weights and returns its path."""
-    path = Path(folder) / RECORD_NAME
-    path.write_text(record_text(record), encoding="utf-8")
-    return path
+    return write_text(Path(folder) / RECORD_NAME, record_text(record))
 
 
 def record_text(record: Record) -> str:

@@ -1,15 +1,19 @@
 """The end of every recipe: the record of the run, its model card and, with `--push_to_hub`, the push."""
 
 import dataclasses
+import logging
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
 from ..data.builtin.drawings import package_versions
-from ..hub.cards.card import write_card
+from ..hub.cards.card import RESULTS_NAME, read_results, write_card
 from ..hub.push import push_run
-from ..hub.record import has_trained, read_record, run_record
+from ..hub.record import RECORD_NAME, Record, has_trained, read_record, run_record
 from .provenance import builtin_data, own_data, own_licence, pretrained_parts
+
+logger = logging.getLogger(__name__)
 
 
 def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any, has_easy_vqa: bool = False) -> None:
@@ -28,7 +32,8 @@ def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any, h
     if not trainer.is_world_process_zero():
         return
     args = trainer.args
-    record = read_record(args.output_dir)
+    record = old_record(args.output_dir)
+    set_broken_results_aside(args.output_dir)
     if has_trained(trainer) or record["training"].get("steps") != trainer.state.global_step:
         model, data = dataclasses.asdict(model_args), dataclasses.asdict(data_args)
         parts = pretrained_parts(model)
@@ -40,6 +45,26 @@ def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any, h
             record["licence"] = own_licence(parts)
     write_card(args.output_dir, args.hub_model_id if args.push_to_hub else None, record)
     push_run(args)
+
+
+def old_record(folder: str) -> Record:
+    """The record of an earlier start of the run; an empty one, with a warning, in place of a broken file."""
+    try:
+        return read_record(folder)
+    except ValueError as error:
+        logger.warning("%s The record is written anew.", error)
+        Path(folder, RECORD_NAME).unlink()
+        return read_record(folder)
+
+
+def set_broken_results_aside(folder: str) -> None:
+    """Renames a broken `results.json`, which the card could not show, with a warning."""
+    try:
+        read_results(folder)
+    except ValueError as error:
+        path = Path(folder, RESULTS_NAME)
+        logger.warning("%s It is now called damaged-%s.", error, path.name)
+        path.replace(path.with_name(f"damaged-{path.name}"))
 
 
 __all__ = ["finish_run"]

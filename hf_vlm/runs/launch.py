@@ -2,13 +2,16 @@
 
 - The argument groups are the dataclasses that annotate `main`.
 - `--config NAME` takes a packaged YAML file of the recipe, `--config PATH` any file; options override its keys.
-- Unknown keys and options are refused with the most similar known one. A user's mistake is one line, without traceback.
+- Unknown keys and options are refused with the most similar known one.
+- Any error is one line without traceback, and the exit code 1; Ctrl-C is one line and the exit code 130.
 """
 
 import dataclasses
+import errno
 import inspect
 import os
 import sys
+import traceback
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -168,7 +171,7 @@ def parse_arguments(main: Callable, args: Sequence[str] | None = None) -> tuple:
 
 
 def launch(main: Callable[..., None], args: Sequence[str] | None = None) -> None:
-    """Runs a recipe. A user's mistake ends the process with one line and exit code 1.
+    """Runs a recipe. An error ends the process with one line and exit code 1, Ctrl-C with exit code 130.
 
     Set the environment variable HF_VLM_TRACEBACK=1 to see the traceback.
 
@@ -176,15 +179,41 @@ def launch(main: Callable[..., None], args: Sequence[str] | None = None) -> None
         main: A function of dataclasses, in the recipe's script.
         args: Command-line options; those of this process by default.
     """
+    groups: tuple = ()
     try:
-        main(*parse_arguments(main, args))
-    except (ValueError, OSError, ModuleNotFoundError, StrictDataclassError) as error:
+        groups = parse_arguments(main, args)
+        main(*groups)
+    except KeyboardInterrupt as interrupt:
+        print(f"{interrupt or 'Interrupted.'} {how_to_resume(groups)}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        line = lines[-1] if isinstance(error, StrictDataclassError) else lines[0]  # where each says what is wrong
-        print(f"Error: {line.strip()} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
+        print(f"Error: {in_one_line(error)} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
         sys.exit(1)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, in one line; for those that are not written for a user, with their type and place."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, StrictDataclassError):
+        return lines[-1]  # says there what is wrong
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space is left on the disk ({error}): make room, then run the same command again."
+    if lines and isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
+        return lines[0]
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "hf_vlm" in frame.filename]
+    place = f" in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
+    return f"{type(error).__name__}{place}: {lines[0] if lines else 'no message'}"
+
+
+def how_to_resume(groups: Sequence[Any]) -> str:
+    """Where the same command resumes after an interrupt."""
+    folders = [group.output_dir for group in groups if isinstance(group, TrainingArguments)]
+    found = [path for folder in folders for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]
+    if found:
+        return f"Run the same command to resume from {max(found, key=lambda path: int(path.name[11:]))}."
+    return "There is no checkpoint yet: the same command begins anew." if folders else ""
 
 
 __all__ = ["RecipeParser", "launch", "parse_arguments", "read_yaml"]

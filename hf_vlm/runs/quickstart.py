@@ -18,6 +18,7 @@ from ..data.builtin.emoji import emoji_pairs, load_emoji
 from ..data.wheels import resolve_part
 from ..evaluation.tables import describe, format_report, report_table
 from ..evaluation.test_sets import emoji_report
+from ..files import write_text
 from ..models import VlmClipModel, VlmClipProcessor, VlmTowerConfig, VlmTowerModel
 from ..search import DatasetItems, EmbeddingIndex, Hit, Result, write_sheet
 from ..training import ContrastiveTrainer, ContrastiveTrainingArguments, cache_text_features
@@ -162,7 +163,7 @@ def run(output: Path, max_minutes: float = 7.5, seed: int = 0) -> dict[str, Any]
         output / "results.html", "hf_vlm quickstart", note, results, report_table(report, describe("retrieval", report))
     )
     record = {"steps": steps, "training_seconds": seconds, "retrieval": report}
-    (output / "results.json").write_text(json.dumps(record, indent=2))
+    write_text(output / "results.json", json.dumps(record, indent=2))
     print(f"Model: {output / 'model'}\nIndex: {output / 'index'}\nSheet: {sheet}")
     print(f'Search: hf-vlm index search {output / "index"} "a red fruit"')
     return record

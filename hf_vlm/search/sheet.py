@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..files import write_text
+
 THUMBNAIL_SIDE = 96
 
 STYLE = """
@@ -107,9 +109,7 @@ def write_sheet(
         *(result_section(result) for result in results),
         "</html>",
     ]
-    path = Path(path).resolve()
-    path.write_text("\n".join(parts), encoding="utf-8")
-    return path
+    return write_text(Path(path).resolve(), "\n".join(parts))
 
 
 __all__ = ["Hit", "Result", "write_sheet"]

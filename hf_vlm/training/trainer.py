@@ -1,19 +1,39 @@
 """The base of all trainers: weight decay by shape, separate losses and throughput in the log, exact resume."""
 
+import re
+import shutil
 import time
+import zlib
 from collections import defaultdict
-from typing import NoReturn
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import HfApi
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollator, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from ..data.batches.pairs import PairDataset, PairStream
 from ..data.batches.questions import QuestionDataset
+from ..files import hold_folder
 from .muon import MuonAdamW
+from .resume import begin_checkpoint, compare_runs, last_checkpoint, saved_shapes, seal_checkpoint
+
+# Training arguments of a resumed run, by how they are compared with the checkpoint's: see `compare_runs`.
+ORDER = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
+STREAM_ORDER = ("per_device_train_batch_size", "dataloader_num_workers", "world_size")
+KEPT = ("learning_rate", "learning_rates", "muon_learning_rate", "weight_decay", "adam_beta1", "adam_beta2")
+TAKEN = (
+    *("max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "bf16", "fp16"),
+)
 
 
 class TellEpoch(TrainerCallback):
@@ -65,6 +85,7 @@ class VlmTrainer(Trainer):
     def __init__(self, *args, eval_collator: DataCollator | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_collator: DataCollator = eval_collator or self.data_collator
+        self.run_arguments: dict[str, dict[str, Any]] = {}  # of the recipe, stored in checkpoints: model and data
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._stopwatch = Stopwatch()
         self.add_callback(self._stopwatch)
@@ -122,12 +143,127 @@ class VlmTrainer(Trainer):
         finally:
             self.data_collator, self.args.dataloader_drop_last = before
 
+    # --- runs that are interrupted and resumed
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """Trains, from a checkpoint if one is given; no other process can train into the same folder.
+
+        Raises:
+            ValueError: if the checkpoint is of another run, or another process holds the output folder.
+            KeyboardInterrupt: with the step as its message.
+        """
+        with hold_folder(self.args.output_dir):
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+                if resume_from_checkpoint is None:
+                    raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
+            if resume_from_checkpoint:
+                self._compare_weights(resume_from_checkpoint)
+                compare_runs(resume_from_checkpoint, self.run_facts(), not self.args.ignore_data_skip)
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"Interrupted at step {self.state.global_step}.") from None
+
+    def run_facts(self) -> dict[str, dict[str, Any]]:
+        """What a resumed run is compared with; see [`compare_runs`]."""
+        values = {**self.args.to_dict(), "world_size": self.args.world_size}
+        is_stream = not isinstance(self.train_dataset, Sized)
+        order = {name: values[name] for name in (*ORDER, *(STREAM_ORDER if is_stream else ()))}
+        order["rows"] = None if is_stream else len(self.train_dataset)  # type: ignore[arg-type]  # just checked
+        order["rows of a step"] = (
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        )
+        rates = self.args.learning_rates or {}
+        fixed = {
+            "optim": str(values["optim"]),
+            "Muon": self.args.muon_learning_rate is not None,
+            "modules with learning_rates": sorted(rates),
+            "trained parameters": sum(p.requires_grad for p in self.model.parameters()),
+        }
+        if isinstance(self.model, PeftModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            fixed["weights under the adapter"] = fingerprint(self.model)
+        return {
+            "fixed": {**fixed, **self.run_arguments.get("fixed", {})},
+            "order": {**order, **self.run_arguments.get("order", {})},
+            "kept": {name: values[name] for name in KEPT},
+            "taken": {name: values[name] for name in TAKEN},
+        }
+
+    def _compare_weights(self, checkpoint: str) -> None:
+        """Refuses weights of other names or shapes, of which the Trainer would load those that fit."""
+        saved = saved_shapes(checkpoint)
+        if saved is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        own = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+        advice = "Choose another output_dir."
+        for name, shape in saved.items():
+            if name not in own:
+                raise ValueError(f"{checkpoint} holds {name}, which this model does not have. {advice}")
+            if list(own[name].shape) != shape:
+                given = tuple(own[name].shape)
+                raise ValueError(f"{checkpoint}: {name} has shape {tuple(shape)}, in this model {given}. {advice}")
+        kept = {own[name].data_ptr() for name in saved}  # names that share a tensor are saved once
+        ignored = model.base_model if isinstance(model, PeftModel) else model
+        for name, tensor in own.items():
+            left_out = any(re.search(key, name) for key in ignored._keys_to_ignore_on_save or ())
+            if name not in saved and tensor.data_ptr() not in kept and not left_out:
+                raise ValueError(f"{checkpoint} does not hold {name}, which this model has. {advice}")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Syncs a checkpoint to disk before older ones are deleted."""
+        output_dir = self._get_output_dir(trial)
+        folder = Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.args.should_save:
+                begin_checkpoint(folder)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each rank saves its random state
+            if self.args.should_save:
+                seal_checkpoint(folder, self.run_facts())
+        except (OSError, SafetensorError, RuntimeError) as error:
+            free = shutil.disk_usage(output_dir).free / 2**20
+            raise OSError(
+                f"{folder} could not be saved ({str(error).splitlines()[0]}); {free:,.0f} MiB are free. "
+                "Make room, then run the same command again."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also sets the rate of the next step by the schedule of this run, which may be longer than the saved one."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint is not None and isinstance(scheduler, LambdaLR):
+            for group, rate, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
     def _run_epoch(self, **kwargs) -> None:
-        """Does nothing if no step is left: a finished run that is started again must not train further."""
-        if self.state.global_step >= self.state.max_steps:
+        """Does nothing if no step is left: a finished run that is started again must not train further.
+
+        Raises:
+            RuntimeError: if the data ended before the epoch did.
+        """
+        before = self.state.global_step
+        if before >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(**kwargs)
+            return
+        super()._run_epoch(**kwargs)
+        done = self.state.global_step
+        expected = min(self.state.max_steps, (kwargs["epoch"] + 1) * kwargs["num_update_steps_per_epoch"])
+        was_stopped = self.control.should_training_stop or self.control.should_epoch_stop
+        if done == before or (done < expected and not was_stopped and isinstance(self.train_dataset, Sized)):
+            raise RuntimeError(
+                f"The training data ended after step {done}, but the epoch has {expected - before} more steps from "
+                f"step {before}: check the data and its collator."
+            )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Checks the token before training; `push_run` creates the repository."""
@@ -162,6 +298,17 @@ class VlmTrainer(Trainer):
             samples = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
             logs["samples_per_second"] = round(samples * self._stopwatch.lap(self.state.global_step), 1)
         super().log(logs, start_time)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> int:
+    """A number of a model's frozen weights: the first values of each, so that large models take no time."""
+    value = 0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            start = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16)  # equal for all dtypes of a run
+            value = zlib.crc32(start.view(torch.uint8).numpy().tobytes(), value)
+    return value
 
 
 def groups_by_rate(model: nn.Module, groups: list[dict], rates: dict[str, float]) -> list[dict]:

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ...families import FAMILIES, load_reference
+from ...files import write_text
 from ...metrics.descriptions import DESCRIPTIONS, Description
 from ..record import CARD_HASH, RECORD_NAME, Record, read_json, read_record, record_text, write_record
 from .evaluations import EVALUATIONS, OTHER_RUNS, TEST_SETS
@@ -56,7 +57,7 @@ def write_card(folder: str | Path, name: str | None = None, record: Record | Non
     if has_record:
         write_record(folder, record)
     if not keep:
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return path
 
 
