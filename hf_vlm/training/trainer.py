@@ -86,6 +86,7 @@ class VlmTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.eval_collator: DataCollator = eval_collator or self.data_collator
         self.run_arguments: dict[str, dict[str, Any]] = {}  # of the recipe, stored in checkpoints: model and data
+        self._facts: dict[str, dict[str, Any]] = {}
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._stopwatch = Stopwatch()
         self.add_callback(self._stopwatch)
@@ -157,9 +158,10 @@ class VlmTrainer(Trainer):
                 resume_from_checkpoint = last_checkpoint(self.args.output_dir)
                 if resume_from_checkpoint is None:
                     raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
+            self._facts = self.run_facts()
             if resume_from_checkpoint:
                 self._compare_weights(resume_from_checkpoint)
-                compare_runs(resume_from_checkpoint, self.run_facts(), not self.args.ignore_data_skip)
+                compare_runs(resume_from_checkpoint, self._facts, not self.args.ignore_data_skip)
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             except KeyboardInterrupt:
@@ -222,7 +224,7 @@ class VlmTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each rank saves its random state
             if self.args.should_save:
-                seal_checkpoint(folder, self.run_facts())
+                seal_checkpoint(folder, self._facts)
         except (OSError, SafetensorError, RuntimeError) as error:
             free = shutil.disk_usage(output_dir).free / 2**20
             raise OSError(
