@@ -12,13 +12,16 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.batches.collators import pair_id
+from ..data.batches.pairs import row_id
 from ..data.builtin.emoji import TEST_SPLITS, load_emoji
 from ..data.builtin.scenes import load_scenes
 from ..data.builtin.table import BUILTIN, BuiltinOptions
+from ..data.sources.cells import read_captions
 from ..data.sources.images import load_image
 from ..data.sources.load import load_source
 from ..data.sources.open import DataSource
 from ..data.sources.questions import QuestionRows, question_source
+from ..data.sources.splits import one_split
 from ..files import write_text
 from ..metrics.descriptions import RECALL_RANKS
 from .prompts import prompting_of
@@ -249,12 +252,13 @@ def evaluate_checkpoint(
     tasks = chosen_tasks(model, (*CAPTION_FIELDS, *QUESTION_FIELDS, *CLASS_FIELDS), task, data)
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
     fields = own_fields(mapping, tasks)
+    rows = "train" if split == "test" and train_split is None and one_split(data) else split
     if fields == QUESTION_FIELDS:
-        test = own_questions(data, split, train_split, mapping, limit)
+        test = own_questions(data, rows, train_split, mapping, limit)
     elif fields == CLASS_FIELDS:
-        test = own_classes(data, split, mapping, limit)
+        test = own_classes(data, rows, mapping, limit)
     else:
-        test = own_captions(data, split, mapping, limit)
+        test = own_captions(data, rows, mapping, limit)
     return {split: run_tasks(evaluator, chosen_tasks(model, fields, task, data), test)}
 
 
@@ -270,7 +274,7 @@ def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> 
     """The user's own images and captions."""
     rows = _first(load_source(DataSource(data, split=split, columns=columns)), limit)
     images = [load_image(row["image"], where=f"row {i}") for i, row in enumerate(rows)]
-    ids = [pair_id(row["id"]) for row in rows] if "id" in rows[0] else None
+    ids = [pair_id(row_id(row)) for row in rows] if "id" in rows[0] else None
     captions = [row["caption"] for row in rows]
     return TestSet(images, captions=captions, references=captions, ids=ids)
 
@@ -309,7 +313,8 @@ def own_classes(data: str, split: str, columns: dict[str, str], limit: int) -> T
     names = {"image": "image", "class": "label"} | columns
     source = DataSource(data, split=split, columns={"image": names["image"], "caption": names["class"]})
     rows = load_source(source)
-    classes = dict.fromkeys(name.replace("_", " ") for name in rows.with_format(None)["caption"])
+    cells = [cell for cell in rows.with_format(None)["caption"] if cell is not None]
+    classes = dict.fromkeys(name.replace("_", " ") for cell in cells for name in read_captions(cell))
     first = _first(rows, limit)
     images = [load_image(row["image"], where=f"row {i}") for i, row in enumerate(first)]
     labels = [row["caption"].replace("_", " ") for row in first]

@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from ..data.sources.cells import Number, read_captions, read_id
 from ..data.sources.images import load_image
-from ..data.sources.open import has_table, undecoded
+from ..data.sources.open import WrittenRows, has_table, undecoded
 from ..data.sources.rows import CaptionError, Origin, SourceError, image_of
 from ..paths import is_inside
 
@@ -179,7 +180,8 @@ class DatasetItems:
     """The rows of a `datasets.Dataset` as items. An image is read when the iteration reaches it.
 
     Args:
-        rows: The dataset.
+        rows: The dataset, or the rows of files of text: their ids and captions are texts, and a column of metadata has
+            a type if all of its cells have it.
         columns: Role (`image`, `caption`, `id`) -> column. Default: the first image column, a column of
             `CAPTION_NAMES`, and `id`.
         kinds: "image": images with their captions. "text": each caption as an item.
@@ -191,7 +193,7 @@ class DatasetItems:
         ValueError: if a column is missing.
     """
 
-    rows: datasets.Dataset
+    rows: Any
     columns: dict[str, str] | None = None
     kinds: Sequence[str] = ("image",)
     metadata: Sequence[str] | None = None
@@ -199,6 +201,8 @@ class DatasetItems:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rows, WrittenRows):
+            self.rows = _typed(self.rows, self.columns or {}, as_csv=self.label.endswith(".csv"))
         features = self.rows.features
         image_columns = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         named = [name for name in IMAGE_NAMES if name in features] if self.origin is not None else []
@@ -238,7 +242,7 @@ class DatasetItems:
         if isinstance(cell, bytes):
             source = {"bytes": cell}
         path, text = source.get("path"), captions[0] if captions else ""
-        if "id" in self.roles:
+        if "id" in self.roles and row[self.roles["id"]] is not None:
             identity = str(row[self.roles["id"]])
         else:
             identity = content_id("image", source.get("bytes") or path or "", text)
@@ -247,6 +251,40 @@ class DatasetItems:
             cell = image_of(cell, self.origin, place)
             path = str(cell) if isinstance(cell, Path) else path
         return Item(identity, cell, text, path=path, metadata=metadata, place=place)
+
+
+def _typed(rows: WrittenRows, columns: Mapping[str, str], as_csv: bool) -> datasets.Dataset:
+    """The rows of files of text as a dataset; cells that are no value of their role are missing."""
+    found = list(rows)
+    captions = {columns.get("caption"), *CAPTION_NAMES}
+    table = {}
+    for name in rows.column_names:
+        cells = [row.get(name) if isinstance(row, Mapping) else None for row in found]
+        if name == columns.get("id", "id"):
+            table[name] = [_value(read_id, cell) for cell in cells]
+        elif name in captions:
+            table[name] = [_value(read_captions, cell) for cell in cells]
+        elif name in columns.values():
+            table[name] = cells
+        else:
+            table[name] = _numbers([cell or "" for cell in cells]) if as_csv else [_plain(cell) for cell in cells]
+    return datasets.Dataset.from_dict(table, on_mixed_types="use_json")
+
+
+def _value(read: Callable[[Any], Any], cell: Any) -> Any:
+    try:
+        return read(cell)
+    except ValueError:
+        return None
+
+
+def _plain(cell: Any) -> Any:
+    """A cell with its numbers of JSON as numbers."""
+    if isinstance(cell, Number):
+        return json.loads(cell.text)
+    if isinstance(cell, list):
+        return [_plain(part) for part in cell]
+    return {name: _plain(part) for name, part in cell.items()} if isinstance(cell, dict) else cell
 
 
 def _is_metadata(feature: Any) -> bool:

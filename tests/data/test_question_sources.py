@@ -13,8 +13,8 @@ import pytest
 
 from cases import tiny
 from hf_vlm.data import QuestionRows, load_questions, load_source, question_instructions, question_source
+from hf_vlm.data.sources.cells import read_answers
 from hf_vlm.data.sources.open import DataSource, open_rows
-from hf_vlm.data.sources.questions import read_answers
 from hf_vlm.data.sources.rows import CaptionError, SkipReport, SourceError
 
 QUESTIONS = ["what colour?", "is it red?", "how many?"]
@@ -112,7 +112,7 @@ def test_cells_of_csv_are_texts(answer: str, tmp_path: Path) -> None:
         (["red", None], "holds no answer"),
         ([{"answer": ""}], "holds an empty answer"),
         (True, "holds the bool True"),
-        (2.5, "holds the float 2.5"),
+        (2.5, "holds the (float|number) 2.5"),
         ([["red"]], "holds the list"),
     ],
     ids=str,
@@ -187,16 +187,16 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     ("name", "text", "wrong"),
     [
         ("a.jsonl", '{"a": 1}\n{"a"\n', r"a\.jsonl, line 2: is not valid JSON"),
-        ("a.json", "[1,", r"a\.json: is not valid JSON"),
+        ("a.json", "[1,", r"a\.json, item 2: is not valid JSON"),
         ("a.csv", "a,b\n1\n", "line 2: has more or fewer cells than the header"),
-        ("a.csv", 'a,b\n"1,2\n', "cannot be opened"),
+        ("a.csv", 'a,b\n"1,2\n', r"a\.csv, line 2: is not valid CSV.*rest of the file"),
         ("a.jsonl", "", "has no rows in split 'train'"),
     ],
 )
 def test_broken_files_name_the_line(name: str, text: str, wrong: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(SourceError, match=wrong):
-        open_rows(DataSource(str(tmp_path / name)), as_written=True)
+        open_rows(DataSource(str(tmp_path / name)))
 
 
 def test_texts_need_no_image(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ SOURCES = {
     "jsonl": lambda folder: DataSource(str(table(folder))),
     "csv": csv,
     "folder of parquet": parquet,
-    "pattern of parquet": lambda folder: DataSource(shards(folder, 2), split="anything"),
+    "pattern of parquet": lambda folder: DataSource(shards(folder, 2)),
     "files of parquet": lambda folder: parquet(folder, data_files=["part-000.parquet", "part-001.parquet"]),
     "parquet without image type": plain_parquet,
     "arrow": arrow,
@@ -179,7 +179,7 @@ def test_several_captions_and_ids(stream: bool, tmp_path: Path) -> None:
     source = DataSource(str(path), columns={"caption": "texts", "id": "object"}, streaming=stream)
     examples = list(load_source(source))
     assert [example["caption"] for example in examples] == [["a", "b"], "c", ["d", "e", "f"]]
-    assert [example["id"] for example in examples] == ["o0", "o0", "d"]
+    assert [example["id"] for example in examples] == ["o0", "o0", None]
 
 
 def test_an_image_is_read_when_its_row_is_asked_for(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_bad_image_raises_with_its_place(damage: str, stream: bool, tmp_path: 
     path = table(tmp_path)
     BAD[damage](tmp_path / "images" / "3.png")
     rows = load_source(DataSource(str(path), streaming=stream))
-    place = r"captions\.jsonl \(images/3\.png\)" if stream else r"captions\.jsonl, row 3 \(images/3\.png\)"
+    place = r"captions\.jsonl, line 4 \(images/3\.png\)" if stream else r"captions\.jsonl, row 3 \(images/3\.png\)"
     with pytest.raises(ImageError, match=place) as caught:
         list(rows)
     assert "\n" not in str(caught.value)
@@ -308,7 +308,7 @@ def test_a_bad_caption(caption: object, stream: bool, tmp_path: Path) -> None:
     rows = [{"image": "0.png", "caption": caption}]
     good = [["fine"]] if isinstance(caption, list) else [7] if caption == 5 else ["fine"]
     path = jsonl(tmp_path / "a.jsonl", [*rows, {"image": "1.png", "caption": good[0]}])
-    with pytest.raises(CaptionError, match=r"0\.png.*caption is"):
+    with pytest.raises(CaptionError, match=r"0\.png\): column 'caption' holds "):
         list(load_source(DataSource(str(path), streaming=stream)))
     if caption != 5:
         kept = list(load_source(DataSource(str(path), streaming=stream), on_error="skip"))
@@ -409,9 +409,9 @@ UNUSABLE = {
     "unknown kind": (lambda folder: DataSource(str(write_images(folder) / "0.png")), "of unknown kind"),
     "two kinds": (two_kinds, "several kinds"),
     "no rows": (header_only, "has no rows|corresponds to no data"),
-    "an empty slice": (lambda folder: parquet(folder, split="train[:1%]"), "cannot be opened.*train"),
+    "an empty slice": (lambda folder: parquet(folder, split="train[:1%]"), "has no rows in split|is a slice"),
     "broken file": (broken_parquet, "cannot be opened"),
-    "no such split": (lambda folder: parquet(folder, split="test"), "cannot be opened.*test"),
+    "no such split": (lambda folder: parquet(folder, split="test"), "no split 'test'; it has train"),
     "no such split on disk": (lambda folder: DataSource(saved(folder).path, split="train"), "no split 'train'"),
     "no such dataset": (lambda folder: DataSource("nobody/nothing"), "cannot be opened"),
     "a column twice": (

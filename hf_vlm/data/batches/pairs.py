@@ -5,7 +5,7 @@ A resumed run therefore sees the same captions and augmentations as an uninterru
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import datasets
@@ -29,6 +29,13 @@ class Pair(TypedDict):
     seed: int
 
 
+def row_id(row: Mapping[str, Any]) -> Any:
+    """The id of a row, or its first caption where it has none: a pair with "caption", which equals no id."""
+    if row.get("id") is not None:
+        return row["id"]
+    return "caption", row["caption"] if isinstance(row["caption"], str) else row["caption"][0]
+
+
 def make_pair(row: dict[str, Any], index: int, seed: tuple[int, ...], epoch: int, shuffle_captions: bool) -> Pair:
     """Chooses one caption of a row.
 
@@ -50,7 +57,7 @@ def make_pair(row: dict[str, Any], index: int, seed: tuple[int, ...], epoch: int
     return {
         "image": row["image"],
         "caption": captions[choice],
-        "id": captions[0] if row.get("id") is None else row["id"],
+        "id": row_id(row),
         "index": index,
         "seed": int(rng.integers(2**63)),
     }
@@ -143,4 +150,4 @@ def load_pairs(
     return PairDataset(rows, seed, shuffle_captions)
 
 
-__all__ = ["Pair", "PairDataset", "PairStream", "load_pairs", "make_pair"]
+__all__ = ["Pair", "PairDataset", "PairStream", "load_pairs", "make_pair", "row_id"]

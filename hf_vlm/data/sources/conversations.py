@@ -186,7 +186,7 @@ def load_conversations(path: str | Path, image_folder: str | Path | None = None,
     Raises:
         ValueError: if the file is not valid JSON, or holds no rows.
     """
-    opened = open_rows(DataSource(str(path)), as_written=True)
+    opened = open_rows(DataSource(str(path)), skip=options.get("on_error") == "skip")
     return ConversationRows(opened.rows, image_folder, str(path), **options)
 
 
@@ -209,7 +209,7 @@ def open_conversations(source: Mapping[str, Any], **options) -> ConversationRows
     if unknown := sorted(set(columns) - {"messages", "image"}):
         raise ValueError(f"{path}: columns: {unknown} is unknown; name messages and image.")
     fields = {name: value for name, value in source.items() if name not in ("image_folder", "columns")}
-    opened = open_rows(DataSource(**fields), as_written=True)
+    opened = open_rows(DataSource(**fields), skip=options.get("on_error") == "skip")
     if absent := sorted(set(columns.values()) - set(opened.names)):
         raise ValueError(f"{path}: no column {absent[0]!r}; it has {', '.join(opened.names)}.")
     rows = opened.rows if isinstance(opened.rows, WrittenRows) else undecoded(opened.rows)

@@ -8,18 +8,29 @@ from typing import Any, overload
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from torch.utils.data import get_worker_info
 
-from .open import DataSource, find_columns, open_rows, undecoded
+from .cells import read_image, read_pair
+from .open import DataSource, find_columns, open_rows, undecoded, with_text_ids
 from .questions import QuestionRows, QuestionSource
-from .rows import OnError, Origin, RowReader, SkipReport, StreamReader, report_for, stored_path
+from .rows import WRONG, OnError, Origin, RowReader, SkipReport, StreamReader, report_for, stored_path
+from .tables import PLACE, WrittenRows
 
-# All streams have these columns, whatever their format, so that they can be mixed.
-_STREAM = datasets.Features(
+_BLOCK = 10_000
+# The values of image-caption rows, undecoded; `WRONG` says what is wrong with a bad row.
+_VALUES = datasets.Features(
     {
         "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
         "caption": datasets.List(datasets.Value("string")),
         "id": datasets.Value("string"),
+        WRONG: datasets.Value("string"),
+    }
+)
+# All streams have these columns, whatever their format, so that they can be mixed.
+_STREAM = datasets.Features(
+    {
+        **_VALUES,
         "_origin": datasets.Value("int32"),
         "_place": datasets.Value("string"),
         "_has_id": datasets.Value("bool"),
@@ -63,30 +74,44 @@ def load_source(
     """
     report = report_for(on_error, report)
     if isinstance(source, QuestionSource):
-        opened = open_rows(source, as_written=True)
+        opened = open_rows(source, skip=report is not None)
         return QuestionRows(
             opened.rows, f"{source.path}, split {source.split}", opened.origin, find_columns(source, opened), report
         )
     if source.streaming:
         stream, origin = open_stream(source)
         return read_stream(stream, [origin], report)
-    opened = open_rows(source)
-    return read_rows(opened.rows, opened.origin, find_columns(source, opened), report)
-
-
-def read_rows(
-    rows: datasets.Dataset, origin: Origin, columns: dict[str, str], report: SkipReport | None
-) -> datasets.Dataset:
-    """Renames the columns of a map-style source to their roles, and decodes its rows on access."""
-    rows = rows.select_columns(list(columns.values()))
-    rows = rows.rename_columns({name: role for role, name in columns.items() if role != name})
-    rows = undecoded(rows)
-    kind = rows.features["caption"]
-    if isinstance(kind, datasets.ClassLabel):  # class numbers become class names
-        names = [kind.int2str(number) for number in rows["caption"]]
-        rows = rows.remove_columns("caption").add_column("caption", names)
-    reader = RowReader(rows, origin, report)
+    opened = open_rows(source, skip=report is not None)
+    columns = find_columns(source, opened)
+    if isinstance(opened.rows, WrittenRows):
+        rows = _written_pairs(opened.rows, columns)
+    else:
+        rows = with_text_ids(opened.rows, source, columns).select_columns(list(columns.values()))
+        rows = undecoded(rows.rename_columns({name: role for role, name in columns.items() if role != name}))
+    reader = RowReader(rows, opened.origin, report, columns)
     return rows.add_column(RowReader.POSITION, np.arange(len(rows))).with_transform(reader)
+
+
+def _written_pairs(rows: WrittenRows, columns: dict[str, str]) -> datasets.Dataset:
+    """The values of all rows; those of a bad row are missing, and `WRONG` says why."""
+    features = datasets.Features({role: kind for role, kind in _VALUES.items() if role in (*columns, WRONG)})
+    schema = features.arrow_schema
+    blocks = [schema.empty_table()]
+    for start in range(0, len(rows), _BLOCK):
+        values = [_values(rows[index], columns) for index in range(start, min(start + _BLOCK, len(rows)))]
+        blocks.append(pa.Table.from_pylist(values, schema))
+    return datasets.Dataset(pa.concat_tables(blocks), datasets.DatasetInfo(features=features))
+
+
+def _values(row: Any, columns: dict[str, str]) -> dict[str, Any]:
+    """The values of a row as `_VALUES`, with its image undecoded."""
+    values: dict[str, Any] = dict.fromkeys(_VALUES)
+    try:
+        values |= read_pair(row, columns)
+        values["image"] = read_image(values["image"], columns["image"])
+    except ValueError as error:
+        values |= {"image": {"path": stored_path(row.get(columns["image"]))}, WRONG: str(error)}
+    return values
 
 
 def open_stream(
@@ -101,26 +126,21 @@ def open_stream(
     """
     opened = open_rows(source, seed)
     origin, columns = opened.origin, find_columns(source, opened)
+    if opened.features is None:
+        columns.setdefault("id", "id")  # which the first rows may lack
+    rows = undecoded(with_text_ids(opened.rows, source, columns))
     to_row = partial(_stream_row, columns=columns, label=origin.label, number=number)
-    rows = undecoded(opened.rows).map(to_row, with_indices=True, features=_STREAM)
-    return rows.select_columns(list(_STREAM)), origin
+    return rows.map(to_row, with_indices=True, features=_STREAM).select_columns(list(_STREAM)), origin
 
 
 def _stream_row(row: dict[str, Any], index: int, columns: dict[str, str], label: str, number: int) -> dict[str, Any]:
-    image, caption = row.get(columns["image"]), row.get(columns["caption"])
-    if isinstance(image, str):
-        image = {"bytes": None, "path": image}
-    elif isinstance(image, bytes):
-        image = {"bytes": image, "path": row.get("__key__")}
-    row_id = row.get(columns["id"]) if "id" in columns else None
-    return {
-        "image": image,
-        "caption": [caption] if isinstance(caption, str) else caption,
-        "id": None if row_id is None else str(row_id),
-        "_origin": number,
-        "_place": _stream_place(row.get("__url__", label), index, image),
-        "_has_id": "id" in columns,
-    }
+    values = _values(row, columns)
+    if PLACE in row:
+        path = stored_path(values["image"])
+        place = row[PLACE] + (f" ({path})" if path else "")
+    else:
+        place = _stream_place(row.get("__url__", label), index, values["image"])
+    return {**values, "_origin": number, "_place": place, "_has_id": columns.get("id") in row}
 
 
 def _stream_place(label: str, index: int, image: Any) -> str:
@@ -139,4 +159,4 @@ def read_stream(
     return stream.map(reader, batched=True, batch_size=1, remove_columns=list(_STREAM))
 
 
-__all__ = ["load_source", "open_stream", "read_rows", "read_stream"]
+__all__ = ["load_source", "open_stream", "read_stream"]

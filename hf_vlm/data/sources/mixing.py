@@ -50,7 +50,7 @@ class Mixture(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = int(self._source[index])
         example = self.sources[number][int(self._row[index])]
-        return {**example, "id": f"{number}:{example['id']}"} if "id" in example else example
+        return example if example.get("id") is None else {**example, "id": f"{number}:{example['id']}"}
 
 
 def mix(

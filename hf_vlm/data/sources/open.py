@@ -2,15 +2,15 @@
 
 - Formats: parquet, arrow, json, jsonl, csv, webdataset tar (a file, a pattern, or files within a folder); a folder of
   such files; an image folder; a folder written by `save_to_disk`; a dataset on the Hub. All of them can be streamed.
+- Text (json, jsonl, csv, the metadata of an image folder) is read by `tables.py` as it is written. `datasets` reads the
+  other formats, whose columns have types.
 - Rows come back undecoded. Image cells hold bytes or a path, and an `Origin` says which files a path may name.
 - `load_source`, `question_source`, `open_conversations` and the search index all read through `open_rows`.
 """
 
 import copy
-import csv
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from ...paths import is_inside, leads_out
 from ...terminal import quoted
 from .archives import open_archives
 from .rows import Origin, SourceError
+from .splits import TRAIN, check_names, find_rows, find_streams, split_names, split_of_files
+from .tables import TABLES, WrittenRows, first_columns, stream_tables
 
 _BUILDERS = {
     ".parquet": "parquet",
@@ -36,12 +38,13 @@ _BUILDERS = {
     ".csv": "csv",
     ".tar": "webdataset",
 }
-_WRITTEN = ("json", "csv")
 # Kinds of data that `datasets` may find in a folder or on the Hub.
 _KINDS = (*dict.fromkeys(_BUILDERS.values()), "imagefolder")
-# Metadata files of an image folder, and the column in which they name the image.
+# Types of columns of ids, and those whose texts are exact.
+_IDS = ("string", "large_string", "int", "uint", "null", "binary", "large_binary", "member")
+_EXACT = ("timestamp", "date", "time", "duration", "decimal")
+# Metadata files of an image folder.
 _METADATA = ("metadata.jsonl", "metadata.csv")
-_FILE_NAME = "file_name"
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ class DataSource:
             (of images with a metadata.csv or metadata.jsonl, of such files, or written by `save_to_disk`), or the name
             of a dataset on the Hub. Image paths in json and csv start from the folder of the file and stay in it.
         name: The configuration of a Hub dataset that has several.
-        split: The split, or where rows are not streamed a slice of it ("train[:95%]"). Slice here, not afterwards, if
-            bad rows are skipped: a replacement row never comes from beyond the slice.
+        split: The split, several ("train+validation") or, where rows are not streamed, slices ("train[:95%]"). Slice
+            here, not afterwards, if bad rows are skipped: a replacement row never comes from beyond the slice. Files
+            hold one split: train, or the one that their names say (`test.csv`).
         columns: Role to column: `{"image": "jpg", "caption": "txt"}`, and optionally "id" (rows with equal ids are
             positives of each other). Default: the columns of that name.
         weight: The source's share in a mixture.
@@ -106,79 +110,52 @@ class OpenedRows:
     features: datasets.Features | None
 
 
-class WrittenRows:
-    """Unchanged rows of JSON and CSV files, by row number.
-
-    `datasets` gives each column one type: "007" may become a number, a date a timestamp. Here every cell of JSON keeps
-    its own type and every cell of CSV is a text. Rows are kept as JSON texts in one Arrow array, which is compact.
-
-    Args:
-        texts: Rows as JSON.
-        names: The names of the columns.
-    """
-
-    def __init__(self, texts: Iterable[str], names: Iterable[str]):
-        self._texts = pa.array(texts, pa.large_string())
-        self.column_names = list(names)
-
-    @classmethod
-    def read(cls, files: Iterable[Path], renamed: Mapping[str, str] | None = None) -> "WrittenRows":
-        """Reads files that end in .json, .jsonl or .csv.
-
-        Args:
-            files: Their paths.
-            renamed: Column in the files -> its name here.
-
-        Raises:
-            SourceError: if a file is not of its format; with the line.
-        """
-        texts: list[str] = []
-        names: dict[str, None] = {}
-        for file in files:
-            for row in (_csv_rows if file.suffix == ".csv" else _json_rows)(file):
-                if renamed and isinstance(row, dict):
-                    row = {renamed.get(name, name): cell for name, cell in row.items()}
-                texts.append(json.dumps(row))
-                names.update(dict.fromkeys(row if isinstance(row, dict) else ()))
-        return cls(texts, names)
-
-    def slice(self, split: str) -> "WrittenRows":
-        """The rows of a split or of a slice such as "train[:95%]"."""
-        name = re.split(r"\W", split)[0]
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(self)})
-        taken = [self._texts.slice(part.from_, part.to - part.from_) for part in parts]
-        return WrittenRows(pa.concat_arrays(taken), self.column_names)
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __getitem__(self, index: int) -> Any:
-        return json.loads(self._texts[index].as_py())
-
-
-def open_rows(source: DataSource, seed: int | None = None, as_written: bool = False) -> OpenedRows:
+def open_rows(source: DataSource, seed: int | None = None, skip: bool = False) -> OpenedRows:
     """Opens a source of any format. No image is read.
 
     Args:
         source: What to open.
         seed: Shuffles the files of a streaming source; None keeps their order.
-        as_written: Read named JSON and CSV files, and an image folder's metadata, as [`WrittenRows`].
+        skip: Whether bad rows will be skipped. Otherwise a row of text that cannot be read is refused here.
 
     Raises:
         SourceError: if the source cannot be opened, or the split has no rows.
     """
     try:
-        rows, origin = _open(source, seed, as_written)
-        names = rows.column_names or list(next(iter(rows), {}))
+        rows, origin = _open(source, seed)
+        names = rows.column_names or (first_columns(rows) if isinstance(rows, datasets.IterableDataset) else [])
     except SourceError:
         raise
-    except (OSError, ValueError, DatasetsError, csv.Error, yaml.YAMLError) as error:
+    except (OSError, ValueError, DatasetsError, yaml.YAMLError) as error:
         while error.__cause__ is not None:
             error = error.__cause__
         raise SourceError(f"{source.path}: cannot be opened: {' '.join(str(error).split())}") from error
+    if isinstance(rows, WrittenRows) and not skip and (wrong := rows.unreadable()):
+        raise SourceError(wrong)
     if not names:
         raise SourceError(f"{source.path}: has no rows in split {source.split!r}.")
+    rows = with_class_names(rows)
     return OpenedRows(rows, origin, names, getattr(rows, "features", None))
+
+
+def with_class_names(rows: Any) -> Any:
+    """A dataset or stream whose class numbers are class names: a number without a name is no value."""
+    features = getattr(rows, "features", None) or {}
+    for name, kind in features.items():
+        if isinstance(kind, datasets.ClassLabel):
+            names = dict(enumerate(kind.names))
+            if isinstance(rows, datasets.Dataset):
+                cells = [names.get(number) for number in rows.with_format(None)[name][:]]
+                column = pa.array(cells, pa.string())
+                rows = rows.remove_columns(name).add_column(name, column, feature=datasets.Value("string"))
+            else:
+                kinds = datasets.Features({**rows.features, name: datasets.Value("string")})
+                rows = rows.map(partial(_named, column=name, names=names), features=kinds)
+    return rows
+
+
+def _named(row: dict[str, Any], column: str, names: Mapping[int, str]) -> dict[str, Any]:
+    return {column: names.get(row[column])}
 
 
 def find_columns(source: DataSource, opened: OpenedRows) -> dict[str, str]:
@@ -234,6 +211,25 @@ def _stored(feature: Any) -> Any:
     return feature
 
 
+def with_text_ids(rows: Any, source: DataSource, columns: Mapping[str, str]) -> Any:
+    """A dataset or stream whose column of ids holds texts or integers: dates and decimals become texts, exactly.
+
+    Raises:
+        SourceError: if ids are of another type.
+    """
+    column = columns.get("id")
+    kind = (rows.features or {}).get(column)
+    if kind is None:
+        return rows
+    dtype = getattr(kind, "dtype", None)
+    if dtype is not None and dtype.startswith(_EXACT):
+        return rows.cast_column(column, datasets.Value("string"))
+    if dtype is None or not dtype.startswith(_IDS):
+        held = dtype or type(kind).__name__
+        raise SourceError(f"{source.path}: column {column!r} holds {held}; ids are texts or integers: store them so.")
+    return rows
+
+
 def is_local(path: str) -> bool:
     """Whether a source's path names files here, existing or not, and not a dataset on the Hub."""
     local = Path(path).expanduser()
@@ -252,32 +248,68 @@ def has_table(folder: Path) -> bool:
     return any(file.name in names or file.suffix in suffixes for file in found)
 
 
-def _open(source: DataSource, seed: int | None, as_written: bool) -> tuple[Any, Origin]:
+def _open(source: DataSource, seed: int | None) -> tuple[Any, Origin]:
     path = Path(source.path).expanduser()
     if files := _files(source):
-        kinds = {_BUILDERS[file.suffix] for file in files}
-        folders = {file.parent.resolve() for file in files}
-        if len(kinds) > 1 or (len(folders) > 1 and kinds & {*_WRITTEN}):
-            raise SourceError(f"{source.path}: files of several kinds or folders; make each a source of its own.")
-        origin = Origin(source.path, folders.pop() if len(folders) == 1 else None)
-        if as_written and kinds & {*_WRITTEN}:
-            return WrittenRows.read(files).slice(source.split), origin
-        split = re.split(r"\W", source.split)[0]
-        return _build(source, kinds.pop(), {split: [str(file) for file in files]}, seed), origin
+        return _open_files(source, files, seed)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _from_disk(source, path), Origin(source.path, path.resolve())
-    if path.is_dir():
-        if as_written and (metadata := _metadata(path, source.split)):
-            rows = WrittenRows.read([metadata], {_FILE_NAME: "image"}).slice(source.split)
-            return rows, Origin(source.path, metadata.parent.resolve())
-        _check_card(source.path, path)
-        rows = _build(source, str(path.resolve()), None, seed, partial(_check_built, source, path))
-        return rows, Origin(source.path, path.resolve(), built=rows.info.builder_name == "imagefolder")
-    if is_local(source.path):
+    if not path.is_dir() and is_local(source.path):
         raise SourceError(f"{source.path}: no such file or folder; correct the path.")
-    _check_names(source.path, "data_files", source.data_files)
-    rows = _build(source, source.path, source.data_files, seed, partial(_check_built, source, None))
-    return rows, Origin(source.path, None, built=rows.info.builder_name == "imagefolder")
+    folder = path.resolve() if path.is_dir() else None
+    if folder is None:
+        _check_names(source.path, "data_files", source.data_files)
+        builder = _builder(source, source.path, source.data_files)
+    else:
+        _check_card(source.path, folder)
+        builder = _builder(source, str(folder), None)
+    _check_built(source, folder, builder)
+    if tables := _tables_of(builder, folder):
+        return _open_tables(source, tables, seed, folder), Origin(source.path, folder)
+    return _build(source, builder, seed), Origin(source.path, folder, built=builder.name == "imagefolder")
+
+
+def _open_files(source: DataSource, files: list[Path], seed: int | None) -> tuple[Any, Origin]:
+    """Local files, all of one kind, whose reader opens them."""
+    kinds = {_BUILDERS[file.suffix] for file in files}
+    folders = {file.parent.resolve() for file in files}
+    texts = any(file.suffix in TABLES for file in files)
+    if len(kinds) > 1 or (len(folders) > 1 and texts):
+        raise SourceError(f"{source.path}: files of several kinds or folders; make each a source of its own.")
+    origin = Origin(source.path, folders.pop() if len(folders) == 1 else None)
+    tables = {split_of_files(source.path, source.split, files): [str(file) for file in files]}
+    if texts:
+        return _open_tables(source, tables, seed), origin
+    return _build(source, _builder(source, kinds.pop(), tables), seed), origin
+
+
+def _open_tables(
+    source: DataSource, tables: Mapping[str, list[str]], seed: int | None, image_folder: Path | None = None
+) -> Any:
+    """Files of text by split; those of an image folder name images, below which folder is said."""
+    if source.streaming:
+        names = [file for name in find_streams(source.path, source.split, tables) for file in tables[name]]
+        if seed is not None:
+            np.random.default_rng(seed).shuffle(names)
+        return stream_tables(names, image_folder)
+    check_names(source.path, source.split, tables)
+    wanted = tables if source.split == "all" else dict.fromkeys(split_names(source.split))
+    parts = {name: WrittenRows.read(tables[name], image_folder) for name in wanted}
+    ranges = find_rows(source.path, source.split, {name: len(rows) for name, rows in parts.items()})
+    return WrittenRows.joined([parts[name].select(start, stop) for name, start, stop in ranges])
+
+
+def _tables_of(builder: datasets.DatasetBuilder, folder: Path | None) -> dict[str, list[str]]:
+    """The files of text, by split, that `datasets` would read with types; none if it reads other files."""
+    config = builder.config
+    files = {str(split): [str(file) for file in found] for split, found in (config.data_files or {}).items()}
+    if builder.name == "imagefolder" and folder is not None:
+        files = {split: [file for file in found if Path(file).name in _METADATA] for split, found in files.items()}
+    elif builder.name not in ("json", "csv") or config != type(config)(
+        name=config.name, data_files=config.data_files, data_dir=config.data_dir
+    ):
+        return {}
+    return files if all(files.values()) else {}
 
 
 def _files(source: DataSource) -> list[Path]:
@@ -293,15 +325,6 @@ def _files(source: DataSource) -> list[Path]:
     if unknown := [file for file in files if file.suffix not in _BUILDERS]:
         raise SourceError(f"{unknown[0]}: of unknown kind; name files that end in {', '.join(_BUILDERS)}.")
     return files
-
-
-def _metadata(folder: Path, split: str) -> Path | None:
-    """The metadata file of an image folder's split: in the folder of that name, or of a folder without splits."""
-    name = re.split(r"\W", split)[0]
-    folders = [folder / name, *([folder] if name == "train" else [])]
-    found = next((file for place in folders for file in map(place.joinpath, _METADATA) if file.is_file()), None)
-    _check_links(folder, [] if found is None else [found])
-    return found
 
 
 def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -360,42 +383,44 @@ def _check_built(source: DataSource, folder: Path | None, builder: datasets.Data
         raise SourceError(f"{source.path}: its dataset card names {quoted(outside[0])}, which is not of this dataset.")
 
 
-def _build(
-    source: DataSource,
-    kind: str,
-    data_files: Any,
-    seed: int | None,
-    check: Callable[[datasets.DatasetBuilder], None] | None = None,
-) -> Any:
-    builder = datasets.load_dataset_builder(kind, source.name, data_files=data_files, revision=source.revision)
-    if check is not None:
-        check(builder)
+def _builder(source: DataSource, kind: str, data_files: Any) -> datasets.DatasetBuilder:
+    return datasets.load_dataset_builder(kind, source.name, data_files=data_files, revision=source.revision)
+
+
+def _build(source: DataSource, builder: datasets.DatasetBuilder, seed: int | None) -> Any:
     if seed is not None:
         for files in builder.config.data_files.values():
             np.random.default_rng(seed).shuffle(files)
     if builder.name == "webdataset":
         return _archives(source, builder)
     if source.streaming:
-        return builder.as_streaming_dataset(split=source.split)
+        streams = builder.as_streaming_dataset()
+        return _together([streams[name] for name in find_streams(source.path, source.split, streams)])
     builder.download_and_prepare()
-    return builder.as_dataset(split=source.split)
+    return _slices(source, builder.as_dataset())
 
 
 def _archives(source: DataSource, builder: datasets.DatasetBuilder) -> Any:
-    """The rows of a split of tar archives."""
-    name = re.split(r"\W", source.split)[0]
-    if name not in builder.config.data_files:
-        raise SourceError(f"{source.path}: no split {name!r}; it has {', '.join(builder.config.data_files)}.")
-    files = list(builder.config.data_files[name])
-    if not source.streaming:
-        files = datasets.DownloadManager(builder.dataset_name).download(files)
-    rows = open_archives(files, source.streaming, (source.columns or {}).values())
-    if source.split == name:
-        return rows
+    """The samples of tar archives."""
+    files = {str(split): list(found) for split, found in builder.config.data_files.items()}
+    wanted = (source.columns or {}).values()
     if source.streaming:
-        raise SourceError(f"{source.path}: a stream has no slices: write split: {name}.")
-    parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({name: len(rows)})
-    return rows.select(number for part in parts for number in range(part.from_, part.to))
+        names = find_streams(source.path, source.split, files)
+        return open_archives([file for name in names for file in files[name]], True, wanted)
+    check_names(source.path, source.split, files)
+    download = datasets.DownloadManager(builder.dataset_name).download
+    splits = files if source.split == "all" else dict.fromkeys(split_names(source.split))
+    return _slices(source, {name: open_archives(download(files[name]), False, wanted) for name in splits})
+
+
+def _slices(source: DataSource, splits: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
+    """The rows of a split expression."""
+    ranges = find_rows(source.path, source.split, {str(name): len(rows) for name, rows in splits.items()})
+    return _together([splits[name].select(range(start, stop)) for name, start, stop in ranges])
+
+
+def _together(parts: list[Any]) -> Any:
+    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def _check_saved(path: Path) -> None:
@@ -415,41 +440,24 @@ def _check_saved(path: Path) -> None:
 
 def _from_disk(source: DataSource, path: Path) -> Any:
     _check_saved(path)
-    rows = datasets.load_from_disk(str(path))
-    if isinstance(rows, datasets.DatasetDict):
-        if source.split not in rows:
-            raise SourceError(f"{source.path}: no split {source.split!r}; it has {', '.join(rows)}.")
-        rows = rows[source.split]
-    return rows.to_iterable_dataset() if source.streaming else rows
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.Dataset):  # one split: its own, or train
+        own = str(saved.split or TRAIN)
+        saved = {own if own in split_names(source.split) else TRAIN: saved}
+    if source.streaming:
+        names = find_streams(source.path, source.split, saved)
+        return _together([saved[name].to_iterable_dataset() for name in names])
+    return _slices(source, saved)
 
 
-def _json_rows(file: Path) -> Iterator[Any]:
-    """The rows of a list in JSON or of JSON lines."""
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".json" and text.lstrip().startswith("["):
-        yield from _decode(text, f"{file}")
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold U+2028
-        if line.strip():
-            yield _decode(line, f"{file}, line {number}")
-
-
-def _decode(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{where}: is not valid JSON: {error}. Correct the file.") from error
-
-
-def _csv_rows(file: Path) -> Iterator[dict[str, str]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        for row in reader:
-            if None in row or None in row.values():
-                raise SourceError(
-                    f"{file}, line {reader.line_num}: has more or fewer cells than the header; correct the line."
-                )
-            yield row
-
-
-__all__ = ["DataSource", "OpenedRows", "WrittenRows", "find_columns", "has_table", "is_local", "open_rows", "undecoded"]
+__all__ = [
+    "DataSource",
+    "OpenedRows",
+    "WrittenRows",
+    "find_columns",
+    "has_table",
+    "is_local",
+    "open_rows",
+    "undecoded",
+    "with_text_ids",
+]

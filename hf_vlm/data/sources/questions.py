@@ -6,12 +6,13 @@
 - Nothing is stripped or lowercased. Metrics and models normalise answers where their papers do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import datasets
 
+from .cells import check_row, read_answers, read_cell, read_text
 from .images import load_image
 from .open import DataSource, undecoded
 from .rows import CaptionError, Origin, Rows, SkipReport, SourceError, image_of, next_good, place_of
@@ -44,37 +45,6 @@ def question_source(source: Mapping[str, Any]) -> QuestionSource:
         ValueError: if `columns` names another column, or the source is streamed.
     """
     return QuestionSource(**source)
-
-
-def read_answers(value: Any) -> list[str]:
-    """The answers in a cell, one per person asked.
-
-    Args:
-        value: A text, an integer, a dict with `answer`, or a list of these.
-
-    Raises:
-        ValueError: if there is no answer, or one is empty or of another type; says what is wrong.
-    """
-    if isinstance(value, Mapping):
-        value = value.get("answer")
-    said = value if isinstance(value, list | tuple) else [value]
-    if not said:
-        raise ValueError("holds no answer")
-    return [_read_answer(answer) for answer in said]
-
-
-def _read_answer(answer: Any) -> str:
-    if isinstance(answer, Mapping):
-        answer = answer.get("answer")
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        return str(answer)
-    if answer is None:
-        raise ValueError("holds no answer")
-    if not isinstance(answer, str):
-        raise ValueError(f"holds the {type(answer).__name__} {answer!r}, which may be written in several ways")
-    if not answer.strip():
-        raise ValueError("holds an empty answer")
-    return answer
 
 
 class QuestionRows:
@@ -134,23 +104,19 @@ class QuestionRows:
         return {"image": image, **texts}
 
     def _read_texts(self, row: Any, place: str) -> dict[str, Any]:
-        if not isinstance(row, Mapping):
-            raise CaptionError(
-                f"{place}: is {row!r}; write an object with the columns {', '.join(self.columns.values())}."
-            )
-        question = row.get(self.columns["question"])
-        if not isinstance(question, str) or not question.strip():
-            raise CaptionError(
-                f"{place}: column {self.columns['question']!r} is {question!r}; give it a text or remove the row."
-            )
         try:
-            answers = read_answers(row.get(self.columns["answer"]))
+            check_row(row, self.columns)
+            return {
+                role: read_cell(row.get(self.columns[role]), read, self.columns[role], wanted)
+                for role, (read, wanted) in _READERS.items()
+            }
         except ValueError as error:
-            raise CaptionError(
-                f"{place}: column {self.columns['answer']!r} {error}; give it a text or a list of texts, or remove "
-                "the row."
-            ) from None
-        return {"question": question, "answer": answers}
+            raise CaptionError(f"{place}: {error}") from None
 
 
-__all__ = ["QuestionRows", "QuestionSource", "question_source", "read_answers"]
+_READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+    "question": (read_text, "a text"),
+    "answer": (read_answers, "a text or a list of texts"),
+}
+
+__all__ = ["QuestionRows", "QuestionSource", "question_source"]

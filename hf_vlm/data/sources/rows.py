@@ -21,6 +21,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...paths import is_inside
 from ...terminal import InputError, quoted
+from .cells import read_pair
 from .images import ImageError, load_image
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 OnError = Literal["raise", "skip"]
 Example = TypeVar("Example")
 
+WRONG = "_wrong"
+"""The column that says what is wrong with a row whose cells are no values."""
 # This many consecutive bad rows mean a missing folder.
 HOPELESS = 1000
 
@@ -123,33 +126,37 @@ def stored_path(image: Any) -> str | None:
     return image if isinstance(image, str) else None
 
 
-def read_example(row: dict[str, Any], origin: Origin, place: str) -> dict[str, Any]:
+def read_example(
+    row: dict[str, Any], origin: Origin, place: str, columns: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Decodes a row.
 
     Args:
-        row: `image` (bytes, a path, or a dict of both), `caption` (a text or a list of texts) and optionally `id`.
+        row: `image` (bytes, a path, or a dict of both), `caption` (a text or a list of texts) and optionally `id`; or
+            `WRONG`, what is wrong with a row that has no values.
         origin: Where the row comes from.
         place: What to call the row in an error.
+        columns: Role to the column that an error names. Default: the role.
 
     Returns:
-        `image` decoded, `caption` (one text, or a list of several) and, if the row has one, `id`; a missing id
-        is replaced by the caption, so that equal captions are positives of each other.
+        `image` decoded, `caption` (one text, or a list of several) and, if the row has this column, `id`: a text, or
+        None where it is empty.
 
     Raises:
         ImageError: if the image cannot be read.
-        CaptionError: if there is no caption.
+        CaptionError: if there is no caption, or the id is neither a text nor an integer.
         SourceError: if the row names a file outside the folder of its source.
     """
-    image = load_image(image_of(row["image"], origin, place), where=place)
-    if isinstance(row["caption"], ValueError):  # a cell that could not be read
-        raise CaptionError(f"{place}: the caption {row['caption']}")
-    captions = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
-    if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions or [None]):
-        raise CaptionError(f"{place}: the caption is {quoted(row['caption'])}; give it a text or a list of texts.")
-    example = {"image": image, "caption": captions[0] if len(captions) == 1 else captions}
-    if "id" in row:
-        example["id"] = captions[0] if row["id"] is None else row["id"]
-    return example
+    if row.get(WRONG) is not None:
+        raise CaptionError(f"{place}: {row[WRONG]}")
+    roles = {role: role for role in ("image", "caption", "id") if role in row}
+    try:
+        values = read_pair(row, roles, columns)
+    except ValueError as error:
+        raise CaptionError(f"{place}: {error}") from None
+    captions = values["caption"]
+    values["caption"] = captions[0] if len(captions) == 1 else captions
+    return {**values, "image": load_image(image_of(row["image"], origin, place), where=place)}
 
 
 def image_of(image: Any, origin: Origin, place: str) -> Any:
@@ -264,14 +271,18 @@ class RowReader:
         rows: All rows of the source, undecoded; they replace bad rows.
         origin: Where they come from.
         report: Counts the skipped rows; None: a bad row raises.
+        columns: Role to the column that an error names.
     """
 
     POSITION = "_row"
 
-    def __init__(self, rows: datasets.Dataset, origin: Origin, report: SkipReport | None):
+    def __init__(
+        self, rows: datasets.Dataset, origin: Origin, report: SkipReport | None, columns: dict[str, str] | None = None
+    ):
         self.rows = rows
         self.origin = origin
         self.report = report
+        self.columns = columns
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         columns = {name: column for name, column in batch.items() if name != self.POSITION}
@@ -280,14 +291,15 @@ class RowReader:
             self.read({name: column[i] for name, column in columns.items()}, position)
             for i, position in enumerate(positions)
         ]
-        return {name: [example[name] for example in examples] for name in columns}
+        return {name: [example[name] for example in examples] for name in columns if name != WRONG}
 
     def read(self, row: dict[str, Any], position: int) -> dict[str, Any]:
         """The example at a position; if the row is bad and skipped, the next good one (cyclically)."""
 
         def example(index: int) -> dict[str, Any]:
             stored = row if index == position else self.rows[index]
-            return read_example(stored, self.origin, place_of(self.origin.label, index, stored["image"]))
+            place = place_of(self.origin.label, index, stored["image"])
+            return read_example(stored, self.origin, place, self.columns)
 
         return next_good(example, position, len(self.rows), self.origin.label, self.report)
 
@@ -348,6 +360,7 @@ class Rows(Protocol):
 
 __all__ = [
     "HOPELESS",
+    "WRONG",
     "CaptionError",
     "OnError",
     "Origin",

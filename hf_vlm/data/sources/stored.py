@@ -14,7 +14,7 @@ from PIL import Image
 from .images import ImageError
 from .load import open_stream
 from .open import DataSource
-from .rows import CaptionError, OnError, Origin, SkipReport, image_of, read_example, report_for
+from .rows import WRONG, CaptionError, OnError, Origin, SkipReport, image_of, read_example, report_for
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def stored_blocks(
 
 def _read(stored: dict, origin: Origin, row: int) -> StoredRow:
     place = stored["_place"]
-    example = read_example({"image": stored["image"], "caption": stored["caption"]}, origin, place)
+    example = read_example({name: stored[name] for name in ("image", "caption", "id", WRONG)}, origin, place)
     file = image_of(stored["image"], origin, place)
     if isinstance(file, str | Path):
         file = Path(file).read_bytes()
@@ -80,7 +80,7 @@ def _read(stored: dict, origin: Origin, row: int) -> StoredRow:
         file.save(buffer, format="PNG")
         file = buffer.getvalue()
     captions = [example["caption"]] if isinstance(example["caption"], str) else example["caption"]
-    return StoredRow(example["image"], file, captions, stored["id"], row)
+    return StoredRow(example["image"], file, captions, example["id"], row)
 
 
 __all__ = ["StoredRow", "stored_blocks"]
