@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FRONT_ENDS = {"cli", "recipes"}
 ANYTHING = None
 DATA = {"data", "data.batches", "data.builtin", "data.features", "data.sources", "data.wheels", "paths", "terminal"}
+# How images and messages are read: rules that travel with a model's code, import nothing, and are data's rules too.
+RULES = {"models.images", "models.messages"}
 # What each part of hf_vlm may import of hf_vlm. The part "" is hf_vlm/__init__.py, the part "data" its `__init__.py`.
 ALLOWED = {
     "": ANYTHING,
@@ -26,11 +28,12 @@ ALLOWED = {
     "families": {"families", "models"},
     "registration": {"registration", "families"},
     "models": {"models", "lazy"},
+    **{rule: set() for rule in RULES},
     "metrics": {"metrics"},
     "data": {*DATA, "lazy"},
     "data.wheels": {"data.wheels", "paths", "terminal"},
-    "data.sources": {"data.sources", "data.wheels", "paths", "terminal"},
-    "data.batches": {"data.batches", "data.sources", "data.wheels", "paths", "terminal"},
+    "data.sources": {"data.sources", "data.wheels", "paths", "terminal", *RULES},
+    "data.batches": {"data.batches", "data.sources", "data.wheels", "paths", "terminal", *RULES},
     "data.builtin": {"data.builtin", "data.batches", "data.sources", "data.wheels", "paths", "terminal"},
     "data.features": {"data.features", "data.sources", "data.wheels", "paths", "terminal"},
     "training": {"training", "models", "families", "files", "lazy", *DATA},
@@ -61,8 +64,10 @@ def module_name(path: str) -> str:
 
 
 def part_of(module: str) -> str:
-    """The folder or file of hf_vlm that a module belongs to; the folders within data/ are parts of their own."""
+    """The folder or file of hf_vlm that a module belongs to; those of data/ and RULES are parts of their own."""
     _, *parts = [*module.split("."), ""][:3]
+    if ".".join(parts) in RULES:
+        return ".".join(parts)
     return ".".join(parts) if parts[:1] == ["data"] and parts[1] else parts[0]
 
 
@@ -105,7 +110,8 @@ def wrong_directions(tree: Tree) -> list[str]:
         for line, name in imported(path, source):
             part = part_of(module_of(name, modules))
             to_front_end = part in FRONT_ENDS and part != own
-            against_table = allowed is not ANYTHING and part not in allowed
+            among = {part, "models"} if part in RULES else {part}
+            against_table = allowed is not ANYTHING and not among & allowed
             private = not inside and is_private(name)
             if to_front_end or against_table or private:
                 wrong.append(f"{path}:{line}: must not import {name}")
@@ -180,7 +186,9 @@ MODULES = dict.fromkeys(
         "hf_vlm/hub/push.py",
         "hf_vlm/metrics/retrieval.py",
         "hf_vlm/models/__init__.py",
+        "hf_vlm/models/images.py",
         "hf_vlm/models/losses.py",
+        "hf_vlm/models/messages.py",
         "hf_vlm/models/modeling_clip.py",
         "hf_vlm/training/trainer.py",
     ],
@@ -193,6 +201,7 @@ MODULES = dict.fromkeys(
     [
         ("hf_vlm/models/losses.py", "from ..data.builtin import emoji", "hf_vlm.data.builtin.emoji"),
         ("hf_vlm/models/losses.py", "import hf_vlm", "hf_vlm"),
+        ("hf_vlm/models/images.py", "from .losses import clip_loss", "hf_vlm.models.losses.clip_loss"),
         (
             "hf_vlm/data/sources/images.py",
             "from hf_vlm.models.losses import clip_loss",
@@ -240,6 +249,8 @@ def test_a_wrong_direction_is_seen(path: str, source: str, expected: str) -> Non
         ),
         ("hf_vlm/cli/main.py", "import hf_vlm.hub.push\nfrom ..training import trainer"),
         ("hf_vlm/data/builtin/emoji.py", "from ..sources.images import load_image\nimport hf_vlm_other"),
+        ("hf_vlm/data/sources/images.py", "from ...models.images import load"),
+        ("hf_vlm/training/trainer.py", "from ..models.messages import flat"),
         ("recipes/clip.py", "import hf_vlm\nfrom hf_vlm import __version__\nfrom hf_vlm.training.trainer import A"),
     ],
 )

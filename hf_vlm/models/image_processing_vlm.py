@@ -4,20 +4,32 @@
 - Four resize modes: `"crop"` (CLIP: shortest edge resized, centre cropped), `"squash"` (BLIP, SigLIP: both sides
   resized), `"pad"` (LLaVA-1.5: padded to a square with the mean colour, then resized) and `"anyres"` (LLaVA-1.6: an
   overview and the tiles of a grid, see `anyres.py`).
-- Every colour mode becomes RGB as an image viewer shows it: transparency on white, 16-bit greys scaled, CMYK converted.
+- Every image becomes upright 8-bit RGB by the rules of `images.py`: PIL images of any mode, files, arrays and tensors.
 """
 
-from typing import Literal
+import base64
+import binascii
+import os
+from pathlib import Path
+from typing import Any, Literal
 
+import httpx
 import numpy as np
+import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .anyres import anyres_views
+from .images import ImageError, decode_image, image_of_array, shown, to_rgb
 
 MAX_ASPECT_RATIO = 16
 
@@ -27,21 +39,6 @@ class VlmImageKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
     resize_mode: Literal["crop", "squash", "pad", "anyres"]
     image_grid_pinpoints: list[list[int]] | None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB image from any PIL image: transparency composited on white, 16-bit and 32-bit greys scaled to 8 bits."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if image.mode.startswith("I;16") or grey.max() > 255 else 1.0
-        return Image.fromarray((grey / scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(canvas, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 class VlmImageProcessor(PilBackend):
@@ -62,7 +59,7 @@ class VlmImageProcessor(PilBackend):
         torch.Size([1, 3, 224, 224])
         ```
 
-    Calling it with images (PIL, arrays or tensors; one or a list) gives `pixel_values` of shape
+    Calling it with images (PIL, arrays, tensors, paths, URLs or base64; one or a list) gives `pixel_values` of shape
     `(batch, 3, height, width)` in float32. With `"anyres"`, `pixel_values` contains every view, image by image, and
     `image_sizes` of shape `(batch, 2)` the height and width of each image.
     """
@@ -82,16 +79,43 @@ class VlmImageProcessor(PilBackend):
     def __init__(self, **kwargs: Unpack[VlmImageKwargs]):
         super().__init__(**kwargs)
 
+    def fetch_images(self, images: Any) -> Any:
+        """The same images in the same lists; paths, URLs and base64 texts are loaded, batches become lists.
+
+        An array or tensor with two dimensions becomes a PIL image, one with four a list.
+        """
+        if isinstance(images, list | tuple):
+            return [self.fetch_images(one) for one in images]
+        if isinstance(images, str | os.PathLike):
+            return decode_image(*_read(os.fspath(images)))
+        if isinstance(images, np.ndarray | torch.Tensor) and images.ndim != 3:
+            return self.fetch_images(list(images)) if images.ndim == 4 else self.process_image(images)
+        return images
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list:
+        """A flat list of single images; transformers takes no two-dimensional array, and prints the whole of it."""
+        if not (flat := flat_images(self.fetch_images(images))):
+            raise ImageError("There are no images: give at least one.")
+        return flat
+
     def process_image(self, image, input_data_format=None, **kwargs) -> Image.Image:
-        """An RGB PIL image from a PIL image, array or tensor.
+        """An upright RGB PIL image from a PIL image, array or tensor.
+
+        A PIL image is rotated as its EXIF orientation says. Values become 8 bits by the rule of `images.eight_bits`.
 
         Raises:
-            ValueError: for another type, or an array that has neither the shape `(height, width)` nor 1, 3 or 4
-                channels.
+            ImageError: for another type, for an array that has neither the shape `(height, width)` nor 1, 3 or 4
+                channels, and for an array with negative values.
         """
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        if isinstance(image, np.ndarray):
+            channels_first = None if input_data_format is None else input_data_format == ChannelDimension.FIRST
+            image = image_of_array(image, channels_first)
         if not isinstance(image, Image.Image):
-            image = to_pil_image(image, input_data_format=input_data_format)
-        return to_rgb(image)
+            raise ImageError(f"{type(image).__name__} is not an image: give a PIL image, array, tensor, path or URL.")
+        return to_rgb(decode_image(image))
 
     def fit(
         self, image: Image.Image, size: SizeDict, resize_mode: str, resample: PILImageResampling, fill: tuple[int, ...]
@@ -153,6 +177,31 @@ class VlmImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": pixels, **sizes}, tensor_type=return_tensors)
 
 
+def flat_images(images: Any) -> list:
+    """All images of nested lists, in order."""
+    return [one for each in images for one in flat_images(each)] if isinstance(images, list) else [images]
+
+
+def _read(source: str) -> tuple[bytes, str]:
+    """The bytes of a URL, a file or a text in base64, and their name in errors."""
+    where = shown(source)
+    if source.startswith(("http://", "https://")):
+        try:
+            return httpx.get(source, follow_redirects=True).raise_for_status().content, where
+        except httpx.HTTPError as error:
+            raise ImageError(f"{where}: cannot be downloaded ({shown(str(error))}); correct the URL.") from None
+    if os.path.isfile(source):
+        try:
+            return Path(source).read_bytes(), where
+        except OSError as error:
+            raise ImageError(f"{where}: cannot be read ({error.strerror}); correct the permissions.") from None
+    try:
+        text = source.partition(",")[2] if source.startswith("data:image/") else source
+        return base64.b64decode("".join(text.split()), validate=True), f"{where} (no file, read as base64)"
+    except (binascii.Error, ValueError):
+        raise ImageError(f"{where}: no such file, and neither a URL nor base64; correct the path.") from None
+
+
 def limit_size(image: Image.Image, longest: int) -> Image.Image:
     """The image, downscaled if a side exceeds `longest` pixels, to limit the size of the square around it."""
     width, height = image.size
@@ -186,4 +235,4 @@ def limit_aspect_ratio(image: Image.Image) -> Image.Image:
     return image.crop((0, top, width, top + longest))
 
 
-__all__ = ["VlmImageProcessor", "to_rgb"]
+__all__ = ["VlmImageProcessor", "flat_images", "to_rgb"]

@@ -218,7 +218,9 @@ class VlmQFormerModel(PreTrainedModel):
         if num_rows is None and input_ids is not None:
             num_rows = len(input_ids)
         elif num_rows is None:
-            num_rows = next(len(layer_memory[0]) for layer_memory in memory or () if layer_memory is not None)
+            num_rows = next((len(layer_memory[0]) for layer_memory in memory or () if layer_memory is not None), None)
+            if num_rows is None:
+                raise ValueError("The Q-Former got neither texts nor images: pass input_ids, memory or num_rows.")
         hidden_states = self.embeddings(num_rows, input_ids, num_queries > 0)
         mask = self._mask(hidden_states, num_queries, attention_mask, prefix)
         states = []

@@ -12,24 +12,18 @@ from collections.abc import Sequence
 
 import torch
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
 
-from .chat_templates import (
-    IMAGE_TOKEN,
-    as_batch,
-    images_of,
-    in_form_of,
-    loaded_images,
-    with_image_token,
-    without_images,
-)
-from .image_processing_vlm import VlmImageProcessor
+from .chat_templates import PADDING, added_tokens, as_batch, in_form_of, padded, with_image_token
+from .image_processing_vlm import VlmImageProcessor, flat_images
+from .images import shown
+from .messages import IMAGE_TOKEN, count_images, images_of, without_images
 
 # Instructions end with a newline, answers with the end token; an empty instruction adds nothing.
 PROMPT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% elif message['content'].strip() %}{{ message['content'].rstrip() + '\\n' }}{% endif %}"
+    "{% set content = message['content'] or '' %}"
+    "{% if message['role'] == 'assistant' %}{{ content + eos_token }}"
+    "{% elif content.strip() %}{{ content.rstrip() + '\\n' }}{% endif %}"
     "{% endfor %}"
 )
 
@@ -52,6 +46,7 @@ class VlmBlip2Processor(ProcessorMixin):
     Calling it with `images=` and/or `text=` gives `pixel_values` of shape `(images, 3, height, width)` and `input_ids`
     and `attention_mask` of shape `(texts, longest text)` as torch tensors. In the second stage each text begins with
     `<image>`, whose placeholders go before the tokenizer's begin token, as the published models were trained.
+    `max_length` counts them; `truncation` truncates the words only, and `padding` pads before the placeholders.
     """
 
     text_kwargs = {"padding": "longest", "return_tensors": "pt", "return_token_type_ids": False}
@@ -133,17 +128,16 @@ class VlmBlip2Processor(ProcessorMixin):
             return super().__call__(images, text, **kwargs)
         texts = [text] if isinstance(text, str) else list(text)
         wrong = [one for one in texts if one.rfind(IMAGE_TOKEN) != 0]
-        num_images = 0 if images is None else len(make_flat_list_of_images(images))
-        if wrong or num_images not in (0, len(texts)):
-            shown = f"such as {wrong[0]!r}" if wrong else f"{len(texts)} of them for {num_images} images"
-            raise ValueError(f"Each text has one image and begins with {IMAGE_TOKEN}, once; got {shown}.")
-        pixels = {} if images is None else super().__call__(loaded_images(images), **kwargs)
+        images = None if images is None else flat_images(self.image_processor.fetch_images(images))
+        if wrong or (images and len(images) != len(texts)):
+            found = f"such as {shown(repr(wrong[0]))}" if wrong else f"{len(texts)} of them for {len(images)} images"
+            raise ValueError(f"Each text has one image and begins with {IMAGE_TOKEN}, once; got {found}.")
+        pixels = super().__call__(images, **kwargs) if images else {}
         prompts = [one.removeprefix(IMAGE_TOKEN) for one in texts]
         options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
-        padding = {name: options.pop(name) for name in ("padding", "padding_side", "return_tensors") if name in options}
-        rows = self.prompt_tokens(prompts, **options)
-        tokens = self.tokenizer.pad({"input_ids": rows}, **padding)
-        return BatchFeature({**tokens, **self.qformer_tokens(prompts), **pixels})
+        unpadded = {name: value for name, value in options.items() if name not in PADDING or name == "max_length"}
+        tokens = padded(self.tokenizer, self.prompt_tokens(prompts, **unpadded), options)
+        return BatchFeature({**tokens, **self.qformer_tokens(prompts, **options), **pixels})
 
     def apply_chat_template(
         self, conversation, chat_template=None, tokenize=False, return_dict=False, processor_kwargs=None, **kwargs
@@ -165,10 +159,12 @@ class VlmBlip2Processor(ProcessorMixin):
         """
         self.num_placeholders()
         chats, batched = as_batch(conversation)
+        if (most := max(map(count_images, chats), default=0)) > 1:
+            raise ValueError(f"A conversation has {most} images, but {type(self).__name__} takes one.")
         images = [images_of(chat) for chat in chats]
-        if max(map(len, images), default=0) > 1:
-            raise ValueError(f"A conversation has {max(map(len, images))} images, but {type(self).__name__} takes one.")
-        template = chat_template or self.chat_template or PROMPT_TEMPLATE
+        template = chat_template or PROMPT_TEMPLATE
+        if chat_template or self.chat_template:
+            template = self._resolve_chat_template(chat_template)
         flat = in_form_of(template, chats, without_images)
         texts = super().apply_chat_template(flat, IMAGE_TOKEN + template, **kwargs)
         if not tokenize:
@@ -231,27 +227,36 @@ class VlmBlip2Processor(ProcessorMixin):
             texts: Prompts without their images, such as those of `prompt_texts`.
             is_encoder_decoder: Whether the LLM has an encoder; the processor's own `is_encoder_decoder` by default.
             places: Names of the texts in errors.
-            **options: Options of the tokenizer's call.
+            **options: Options of the tokenizer's call. `max_length`, of `truncation`, counts the placeholders.
 
         Raises:
-            ValueError: if a text has an image placeholder.
+            ValueError: if a text has an image placeholder, or `max_length` leaves no room for a text.
         """
-        before, after = added_tokens(self.tokenizer)
+        if is_encoder_decoder is None:
+            is_encoder_decoder = self.is_encoder_decoder
+        before, after = added_tokens(self.tokenizer) if options.get("add_special_tokens", True) else ([], [])
         begin = self.tokenizer.bos_token
-        adds_special_tokens = options.get("add_special_tokens", True)
-        if adds_special_tokens and begin and self.tokenizer.bos_token_id in before:  # a template may have written it
+        if begin and self.tokenizer.bos_token_id in before:  # a template may have written it
             texts = [text.removeprefix(begin) for text in texts]
+        ends = after if is_encoder_decoder is False else []
+        length = options.pop("max_length", None)
+        if options.get("truncation"):
+            length = self.tokenizer.model_max_length if length is None else length
+            options["max_length"] = length - self.num_placeholders() + len(ends)
+            if options["max_length"] <= len(before) + len(after):
+                raise ValueError(
+                    f"max_length={length} leaves no room for a text after {self.num_placeholders()} placeholders and "
+                    "the begin token: raise max_length."
+                )
         rows = self.tokenizer(list(texts), **options)["input_ids"]
         for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
             if self.image_token_id in row:
                 where = f"text {number}" if places is None else places[number]
+                said = shown(repr(text))
                 raise ValueError(
-                    f"{where} has the image placeholder in its text: {text!r}. Remove it; the image comes first."
+                    f"{where} has the image placeholder in its text: {said}. Remove it; the image comes first."
                 )
-        if is_encoder_decoder is None:
-            is_encoder_decoder = self.is_encoder_decoder
-        if adds_special_tokens and after and is_encoder_decoder is False:
-            rows = [row[: -len(after)] for row in rows]
+        rows = [row[: len(row) - len(ends)] for row in rows]
         placeholders = [self.image_token_id] * self.num_placeholders()
         return [placeholders + row for row in rows]
 
@@ -260,7 +265,7 @@ class VlmBlip2Processor(ProcessorMixin):
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [[*row, self.tokenizer.eos_token_id] for row in rows]
 
-    def qformer_tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def qformer_tokens(self, texts: Sequence[str], **options) -> dict[str, torch.Tensor]:
         """Inputs of the Q-Former for rendered prompts; none, since BLIP-2's reads images only."""
         return {}
 
@@ -329,29 +334,33 @@ class VlmInstructBlipProcessor(VlmBlip2Processor):
             follows_chat_template=processor.chat_template is not None,
         )
 
-    def qformer_tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def qformer_tokens(self, texts: Sequence[str], **options) -> dict[str, torch.Tensor]:
         """`qformer_input_ids` and `qformer_attention_mask` `(texts, longest text)` of rendered prompts.
 
+        Args:
+            texts: The rendered prompts.
+            **options: Options of the LLM's tokenizer's call; those of padding and truncation apply.
+
         Raises:
-            ValueError: if a text is longer than the Q-Former reads.
+            ValueError: if a text is longer than the Q-Former reads, unless `truncation` is set.
         """
         tokenizer = self.qformer_tokenizer
         stripped = [text.strip() for text in texts]
-        tokens = tokenizer(stripped, padding="longest", padding_side="right", return_tensors="pt")
-        if tokens["input_ids"].shape[1] > tokenizer.model_max_length:
-            number = int(tokens["attention_mask"].sum(dim=1).argmax())
+        longest = tokenizer.model_max_length
+        known = ("padding", "max_length", "pad_to_multiple_of", "truncation", "return_tensors")
+        options = {name: options[name] for name in known if name in options}
+        options = {"padding": "longest", "return_tensors": "pt", "padding_side": "right", **options}
+        if options.get("max_length") is not None:
+            options["max_length"] = min(options["max_length"], longest)
+        tokens = tokenizer(stripped, **options)
+        lengths = [int(sum(mask)) for mask in tokens["attention_mask"]]
+        if max(lengths) > longest:
+            number = lengths.index(max(lengths))
             raise ValueError(
-                f"Instruction {number} of the batch has {tokens['input_ids'].shape[1]} tokens, but the Q-Former reads"
-                f" {tokenizer.model_max_length}: shorten it."
+                f"Instruction {number} of the batch has {lengths[number]} tokens, but the Q-Former reads"
+                f" {longest}: shorten it."
             )
         return {f"qformer_{name}": tokens[name] for name in ("input_ids", "attention_mask")}
-
-
-def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts before and after a text."""
-    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    start = next(start for start in range(len(full)) if full[start : start + len(plain)] == plain)
-    return full[:start], full[start + len(plain) :]
 
 
 __all__ = ["PROMPT_TEMPLATE", "VlmBlip2Processor", "VlmInstructBlipProcessor"]

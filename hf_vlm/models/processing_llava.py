@@ -1,20 +1,20 @@
 """Processor of LLaVA: images to views, conversations to tokens, placeholders for the tokens of each image."""
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
 
 from .anyres import anyres_layout
-from .chat_templates import IMAGE_TOKEN, as_batch, flat_content, images_of, in_form_of, loaded_images, with_image_token
-from .image_processing_vlm import VlmImageProcessor
+from .chat_templates import PADDING, added_tokens, as_batch, in_form_of, padded, with_image_token
+from .image_processing_vlm import VlmImageProcessor, flat_images
+from .messages import IMAGE_TOKEN, flat_content, images_of
 
 # LLaVA-1.5's conversations (Vicuna v1), for tokenizers without a chat template.
 VICUNA_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions. {% endif %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
-    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
+    "{% if message['role'] == 'system' %}{{ (message['content'] or '') + ' ' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + (message['content'] or '') + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + (message['content'] or '') + eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -106,31 +106,55 @@ class VlmLlavaProcessor(ProcessorMixin):
             ValueError: if the number of `<image>` in the texts is not the number of images, or if truncation is
                 requested, which could truncate an image.
         """
-        images = loaded_images(images)
-        if text is not None:
-            text = [text] if isinstance(text, str) else list(text)
-            self._check_images(text, images)
-            if kwargs.get("truncation") or kwargs.get("text_kwargs", {}).get("truncation"):
-                raise ValueError("Truncation could truncate an image: shorten the texts, or leave out truncation.")
-            begin = self.tokenizer.bos_token
-            if begin and all(one.startswith(begin) for one in text):  # written by a chat template
-                kwargs.setdefault("add_special_tokens", False)
-        if images is not None:
-            images = make_flat_list_of_images(images)
-        return super().__call__(images, text, **kwargs)
+        images = None if images is None else self.image_processor.fetch_images(images)
+        if text is None:
+            return super().__call__(None if images is None else flat_images(images), **kwargs)
+        text = [text] if isinstance(text, str) else list(text)
+        self._check_images(text, images)
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options = merged["text_kwargs"]
+        if options.get("truncation"):
+            raise ValueError("Truncation could truncate an image: shorten the texts, or leave out truncation.")
+        adds_begin = options.pop("add_special_tokens", True)
+        unpadded = {name: value for name, value in options.items() if name not in PADDING}
+        inputs = super().__call__(
+            images if images is None else flat_images(images),
+            text,
+            text_kwargs={**unpadded, "add_special_tokens": False, "padding": False, "return_tensors": None},
+            images_kwargs=merged["images_kwargs"],
+        )
+        rows = [
+            self.begin_tokens(one) + ids if adds_begin else ids
+            for one, ids in zip(text, inputs["input_ids"], strict=True)
+        ]
+        inputs.update(padded(self.tokenizer, rows, options))
+        if merged["return_mm_token_type_ids"]:
+            inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(inputs["input_ids"])
+            inputs.convert_to_tensors(options.get("return_tensors"))
+        return inputs
 
     def _check_images(self, texts: list[str], images) -> None:
         """Compare the number of images with the texts: text by text for nested lists, otherwise in total."""
         found = [one.count(IMAGE_TOKEN) for one in texts]
         if isinstance(images, list) and any(isinstance(one, list) for one in images):
-            given = [len(one) if isinstance(one, list) else 1 for one in images]
+            given = [len(flat_images(one)) for one in images]
         else:
-            found, given = [sum(found)], [0 if images is None else len(make_flat_list_of_images(images))]
+            found, given = [sum(found)], [0 if images is None else len(flat_images(images))]
         if found != given:
             times, count = (", ".join(map(str, counts)) for counts in (found, given))
             raise ValueError(
                 f"The texts have {IMAGE_TOKEN} {times} times, but there are {count} images: write one for each."
             )
+
+    def begin_tokens(self, text: str) -> list[int]:
+        """The tokens to put before those of a text: the tokenizer's begin token, unless a chat template has written it.
+
+        What the tokenizer puts after a text, such as an end token, is left out: the answer is still to come, and a chat
+        template writes the ends of turns.
+        """
+        if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token):
+            return []
+        return added_tokens(self.tokenizer)[0]
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """Number of tokens of an image of this size in pixels."""
@@ -151,16 +175,19 @@ class VlmLlavaProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """transformers' `apply_chat_template`, which also accepts templates without support for images.
 
-        Content in parts (`{"type": "image"}`, `{"type": "text", "text": ...}`) becomes one text: `<image>` and a line
-        break for each image, then the words, as in LLaVA's training. A template that reads parts gets the text as one
-        part.
+        Content in parts (`{"type": "image"}`, `{"type": "text", "text": ...}`) becomes one text with `<image>` for each
+        image, in the order of the parts: `messages.flat_content`. A template that reads parts gets the text as one
+        part. A message without content is left as it is.
+
+        Raises:
+            ValueError: for a part that is neither text nor image.
         """
         chats, batched = as_batch(conversation)
+        flat = in_form_of(self._resolve_chat_template(chat_template), chats, flat_content)
         images = [images_of(chat) for chat in chats]
         if kwargs.get("tokenize") and any(images):
             options = kwargs.get("processor_kwargs") or {}
             kwargs["processor_kwargs"] = {"images": images if batched else images[0], **options}
-        flat = in_form_of(chat_template or self.chat_template, chats, flat_content)
         return super().apply_chat_template(flat if batched else flat[0], chat_template, **kwargs)
 
 

@@ -176,7 +176,7 @@ def read_parameters(tower: PreTrainedModel, layer: int) -> list[nn.Parameter]:
     """
     _, layers = _find_layers(tower)
     unread = {id(parameter) for parameter in layers[resolve_layer(layer, len(layers)) :].parameters()}
-    last = next(reversed(list(layers.parameters())))
+    last = list(layers.parameters())[-1]
     found = []
     for name, parameter in tower.named_parameters():  # modules registered after the layers are called after them
         if id(parameter) not in unread and not name.endswith("mask_token"):

@@ -21,6 +21,7 @@ from ..data.sources.images import load_image
 from ..data.sources.open import WrittenRows, has_table, undecoded
 from ..data.sources.rows import CaptionError, Origin, SourceError, image_of
 from ..paths import is_inside
+from ..terminal import printable
 
 CAPTION_NAMES = ("caption", "text", "name", "title", "description")
 TEXT_FILES = (".txt", ".jsonl", ".csv")
@@ -246,7 +247,7 @@ class DatasetItems:
             identity = str(row[self.roles["id"]])
         else:
             identity = content_id("image", source.get("bytes") or path or "", text)
-        place += f" ({path})" if path else ""
+        place += f" ({printable(path, 200)})" if path else ""
         if self.origin is not None and cell is not None:
             cell = image_of(cell, self.origin, place)
             path = str(cell) if isinstance(cell, Path) else path

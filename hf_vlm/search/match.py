@@ -1,11 +1,12 @@
 """Results of a search and of an addition."""
 
-import io
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
+from ..data.sources.images import load_image
+from ..terminal import printable
 from .sheet import Hit
 from .store import COLUMNS
 
@@ -24,8 +25,14 @@ class Match:
 
     @property
     def image(self) -> Image.Image | None:
-        """The thumbnail, decoded."""
-        return None if self.thumbnail is None else Image.open(io.BytesIO(self.thumbnail))
+        """The thumbnail, decoded.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        if self.thumbnail is None:
+            return None
+        return load_image(self.thumbnail, where=f"The thumbnail of {printable(self.id, 200)}")
 
     def hit(self) -> Hit:
         """The match as an entry of a result sheet."""

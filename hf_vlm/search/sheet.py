@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..files import write_text
+from ..models.images import to_rgb
 
 THUMBNAIL_SIDE = 96
 
@@ -54,12 +55,19 @@ class Result:
     image: Image.Image | None = None
 
 
+def shrink(image: Image.Image, side: int) -> Image.Image:
+    """The image in RGBA, at most `side` pixels high and wide; greys of more than 8 bits by the processors' rule."""
+    if image.mode.startswith("I") or image.mode in ("F", "La"):
+        image = to_rgb(image)
+    small = image.convert("RGBA")
+    small.thumbnail((side, side))
+    return small
+
+
 def image_tag(image: Image.Image, description: str) -> str:
     """An `<img>` tag with an embedded PNG thumbnail."""
-    thumbnail = image.convert("RGBA")
-    thumbnail.thumbnail((2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
     buffer = io.BytesIO()
-    thumbnail.save(buffer, format="PNG")
+    shrink(image, 2 * THUMBNAIL_SIDE).save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
 

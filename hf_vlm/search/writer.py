@@ -13,6 +13,7 @@ from ..data.sources.images import ImageError
 from ..data.sources.rows import CaptionError, OnError
 from .items import Item
 from .match import AddReport
+from .sheet import shrink
 from .store import Row, VectorTable
 
 EMBED_BATCH = 32
@@ -110,8 +111,7 @@ class Writer:
 
 def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE) -> bytes:
     """A thumbnail as the bytes of a WebP file."""
-    small = image.convert("RGBA")
-    small.thumbnail((side, side))
+    small = shrink(image, side)
     buffer = io.BytesIO()
     small.save(buffer, format="WEBP", quality=80)
     return buffer.getvalue()

@@ -419,3 +419,32 @@ def test_a_template_that_hides_who_speaks_is_refused():
     changing = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="renders turn 1 differently once another follows"):
         ConversationCollator(tiny_llava.llava_processor(), chat_template=changing)(rows()[:1])
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "marks"),
+    [
+        (talk("<image>\na cat", "a dog"), 0, 1),
+        (talk("<image><image>\na cat", "a dog"), 1, 2),
+        (talk("a cat", "a dog", "<image> and", "tree"), 0, 1),
+        (talk("<image>\na cat", "a <image> dog"), 1, 2),
+        ([{"role": "system", "content": "<image>"}, *talk("<image>\na cat", "a dog")], 1, 2),
+        (talk("a cat", "a dog"), 1, 0),  # the image would go to the next row
+        (talk("<image>\na cat", "a dog"), 2, 1),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_more_or_fewer_marks_than_images_are_an_error_with_the_row(messages, images, marks, packed):
+    """A StopIteration would end the epoch, and the training with it, as if it were finished."""
+    bad = {"messages": messages, "images": [tiny.image()] * images}
+    collator = ConversationCollator(tiny_llava.llava_processor(), packed=packed)
+    expected = f"sample 1 of the batch has {marks} <image> in its turns, but {images} images; make them equal"
+    with pytest.raises(ValueError, match=expected):
+        collator([rows()[0], bad])
+
+
+def test_an_image_that_cannot_be_read_is_named_by_its_sample():
+    collator = ConversationCollator(tiny_llava.llava_processor())
+    for image, place in ((b"no image", "sample 0 of the batch"), ("no.png", r"sample 0 of the batch \(no\.png\)")):
+        with pytest.raises(ImageError, match=rf"^{place}: "):
+            collator([{**rows()[0], "images": [image]}])

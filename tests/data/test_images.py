@@ -2,13 +2,18 @@
 
 import io
 import random
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from hf_vlm.data.sources.images import ImageError, load_image
+from hf_vlm.models.images import IMAGE_FORMATS
 
 LIMIT = 1_000_000
 
@@ -135,7 +140,9 @@ BROKEN = {
     "a number": (lambda folder: 5, "int is not an image"),
     "a program for a printer": (lambda folder: encoded(noise(), "EPS"), "not an image"),
     "a null byte": (lambda folder: "a\0b.png", "cannot be read"),
-    "a long name": (lambda folder: "a" * 5000, "cannot be read"),
+    "a long name": (lambda folder: "a" * 500, "cannot be read"),
+    "an image in base64": (lambda folder: "iVBORw0KGgo" * 9999, "a text of 109,989 characters, not a path"),
+    "a data URI": (lambda folder: "data:image/png;base64,iVBO", "not a path"),
 }
 
 
@@ -157,12 +164,12 @@ def test_the_path_is_the_place_by_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pixels", [1.5, 3])
 def test_too_many_pixels(pixels: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", LIMIT)
-    assert load_image(encoded(Image.new("1", (LIMIT // 10, 10)), "PNG")).width == LIMIT // 10
-    bomb = encoded(Image.new("1", (int(LIMIT * pixels) // 10, 10)), "PNG")
+    assert load_image(encoded(Image.new("1", (LIMIT // 100, 100)), "PNG")).width == LIMIT // 100
+    bomb = encoded(Image.new("1", (int(LIMIT * pixels) // 100, 100)), "PNG")
     with pytest.raises(ImageError, match="pixels"):
         load_image(bomb)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert load_image(bomb).height == 10
+    assert load_image(bomb).height == 100
 
 
 def test_thirty_thousand_pixels_wide_is_below_the_default_limit() -> None:
@@ -185,3 +192,124 @@ def test_damage_gives_an_image_or_an_image_error(kind: str) -> None:
             refusals.append(str(error))
     assert len(refusals) > 20
     assert not any("\n" in refusal for refusal in refusals)
+
+
+# --- nothing is let in
+
+
+def iptc(inside: bytes) -> bytes:
+    """An IPTC file around another one, which Pillow's reader opens as whatever it is."""
+
+    def field(major: int, minor: int, data: bytes) -> bytes:
+        return bytes([0x1C, major, minor]) + struct.pack(">H", len(data)) + data
+
+    head = field(3, 60, bytes([1, 0])) + field(3, 20, bytes([7])) + field(3, 30, bytes([5])) + field(3, 120, bytes([5]))
+    assert len(inside) < 32768
+    return head + field(8, 10, inside)
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The calls of Ghostscript, which is not started."""
+    called: list = []
+
+    def call(*args, **options):
+        called.append(args)
+        return Image.new("RGB", (7, 5)).im
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", call)
+    return called
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_no_image_starts_a_program(wrapped: bool, programs: list, tmp_path: Path) -> None:
+    data = encoded(noise("L"), "EPS")
+    if wrapped:
+        data = iptc(data)
+    Image.open(io.BytesIO(data)).load()
+    assert len(programs) == 1  # what Pillow by itself does
+    written(tmp_path / "a.png", data)
+    for source in (data, {"bytes": data}, tmp_path / "a.png"):
+        with pytest.raises(ImageError, match="in a format that is not read; convert it to one of PNG, JPEG"):
+            load_image(source)
+    with pytest.raises(ImageError, match=r"image: images of the format (EPS|IPTC) are not read"):
+        load_image(Image.open(io.BytesIO(data)))
+    assert len(programs) == 1
+
+
+OPENED: list[tuple] = []
+WATCHES: list[bool] = []
+
+
+def _watch(event: str, args: tuple) -> None:
+    if WATCHES and event in ("open", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "socket.connect"):
+        OPENED.append((event, args[0]))
+
+
+@pytest.fixture
+def opened() -> Iterator[list]:
+    """What is opened and started during a test; a hook cannot be taken away, so it only listens meanwhile."""
+    if not hasattr(sys, "_hf_vlm_watch"):
+        sys._hf_vlm_watch = True
+        sys.addaudithook(_watch)
+    OPENED.clear()
+    WATCHES.append(True)
+    yield OPENED
+    WATCHES.clear()
+
+
+SAVED = {"MPO": {"save_all": True, "append_images": [noise()]}, "AVIF": {"quality": 100}}
+WRITABLE = [name for name in IMAGE_FORMATS if name in Image.SAVE]
+
+
+@pytest.mark.parametrize("kind", WRITABLE)
+def test_every_allowed_format_is_read_without_opening_anything(kind: str, opened: list) -> None:
+    data = encoded(noise(size=(16, 16)), kind, **SAVED.get(kind, {}))
+    opened.clear()
+    loaded = load_image(data)
+    assert opened == []
+    assert loaded.size == (16, 16)
+    assert Image.open(io.BytesIO(data)).format == kind
+
+
+def test_the_other_formats_of_pillow_are_refused() -> None:
+    assert set(IMAGE_FORMATS) - set(Image.OPEN) == {"MPO"}  # which the reader of JPEG opens
+    assert {"EPS", "IPTC", "FPX", "MIC", "WMF", "GRIB", "HDF5", "BUFR", "FITS"}.isdisjoint(IMAGE_FORMATS)
+    refused = [
+        name for name in ("IM", "MSP", "PALM", "PDF", "BUFR", "GRIB", "HDF5", "SPIDER", "XBM") if name in Image.SAVE
+    ]
+    for name in refused:
+        try:
+            data = encoded(noise("1"), name)
+        except (OSError, KeyError):
+            continue
+        with pytest.raises(ImageError, match="not an image, or in a format that is not read"):
+            load_image(data)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of any size in a few bytes; its pixels are missing."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(1, 89_000_000), (89_000_000, 1), (65_536, 2)])
+def test_a_long_side_is_refused_before_the_pixels_are_decoded(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match=f"row 3: {size[0]} x {size[1]} pixels; a side has 1 to 65535"):
+        load_image(png_header(*size), "row 3")
+    with pytest.raises(ImageError, match="truncated"):  # the longest that is decoded
+        load_image(png_header(65_535, 2), "row 3")
+
+
+@pytest.mark.parametrize(
+    "text", ["iVBORw0KGgo" * 30_000, "a/" * 3000, "b" * 300, "data:image/png;base64," + "A" * 9999]
+)
+def test_an_error_about_a_long_text_is_short(text: str) -> None:
+    for source in (text, {"path": text}, {"bytes": None, "path": text}):
+        with pytest.raises(ImageError) as caught:
+            load_image(source)
+        assert len(str(caught.value)) < 400

@@ -15,7 +15,7 @@ from hf_vlm.hub.convert import (
     to_transformers,
 )
 from hf_vlm.models import with_image_token
-from hf_vlm.models.chat_templates import flat_content
+from hf_vlm.models.messages import flat_content
 from hf_vlm.models.processing_llava import VICUNA_TEMPLATE
 
 

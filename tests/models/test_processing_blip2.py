@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from transformers import AutoProcessor
+import torch
+from transformers import AutoProcessor, Blip2Processor, InstructBlipProcessor, ProcessorMixin
 
 from cases import tiny, tiny_blip2
 from hf_vlm import VlmBlip2Processor
@@ -69,3 +71,78 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].tolist() == tensor.tolist(), name
+
+
+# --- options of the call
+
+
+TEXTS = ["<image>a red cat", "<image>two dog on the left of a green house", "<image>"]
+PAIR = {"blip2": tiny_blip2.stage2_processor, "instructblip": tiny_blip2.instruct_processor}
+
+
+def native(family: str) -> ProcessorMixin:
+    """transformers' own processor of the same tokenizers; its image processor is ours."""
+    ours = PAIR[family]()
+    parts = (ours.image_processor, ours.tokenizer)
+    if family == "blip2":
+        return Blip2Processor(*parts, num_query_tokens=tiny_blip2.QUERIES)
+    return InstructBlipProcessor(*parts, ours.qformer_tokenizer, num_query_tokens=tiny_blip2.QUERIES)
+
+
+def unpadded(inputs: dict, prefix: str = "") -> list[list[int]]:
+    pairs = zip(inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"], strict=True)
+    return [[int(token) for token, kept in zip(ids, mask, strict=True) if kept] for ids, mask in pairs]
+
+
+OPTIONS = [
+    {"padding": "max_length", "max_length": 14},
+    {"truncation": True, "max_length": 9},
+    {"truncation": True, "max_length": 12, "padding": "max_length"},
+    {"text_kwargs": {"truncation": True, "max_length": 9, "padding": True}},
+    {"padding": False, "return_tensors": None},
+    {"padding": "longest", "return_tensors": "np"},
+    {"return_tensors": "np", "truncation": True, "max_length": 7, "padding": "max_length"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("family", PAIR)
+def test_options_are_those_of_transformers_processors(family: str, options: dict) -> None:
+    processor, pictures = PAIR[family](), [tiny.image(seed=i) for i in range(3)]
+    inputs = processor(images=pictures, text=TEXTS, **options)
+    words = [text.removeprefix("<image>") for text in TEXTS]
+    other = {"padding": True, "return_tensors": "pt", **options} if "text_kwargs" not in options else options
+    expected = native(family)(images=pictures, text=words, **other)
+    assert unpadded(inputs) == unpadded(expected)
+    assert all(
+        row[: tiny_blip2.QUERIES] == [tiny_blip2.IMAGE_TOKEN_ID] * tiny_blip2.QUERIES for row in unpadded(inputs)
+    )
+    assert [len(row) for row in inputs["input_ids"]] == [len(row) for row in expected["input_ids"]]
+    kind = {"np": np.ndarray, None: list}.get(options.get("return_tensors", "pt"), torch.Tensor)
+    assert all(isinstance(value, kind) for name, value in inputs.items() if name != "pixel_values")
+    assert kind is list or isinstance(inputs["pixel_values"], kind)
+    if family == "instructblip":
+        assert unpadded(inputs, "qformer_") == unpadded(expected, "qformer_")
+        lengths = [[len(row) for row in one["qformer_input_ids"]] for one in (inputs, expected)]
+        assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize("family", PAIR)
+def test_lengths_are_multiples_with_the_placeholders(family: str) -> None:
+    """transformers pads the words to a multiple and then adds the placeholders, which is no multiple."""
+    inputs = PAIR[family]()(text=TEXTS, pad_to_multiple_of=8)
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (3, 16)
+    assert unpadded(inputs) == unpadded(PAIR[family]()(text=TEXTS))
+    if family == "instructblip":
+        assert inputs["qformer_input_ids"].shape == (3, 16)
+
+
+@pytest.mark.parametrize("family", PAIR)
+def test_placeholders_are_never_truncated(family: str) -> None:
+    with pytest.raises(ValueError, match="max_length=4 leaves no room for a text after 4 placeholders"):
+        PAIR[family]()(text=TEXTS, truncation=True, max_length=4)
+    processor = PAIR[family]()
+    processor.is_encoder_decoder = False
+    inputs = processor(text=TEXTS, truncation=True, max_length=7, return_attention_mask=False)
+    assert [len(row) for row in inputs["input_ids"]] == [7, 7, 7]
+    assert ("attention_mask" in inputs) is False

@@ -10,7 +10,7 @@ from cases import tiny, tiny_blip2, tiny_llava
 from cases.tiny_llava import CHATML, SIZES
 from hf_vlm import VlmImageProcessor, VlmLlavaProcessor
 from hf_vlm.models import with_image_token
-from hf_vlm.models.chat_templates import flat_content, reads_parts
+from hf_vlm.models.chat_templates import reads_parts
 from hf_vlm.models.processing_llava import VICUNA_TEMPLATE
 
 IMAGE = tiny_blip2.IMAGE_TOKEN_ID
@@ -168,18 +168,11 @@ def test_tokenizers_are_made_ready(pad_token: str | None) -> None:
 # --- conversations
 
 
-def test_content_in_parts_has_its_images_first() -> None:
-    assert flat_content(QUESTION["content"]) == "<image>\na red cat"
-    assert flat_content("a <image> b") == "a <image> b"
-    two = [{"type": "text", "text": "x"}, {"type": "image"}, {"type": "image"}]
-    assert flat_content(two) == "<image>\n<image>\nx"
-
-
 def test_vicunas_template() -> None:
     processor = tiny_llava.llava_processor()
     assert processor.chat_template == VICUNA_TEMPLATE
     asked = processor.apply_chat_template(CHAT, add_generation_prompt=True)
-    expected = SYSTEM + "USER: <image>\na red cat ASSISTANT: two dog<end>USER: the left "
+    expected = SYSTEM + "USER: a red <image>cat ASSISTANT: two dog<end>USER: the left "
     assert asked == expected + "ASSISTANT:"
     assert processor.apply_chat_template(CHAT) == expected
     system = [{"role": "system", "content": "a dog"}, {"role": "user", "content": "a cat"}]
@@ -208,12 +201,12 @@ def test_another_template() -> None:
     tokenizer = with_image_token(tiny_blip2.llm_tokenizer())
     tokenizer.chat_template = CHATML
     own = VlmLlavaProcessor.from_parts(tiny_llava.llava_model(), tokenizer)
-    expected = "<start>user\n<image>\na red cat<end>\n<start>assistant\ntwo dog<end>\n<start>user\nthe left<end>\n"
+    expected = "<start>user\na red <image>cat<end>\n<start>assistant\ntwo dog<end>\n<start>user\nthe left<end>\n"
     assert own.apply_chat_template(CHAT) == expected
     assert own.apply_chat_template(CHAT, add_generation_prompt=True) == expected + "<start>assistant\n"
     assert tiny_llava.llava_processor().apply_chat_template(CHAT, chat_template=CHATML) == expected
     begun = own.apply_chat_template(CHAT[:2], continue_final_message=True)
-    assert begun == "<start>user\n<image>\na red cat<end>\n<start>assistant\ntwo dog"
+    assert begun == "<start>user\na red <image>cat<end>\n<start>assistant\ntwo dog"
     # The template has written the start token, which is not put there twice.
     ids = own(images=PICTURES[0], text=expected)["input_ids"][0].tolist()
     assert ids[:2] != [tiny.START, tiny.START]
@@ -245,7 +238,8 @@ def test_images_of_conversations_may_be_given_by_path(key: str, tmp_path: Path) 
     processor, path = tiny_llava.llava_processor(), str(tmp_path / "one.png")
     PICTURES[0].save(path)
     expected = processor(images=PICTURES[0], text=processor.apply_chat_template([QUESTION]))
-    parts = [{"type": "image", key: path}, {"type": "text", "text": "a red cat"}]
+    text, _, more = QUESTION["content"]
+    parts = [text, {"type": "image", key: path}, more]
     found = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=True, return_dict=True)
     assert torch.equal(found["input_ids"], expected["input_ids"])
     assert torch.equal(found["pixel_values"], expected["pixel_values"])

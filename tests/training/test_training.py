@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState
 
 from cases import tiny
@@ -210,6 +211,46 @@ def test_a_finished_run_that_is_started_again_does_nothing(tmp_path: Path) -> No
     assert again.state.global_step == 3
     assert changed(before, weights(again.model)) == set()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+class Ending(PairDataset):
+    """Rows of which one raises StopIteration, as a `next` in somebody's dataset does."""
+
+    last = 4
+
+    def __getitem__(self, index: int) -> dict:
+        return next(iter([])) if index >= self.last else super().__getitem__(index)
+
+
+def ending(pairs: list[dict]) -> dict[str, torch.Tensor]:
+    return next(iter([])) if any(pair["index"] >= Ending.last for pair in pairs) else tiny_training.collator()(pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("dataset", "collator", "accumulation", "done", "steps"),
+    [
+        (Ending, None, 1, 1, 4),
+        (PairDataset, ending, 1, 1, 4),
+        (Ending, None, 2, 0, 2),
+    ],
+)
+def test_an_epoch_that_ends_early_is_an_error(dataset, collator, accumulation, done, steps, workers, tmp_path) -> None:
+    options = {"max_steps": 6, "gradient_accumulation_steps": accumulation, "dataloader_num_workers": workers}
+    trainer = tiny_training.trainer(
+        tmp_path, tiny_training.model(), dataset(tiny_training.rows(16)), data_collator=collator, **options
+    )
+    trainer._get_train_sampler = lambda *args: SequentialSampler(range(16))
+    message = f"training data ended after step {done}, but the epoch has {steps} more steps"
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+
+
+def test_an_epoch_without_a_batch_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ending, "last", 0)
+    trainer = tiny_training.trainer(tmp_path, tiny_training.model(), Ending(tiny_training.rows(16)))
+    with pytest.raises(RuntimeError, match="training data ended after step 0, but the epoch has"):
+        trainer.train()
 
 
 def test_throughput_of_a_resumed_run_leaves_out_the_steps_before() -> None:

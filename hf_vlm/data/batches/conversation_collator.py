@@ -6,15 +6,18 @@
   transformers does not let samples attend to each other. Padding occurs only at the ends of rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
+from ...models.messages import flat_content
+from ...terminal import printable
 from ..sources.conversations import IMAGE_MARK, Conversation, Message
 from ..sources.images import load_image
+from ..sources.rows import stored_path
 
 logger = logging.get_logger(__name__)
 PLAIN_TEMPLATE = (
@@ -26,13 +29,16 @@ learns to stop."""
 IGNORED = -100
 
 
-def assistant_spans(render: Any, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
+def assistant_spans(
+    render: Any, messages: Sequence[Message], where: str, end_token: str | None = None
+) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and the spans of the assistant's turns in it, each with its end of turn.
 
     Args:
         render: `(messages, add_generation_prompt) -> str`.
         messages: The conversation.
         where: Name of the conversation in errors.
+        end_token: The end token, which a template may put at the end of a whole conversation only, as Phi-3's does.
 
     Raises:
         ValueError: if the template renders a turn differently once another follows. A difference between the start of
@@ -42,18 +48,33 @@ def assistant_spans(render: Any, messages: Sequence[Message], where: str) -> tup
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, through = render(messages[:number], True), render(messages[: number + 1], False).rstrip()
-        if not text.startswith(through):
-            # The last answer may be rendered differently from earlier ones: Qwen3's starts with an empty thought.
-            marked = render([*messages[:number], {"role": "assistant", "content": "MARK"}], False)
-            through = before + message["content"].strip() + marked.rpartition("MARK")[2].rstrip()
-        if not (text.startswith(through) and through.startswith(before)):
+        before = render(messages[:number], True)
+        for through in _renderings(render, messages[: number + 1], before, end_token):
+            if text.startswith(through) and through.startswith(before):
+                spans.append((len(before), len(through)))
+                break
+        else:
             raise ValueError(
                 f"{where}: the chat template renders turn {number} differently once another follows: use another chat "
                 "template, or conversations with one answer."
             )
-        spans.append((len(before), len(through)))
     return text, spans
+
+
+def _renderings(render: Any, messages: Sequence[Message], before: str, end_token: str | None) -> Iterator[str]:
+    """Texts of the conversation up to the end of its last turn, which may be rendered so within a longer one."""
+    *earlier, last = messages
+    said = flat_content(last.get("content") or "").strip()
+    through = render(messages, False).rstrip()
+    yield through
+    # The last answer may be rendered differently from earlier ones: Qwen3's starts with an empty thought.
+    marked = render([*earlier, {"role": "assistant", "content": "MARK"}], False)
+    like_earlier = before + said + marked.rpartition("MARK")[2].rstrip()
+    yield like_earlier
+    for longer in (through, like_earlier) if end_token else ():
+        shorter = longer.removesuffix(end_token or "").rstrip()
+        if not shorter.endswith(said):  # an answer that nothing ends would not teach to stop
+            yield shorter
 
 
 class ConversationCollator:
@@ -72,8 +93,8 @@ class ConversationCollator:
         "anyres", `image_sizes`.
 
     Raises:
-        ValueError: on call, with the sample's name: if an image would be truncated, or the assistant's turns cannot be
-            located.
+        ValueError: on call, with the sample's name: if an image would be truncated, if a sample has more or fewer
+            `<image>` than images, or if the assistant's turns cannot be located.
     """
 
     def __init__(
@@ -94,8 +115,10 @@ class ConversationCollator:
     def __call__(self, rows: Sequence[Conversation]) -> dict[str, torch.Tensor]:
         samples, pictures = [], []
         for number, row in enumerate(rows):
-            images = [self.processor.image_processor.process_image(load_image(image)) for image in row["images"]]
-            samples.append(self.tokens(row["messages"], images, f"sample {number} of the batch"))
+            where = f"sample {number} of the batch"
+            loaded = [load_image(image, _place(where, image)) for image in row["images"]]
+            images = [self.processor.image_processor.process_image(image) for image in loaded]
+            samples.append(self.tokens(row["messages"], images, where))
             pictures.append(images)
         batch, order = self._packed(samples) if self.packed else self._padded(samples)
         if images := [image for number in order for image in pictures[number]]:
@@ -111,7 +134,8 @@ class ConversationCollator:
         size = self.processor.image_processor.size
         more = self.processor.num_image_tokens(size["height"], size["width"]) - 1  # than the mark in the text
         images = more * len(row["images"])
-        return min(len(self.processor.tokenizer(text)["input_ids"]) + images, self.max_length)
+        words = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return min(len(self.processor.begin_tokens(text)) + len(words) + images, self.max_length)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The text of a conversation."""
@@ -124,10 +148,14 @@ class ConversationCollator:
     def tokens(self, messages: Sequence[Message], images: Sequence[Any], where: str) -> tuple[list[int], list[int]]:
         """Token ids and labels of one conversation; the image sizes determine the number of placeholders."""
         tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
-        text, spans = assistant_spans(self.render, messages, where)
-        begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        read = tokenizer(text, add_special_tokens=not begins, return_offsets_mapping=True)
-        ids, labels, pictures = [], [], iter(images)
+        text, spans = assistant_spans(self.render, messages, where, tokenizer.eos_token)
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if (marks := read["input_ids"].count(image_id)) != len(images):
+            raise ValueError(
+                f"{where} has {marks} {IMAGE_MARK} in its turns, but {len(images)} images; make them equal."
+            )
+        ids = self.processor.begin_tokens(text)
+        labels, pictures = [IGNORED] * len(ids), iter(images)
         for token, (start, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
             if token == image_id:
                 picture = next(pictures)
@@ -174,6 +202,11 @@ class ConversationCollator:
             positions += range(missing)  # padding counts as one more sample
         order = [number for chosen in bins for number in chosen]
         return {name: torch.tensor(values) for name, values in rows.items()}, order
+
+
+def _place(where: str, image: Any) -> str:
+    path = stored_path(image)
+    return f"{where} ({printable(path, 200)})" if path else where
 
 
 def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:

@@ -131,7 +131,9 @@ def _statement(body: str, holds_true: bool) -> str:
     rest, negation = body.removeprefix("Is "), "" if holds_true else " not"
     if rest.startswith("the background "):
         return f"the background is{negation} {rest.removeprefix('the background ')}"
-    side = next(words for words in OPPOSITES if f" {words} the " in rest)
+    side = next((words for words in OPPOSITES if f" {words} the " in rest), None)
+    if side is None:
+        raise ValueError(f"No sentence is known for the question {body!r}.")
     subject, other = rest.split(f" {side} ")
     return f"{subject} is{negation} {side} {other}"
 

@@ -3,13 +3,15 @@
 - LLaVA-Instruct and mix665k: `conversations` of `{"from": "human" | "gpt", "value": ...}` with `<image>` in the text,
   and `image`, a path or several; ShareGPT is the same with a `system` turn and often without images.
 - TRL: `messages` of `{"role": ..., "content": ...}`, contents being texts or lists of parts, and `images`.
-- `<image>` is put before the text of its turn, with a newline after it, as LLaVA does.
+- The only `<image>` in a text is put before that text, with a newline after it, as LLaVA does. Parts keep their order:
+  `hf_vlm.models.messages` has the rule, which processors share.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ...models.messages import flat_content
 from ...terminal import quoted
 from .images import load_image
 from .open import DataSource, WrittenRows, open_rows, undecoded
@@ -84,23 +86,18 @@ def read_conversation(
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise ValueError(f"{where} is {turn!r}; write a dict with a role and a content.")
+        raise ValueError(f"{where} is {quoted(turn)}; write a dict with a role and a content.")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}.")
+        raise ValueError(f"{where} has the role {quoted(role)}; it must be one of {', '.join(ROLES)}.")
     if isinstance(content, list):
-        kinds = [part.get("type") if isinstance(part, Mapping) else part for part in content]
-        if unknown := [kind for kind in kinds if kind not in ("text", "image")]:
-            raise ValueError(
-                f"{where} has a part of type {unknown[0]!r}: write {{'type': 'text', 'text': ...}} or {{'type': "
-                "'image'}, and the image itself among the row's images."
-            )
-        marks = f"{IMAGE_MARK}\n" * kinds.count("image")
-        content = marks + "".join(part.get("text") or "" for part in content if part["type"] == "text")
-    if not isinstance(content, str) or not content.replace(IMAGE_MARK, "").strip():
-        raise ValueError(f"{where} has no text: {content!r}; add text or remove the row.")
-    if content.count(IMAGE_MARK) == 1:
+        if any(isinstance(part, Mapping) and part.get("type") == "image_url" for part in content):
+            raise ValueError(f"{where} has a part of type 'image_url': put the image itself among the row's images.")
+        content = flat_content(content, where)
+    elif isinstance(content, str) and content.count(IMAGE_MARK) == 1:
         content = f"{IMAGE_MARK}\n{content.replace(IMAGE_MARK, '').strip()}"
+    if not isinstance(content, str) or not content.replace(IMAGE_MARK, "").strip():
+        raise ValueError(f"{where} has no text: {quoted(content)}; add text or remove the row.")
     return {"role": ROLES[role], "content": content}
 
 

@@ -1,54 +1,23 @@
 """Decodes one image from a path, bytes, a `datasets.Image` value or a PIL image; errors name the image and the cause.
 
-Colours are not converted: greyscale, palette, CMYK, 16-bit and transparent images keep their stored mode. The image
-processor converts them.
+Formats, size and orientation are checked by the rules of `hf_vlm.models.images`. Colours are not converted: greyscale,
+palette, CMYK, 16-bit and transparent images keep their stored mode. The image processor converts them.
 """
 
-import io
 import os
-import struct
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
-from ...terminal import InputError
+from ...models import images as rules
+from ...models.images import decode_image
+from ...terminal import InputError, printable
 
-# Errors of Pillow's decoders on damaged files, found by flipping bytes in files of eighteen formats.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
-
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-_METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-
-Image.preinit()  # registers the common formats first; formats are tried in this order
-Image.init()
-# Decoding EPS would make Ghostscript run a PostScript program from the data.
-_FORMATS = tuple(name for name in Image.ID if name != "EPS")
+LONGEST_PATH = 4096
 
 
-class ImageError(InputError):
+class ImageError(InputError, rules.ImageError):
     """An image cannot be read; one line that says which image, what is wrong and what to do."""
 
 
@@ -70,23 +39,28 @@ def load_image(
             pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if isinstance(source, Mapping):
-        where = where or str(source.get("path") or "")
+        where = where or printable(source.get("path") or "", 200)
         source = source.get("path") if source.get("bytes") is None else source.get("bytes")
     if isinstance(source, str | os.PathLike):
-        where = where or os.fspath(source)
-        source = _read(source, where)
+        where = where or printable(os.fspath(source), 200)
+        source = _read(os.fspath(source), where)
     where = where or "image"
     if source is None:
         raise ImageError(f"{where}: no image (the value is None); add one or remove the row.")
     if isinstance(source, bytes | bytearray | memoryview):
-        source = _open(bytes(source), where)
-    if not isinstance(source, Image.Image):
+        source = bytes(source)
+    elif not isinstance(source, Image.Image):
         raise ImageError(f"{where}: {type(source).__name__} is not an image; give a path, bytes or a PIL image.")
-    return _decode(source, where)
+    try:
+        return decode_image(source, where)
+    except rules.ImageError as error:
+        raise ImageError(str(error)) from error
 
 
-def _read(path: str | os.PathLike, where: str) -> bytes:
-    if "://" in os.fspath(path):
+def _read(path: str, where: str) -> bytes:
+    if len(path) > LONGEST_PATH or path.startswith("data:"):
+        raise ImageError(f"{where}: a text of {len(path):,} characters, not a path; store the image as bytes.")
+    if "://" in path:
         raise ImageError(f"{where}: a URL, which is not downloaded; download the file and give its path.")
     try:
         return Path(path).read_bytes()
@@ -95,47 +69,8 @@ def _read(path: str | os.PathLike, where: str) -> bytes:
     except IsADirectoryError:
         raise ImageError(f"{where}: a folder, not an image; give a file in it.") from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"{where}: cannot be read ({_one_line(error)}); correct the path or permissions.") from error
-
-
-def _open(data: bytes, where: str) -> Image.Image:
-    if not data:
-        raise ImageError(f"{where}: the file is empty (zero bytes); replace it or remove the row.")
-    try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except UnidentifiedImageError:
-        raise ImageError(f"{where}: not an image, or in a format that Pillow cannot read; replace it.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{where}: {_one_line(error)} Resize it.") from None
-    except _DAMAGED as error:
-        raise ImageError(f"{where}: the file is damaged ({_one_line(error)}); replace it or remove the row.") from error
-
-
-def _decode(image: Image.Image, where: str) -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        size = f"{image.width} x {image.height} pixels"
-        raise ImageError(f"{where}: {size} are too many (PIL.Image.MAX_IMAGE_PIXELS = {limit}); resize it.")
-    try:
-        image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *_DAMAGED) as error:
-        raise ImageError(
-            f"{where}: the file is truncated or damaged ({_one_line(error)}); replace it or remove the row."
-        ) from error
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except _DAMAGED:
-        orientation = None  # the pixels are intact: unreadable metadata is no reason to lose the image
-    if orientation not in _TRANSPOSE:
-        return image
-    upright = image.transpose(_TRANSPOSE[orientation])
-    for key in _METADATA:
-        upright.info.pop(key, None)  # otherwise a second load_image would rotate it again
-    return upright
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        reason = printable(getattr(error, "strerror", None) or error, 80)
+        raise ImageError(f"{where}: cannot be read ({reason}); correct the path or permissions.") from error
 
 
 __all__ = ["ImageError", "load_image"]

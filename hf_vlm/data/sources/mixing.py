@@ -92,7 +92,7 @@ def mix(
 def _own_weights(sources: Sequence[DataSource]) -> Weights:
     weights = [source.weight for source in sources if source.weight is not None]
     if weights and len(weights) < len(sources):
-        without = next(source.path for source in sources if source.weight is None)
+        without = ", ".join(source.path for source in sources if source.weight is None)
         raise SourceError(f"{without}: has no weight while other sources have one; give all of them a weight or none.")
     return weights or "size"
 

@@ -20,7 +20,7 @@ import fsspec
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...paths import is_inside
-from ...terminal import InputError, quoted
+from ...terminal import InputError, printable, quoted
 from .cells import read_pair
 from .images import ImageError, load_image
 
@@ -336,7 +336,7 @@ class StreamReader:
 def place_of(label: str, index: int, image: Any) -> str:
     """The name of a row in errors: its source, its number from 0, and the path of its image."""
     path = stored_path(image)
-    return f"{label}, row {index}" + (f" ({path})" if path else "")
+    return f"{label}, row {index}" + (f" ({printable(path, 200)})" if path else "")
 
 
 def _leave_out(error: ImageError | CaptionError, report: SkipReport | None) -> None:
