@@ -23,7 +23,6 @@ from hf_vlm.bootstrap.filter import FilterSettings, PairFilter, filter_sources
 from hf_vlm.bootstrap.on_scenes import Corruption, add_results, filter_scenes, filter_table
 from hf_vlm.files import write_text
 from hf_vlm.runs.arguments import BlipFilterArguments, FilterSceneArguments, SourceArguments
-from hf_vlm.runs.data import check_sources
 from hf_vlm.runs.launch import launch
 
 
@@ -46,8 +45,7 @@ def main(filter_args: BlipFilterArguments, data_args: SourceArguments, scene_arg
     if data_args.sources is None:
         demonstrate(scene_args, settings, folder)
         return
-    check_sources(data_args.sources)
-    totals = filter_sources(folder, data_args.sources, settings)
+    totals = filter_sources(folder, data_args.sources, settings, report=data_args.report)
     print(f"Wrote {folder}: {totals['kept']} of {totals['texts']} texts of {totals['images']} images match.")
     if settings.captioner is not None:
         print(f"Of {totals['synthetic']} synthetic captions, {totals['kept_synthetic']} match.")

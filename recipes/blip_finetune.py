@@ -26,9 +26,10 @@ from hf_vlm.data import (
 )
 from hf_vlm.evaluation.test_sets import save_scene_report
 from hf_vlm.runs.arguments import BlipTaskArguments, BlipTaskDataArguments
-from hf_vlm.runs.data import check_sources, find_augmentation, own_pairs, scene_rows, validation_scenes
+from hf_vlm.runs.data import find_augmentation, own_pairs, scene_rows, validation_scenes
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
+from hf_vlm.runs.sources import check_streams
 from hf_vlm.runs.start import Run
 from hf_vlm.training import BlipTrainer, BlipTrainingArguments, save_trained
 
@@ -62,8 +63,7 @@ def build_data(args: BlipTaskDataArguments, task: str, size: int, seed: int) -> 
         return dataset(scene_rows(args, size, seed + 2), seed), dataset(validation_scenes(args, size, seed), seed)
     if task != "vqa":
         return own_pairs(args, seed)
-    check_sources([*args.sources, *(args.eval_sources or [])])
-    train = load_questions(args.sources, args.mix, seed, args.on_error)
+    train = load_questions(args.sources, args.mix, seed, args.on_error, args.report)
     return train, load_questions(args.eval_sources) if args.eval_sources else None
 
 
@@ -76,6 +76,8 @@ def build_collator(task: str, processor: VlmBlipProcessor, prompt: str, augmenta
 
 def main(model_args: BlipTaskArguments, data_args: BlipTaskDataArguments, training_args: BlipTrainingArguments) -> None:
     """Trains; on the built-in data, evaluates the model too."""
+    if model_args.task == "vqa":
+        check_streams([*(data_args.sources or []), *(data_args.eval_sources or [])], "blip_finetune with task: vqa")
     run = Run("blip_finetune", model_args, data_args, training_args)
 
     # MODEL

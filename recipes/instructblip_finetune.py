@@ -15,6 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from hf_vlm import VlmInstructBlipForConditionalGeneration, VlmInstructBlipProcessor
 from hf_vlm.data import (
     DataSource,
+    InstructionRows,
     PromptCollator,
     caption_instructions,
     easy_vqa_images,
@@ -29,7 +30,7 @@ from hf_vlm.data import (
 from hf_vlm.evaluation.test_sets import save_scene_report
 from hf_vlm.models import cast_weights
 from hf_vlm.runs.arguments import InstructBlipDataArguments, InstructBlipModelArguments
-from hf_vlm.runs.data import check_sources, open_features, scene_rows
+from hf_vlm.runs.data import open_features, scene_rows
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
 from hf_vlm.runs.start import Run
@@ -49,14 +50,13 @@ def build_model(args: InstructBlipModelArguments, bf16: bool) -> tuple:
     return add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout) if args.lora_r > 0 else model, processor
 
 
-def build_data(args: InstructBlipDataArguments, size: int, seed: int) -> tuple[Dataset, dict]:
+def build_data(args: InstructBlipDataArguments, size: int, seed: int) -> tuple[Dataset | InstructionRows, dict]:
     """The instructions, and for each source the rows that hold its images."""
     if args.sources is None:
         scenes = scene_rows(args, size, seed)
         tables = scene_instructions(scenes, seed=seed)
         tables["easy_vqa"] = question_instructions(easy_vqa_questions("train"), "easy_vqa", seed)
         return mix_by_sqrt(tables, seed, args.train_rows), {"scenes": scenes, "easy_vqa": easy_vqa_images("train")}
-    check_sources(args.sources, extra=["task"])
     tables, images = {}, {}
     for number, source in enumerate(args.sources):
         name, task = f"{number} {source['path']}", source.get("task", "caption")
@@ -64,8 +64,9 @@ def build_data(args: InstructBlipDataArguments, size: int, seed: int) -> tuple[D
             raise ValueError(f"The source {source['path']} has the task {task!r}: use one of {', '.join(TASKS)}.")
         fields = {key: value for key, value in source.items() if key != "task"}
         images[name] = load_source(question_source(fields) if task == "vqa" else DataSource(**fields))
-        tables[name] = TASKS[task](images[name], name, seed)
-    return mix_by_sqrt(tables, seed, args.train_rows), images
+        tables[name] = TASKS[task](images[name], name, seed, report=args.report)
+    table = mix_by_sqrt(tables, seed, args.train_rows)
+    return table if args.report is None else InstructionRows(table, images, args.report), images
 
 
 def main(

@@ -13,7 +13,7 @@ from hf_vlm import VlmLlavaForConditionalGeneration, VlmLlavaProcessor
 from hf_vlm.data import PLAIN_TEMPLATE, CaptionConversations, ConversationCollator, DataSource, mix
 from hf_vlm.models import with_image_token
 from hf_vlm.runs.arguments import LlavaAlignDataArguments, LlavaAlignModelArguments
-from hf_vlm.runs.data import check_sources, scene_rows
+from hf_vlm.runs.data import scene_rows
 from hf_vlm.runs.finish import finish_run
 from hf_vlm.runs.launch import launch
 from hf_vlm.runs.start import Run
@@ -44,9 +44,8 @@ def build_data(args: LlavaAlignDataArguments, size: int, seed: int) -> CaptionCo
     """Images with their captions, as conversations."""
     if args.sources is None:
         return CaptionConversations(scene_rows(args, size, seed, args.scene_aspects), seed)
-    check_sources(args.sources)
     sources = [DataSource(**source) for source in args.sources]
-    return CaptionConversations(mix(sources, seed=seed, on_error=args.on_error), seed)
+    return CaptionConversations(mix(sources, seed=seed, on_error=args.on_error, report=args.report), seed)
 
 
 def main(model_args: LlavaAlignModelArguments, data_args: LlavaAlignDataArguments, training_args: VlmSFTConfig) -> None:

@@ -48,7 +48,8 @@ def build_model(args: LlavaInstructModelArguments) -> tuple[VlmLlavaForCondition
 def build_data(args: LlavaInstructDataArguments, size: int, seed: int) -> ConcatDataset:
     """The conversations of all sources, one source after the other; the trainer shuffles them."""
     if args.sources is not None:
-        return ConcatDataset([open_conversations(source, on_error=args.on_error) for source in args.sources])
+        options = {"on_error": args.on_error, "report": args.report}
+        return ConcatDataset([open_conversations(source, **options) for source in args.sources])
     scenes = SceneConversations(scene_rows(args, size, seed, args.scene_aspects), seed, args.scene_kinds)
     return ConcatDataset([scenes, QuestionConversations(easy_vqa_questions("train"), easy_vqa_images("train"))])
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.sources.open import DataSource
 from ..data.sources.rows import OnError
+from ..data.sources.skipped import SkipReport
 from ..data.sources.stored import StoredRow, stored_blocks
 from ..evaluation import caption_images, embed_images, embed_texts, match_logits
 from ..evaluation.task import Evaluator
@@ -199,7 +200,11 @@ def features(itc: bool) -> datasets.Features:
 
 
 def filter_sources(
-    folder: str | Path, sources: Sequence[dict[str, Any]], settings: FilterSettings, progress: bool = True
+    folder: str | Path,
+    sources: Sequence[dict[str, Any]],
+    settings: FilterSettings,
+    progress: bool = True,
+    report: SkipReport | None = None,
 ) -> dict[str, int]:
     """Filters sources into a folder, which `datasets.load_dataset(folder)` then loads.
 
@@ -208,6 +213,7 @@ def filter_sources(
         sources: Fields of `DataSource`, one dict per source; read one after the other.
         settings: See [`FilterSettings`].
         progress: Show a progress bar.
+        report: Counts the skipped rows; a new one by default.
 
     Returns:
         `images`, `texts`, `kept` (texts that reach the threshold), `synthetic` and `kept_synthetic`.
@@ -226,7 +232,7 @@ def filter_sources(
             done = [part for part in state["parts"] if part["source"] == number]
             if number in state["complete"]:
                 continue
-            blocks = stored_blocks(source, settings.shard_rows, len(done), on_error)
+            blocks = stored_blocks(source, settings.shard_rows, len(done), on_error, report)
             for block, rows in enumerate(blocks, start=len(done)):
                 seed = hash((settings.seed, number, block)) % 2**63
                 columns = pair_filter.columns(rows, source.path, seed)

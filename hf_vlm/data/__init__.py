@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .batches.collators import CaptionCollator, ContrastiveCollator, QuestionCollator
     from .batches.conversation_collator import PLAIN_TEMPLATE, ConversationCollator
     from .batches.conversations import CaptionConversations, QuestionConversations
+    from .batches.instructions import InstructionRows
     from .batches.pairs import Pair, PairDataset, PairStream, load_pairs
     from .batches.prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
     from .batches.questions import Question, QuestionDataset, load_questions
@@ -49,6 +50,7 @@ __all__ = [
     "DataSource",
     "FeatureCacheError",
     "ImageError",
+    "InstructionRows",
     "Pair",
     "PairDataset",
     "PairStream",

@@ -4,12 +4,19 @@ A recipe takes one group for its model and one for its data, each built from the
 that it does not use. Defaults are those of the paper's configuration.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import ProcessorMixin
+
+from ..data.sources.conversations import CONVERSATION_KEYS
+from ..data.sources.rows import check_on_error, report_for
+from ..data.sources.skipped import SkipReport, check_share
+from .sources import PAIR_KEYS, check_sources, check_streams
 
 NAME_HELP = "Hub id, folder or wheel:NAME"
 
@@ -221,6 +228,25 @@ class SourceArguments:
 
     sources: list[dict] | None = option(None, "Data sources (path, split, columns, ...); built-in data by default.")
     on_error: str = option("raise", "raise, or skip rows that cannot be read.")
+    max_skipped: float = option(0.5, "Largest share of a source's rows that may be skipped.")
+
+    KEYS: ClassVar[Sequence[str]] = PAIR_KEYS
+    """Keys of a source."""
+    NO_STREAMS: ClassVar[str | None] = None
+    """The recipe, if it reads no streams."""
+
+    def __post_init__(self) -> None:
+        if self.sources is not None:
+            check_sources(self.sources, known=self.KEYS)
+            if self.NO_STREAMS is not None:
+                check_streams(self.sources, self.NO_STREAMS)
+        check_share(self.max_skipped)
+        check_on_error(self.on_error)
+
+    @cached_property
+    def report(self) -> SkipReport | None:
+        """Counts the rows that are skipped; None if a bad row raises."""
+        return report_for(self.on_error, None, self.max_skipped)  # type: ignore[arg-type]  # checked there
 
 
 @dataclass(kw_only=True)
@@ -230,6 +256,12 @@ class PairArguments(SourceArguments):
     eval_sources: list[dict] | None = option(None, "Data sources for validation during training.")
     mix: str = option("size", "Shares of several sources: size (number of rows) or sqrt (its square root).")
     augmentation: str = option("photo", "blip, crop, drawing, photo, scene or none.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_streams(self.sources or [])
+        if self.eval_sources:
+            check_sources(self.eval_sources)
 
 
 @dataclass(kw_only=True)
@@ -307,30 +339,44 @@ class Blip2DataArguments(PairArguments, FeatureCacheArguments, SceneArguments, T
 
 
 @dataclass(kw_only=True)
-class InstructBlipDataArguments(FeatureCacheArguments, SceneArguments, TestSceneArguments):
+class InstructBlipDataArguments(SourceArguments, FeatureCacheArguments, SceneArguments, TestSceneArguments):
     """Instructions about images; without sources about the built-in scenes and easy-VQA."""
+
+    KEYS = (*PAIR_KEYS, "task")
+    NO_STREAMS = "instructblip_finetune"
 
     sources: list[dict] | None = option(
         None, "Data sources (path, task: caption or vqa, columns, ...); scenes and easy-VQA by default."
     )
     train_rows: int = option(100_000, "Number of instructions, drawn by the square root of the sources' sizes.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sources is not None and self.feature_cache is not None and self.on_error == "skip":
+            raise ValueError("feature_cache holds the features of every row: leave it out, or set on_error: raise.")
+
 
 @dataclass(kw_only=True)
 class LlavaAlignDataArguments(SourceArguments, PackingArguments, SceneArguments, SceneAspectArguments):
     """Image-text pairs as conversations; without sources the built-in scenes."""
 
+    NO_STREAMS = "llava_align"
+
 
 @dataclass(kw_only=True)
-class LlavaInstructDataArguments(PackingArguments, SceneArguments, SceneAspectArguments, TestSceneArguments):
+class LlavaInstructDataArguments(
+    SourceArguments, PackingArguments, SceneArguments, SceneAspectArguments, TestSceneArguments
+):
     """Conversations about images; without sources about the built-in scenes and easy-VQA."""
+
+    KEYS = CONVERSATION_KEYS
+    NO_STREAMS = "llava_instruct"
 
     sources: list[dict] | None = option(
         None,
         "Conversations: {path: file.json, image_folder: ...} in LLaVA's or ShareGPT's format, or {path, name, split, "
         "revision} of a dataset with columns messages and images; scenes and easy-VQA by default.",
     )
-    on_error: str = option("raise", "raise, or skip rows that cannot be read.")
     row_tokens: int | None = option(None, "Tokens of a packed row; max_tokens by default.")
     scene_kinds: dict[str, float] | None = option(
         None, "Weights of conversation, detail, reasoning, short and caption; 3, 1, 1, 4, 1 by default."

@@ -1,7 +1,6 @@
 """The data of a recipe: pairs for training and validation, built-in scenes, cached features of a frozen tower."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from transformers import EvalPrediction, PreTrainedModel
@@ -10,7 +9,6 @@ from ..data.batches.augment import Augmentation
 from ..data.batches.pairs import PairDataset, PairStream, load_pairs
 from ..data.builtin.scenes import SceneRows, SceneStream
 from ..data.features.cache import CachedFeatures
-from ..data.sources.open import DataSource
 from ..data.sources.rows import Rows
 from ..metrics.retrieval import retrieval_metrics
 from ..training.arguments import VlmTrainingArguments
@@ -41,28 +39,6 @@ def find_augmentation(name: str) -> Augmentation | None:
     return AUGMENTATIONS[name]
 
 
-def check_sources(sources: Any, extra: Sequence[str] = ()) -> None:
-    """Checks `sources` of a YAML file before anything is opened.
-
-    Args:
-        sources: The value of `sources` in the file.
-        extra: Keys of a source in addition to the fields of [`~hf_vlm.data.DataSource`].
-
-    Raises:
-        ValueError: if `sources` is not a list of mappings with a `path`, or a mapping has an unknown key.
-    """
-    known = [*(field.name for field in fields(DataSource)), *extra]
-    if not isinstance(sources, list) or not all(isinstance(source, dict) and "path" in source for source in sources):
-        raise ValueError("sources must be a list of mappings, each with a path: [{path: my-pairs.parquet}].")
-    for source in sources:
-        for key in source:
-            if key not in known:
-                raise ValueError(
-                    f"The source {source['path']} has the unknown key {key!r}; "
-                    f"a source can have {', '.join(known)}.{nearest(str(key), known)}"
-                )
-
-
 def scene_rows(args: SceneArguments, size: int, seed: int, aspects: Sequence[float] = (1.0,)) -> SceneRows:
     """The built-in scenes to train on.
 
@@ -86,12 +62,14 @@ def own_pairs(args: PairArguments, seed: int) -> tuple[Pairs, Pairs | None]:
     Raises:
         ValueError: if a source is wrong.
     """
-    check_sources(args.sources)
-    train = load_pairs(args.sources or [], args.mix, seed, args.on_error)  # type: ignore[arg-type]  # checked there
-    if not args.eval_sources:
-        return train, None
-    check_sources(args.eval_sources)
-    return train, load_pairs(args.eval_sources, shuffle_captions=False)
+    train = load_pairs(
+        args.sources or [],
+        args.mix,  # type: ignore[arg-type]  # checked there
+        seed,
+        args.on_error,  # type: ignore[arg-type]  # checked there
+        report=args.report,
+    )
+    return train, load_pairs(args.eval_sources, shuffle_captions=False) if args.eval_sources else None
 
 
 def open_pairs(
@@ -155,7 +133,6 @@ def recall(predictions: EvalPrediction) -> dict[str, float]:
 
 __all__ = [
     "AUGMENTATIONS",
-    "check_sources",
     "find_augmentation",
     "open_features",
     "open_pairs",

@@ -2,12 +2,15 @@
 
 import dataclasses
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import Trainer
 
 from ..data.builtin.drawings import package_versions
+from ..data.sources.skipped import SkipReport
 from ..hub.cards.card import RESULTS_NAME, read_results, write_card
 from ..hub.push import push_run
 from ..hub.record import RECORD_NAME, Record, has_trained, read_record, run_record
@@ -29,6 +32,7 @@ def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any, h
         data_args: Its dataclass of data arguments; without `sources` it trained on the built-in data.
         has_easy_vqa: Whether the built-in data included easy-VQA.
     """
+    skipped = skipped_rows(data_args.report)
     if not trainer.is_world_process_zero():
         return
     args = trainer.args
@@ -40,11 +44,21 @@ def finish_run(trainer: Trainer, recipe: str, model_args: Any, data_args: Any, h
         builtin = data["sources"] is None
         sources = builtin_data(has_easy_vqa) if builtin else own_data(data["sources"], data.get("eval_sources") or [])
         record = run_record(trainer, recipe, {"model": model, "data": data}, sources, parts)
+        if skipped is not None:
+            record["training"]["skipped"] = skipped
         if builtin:
             record["versions"] |= package_versions()
             record["licence"] = own_licence(parts)
     write_card(args.output_dir, args.hub_model_id if args.push_to_hub else None, record)
     push_run(args)
+
+
+def skipped_rows(report: SkipReport | None) -> dict[str, int] | None:
+    """Number of training rows that all ranks skipped since the run was started, by reason; logged on every rank."""
+    if report is None:
+        return None
+    report.log()
+    return dict(Counter(reason for reason, _ in set(gather_object(report.entries))).most_common())
 
 
 def old_record(folder: str) -> Record:

@@ -226,7 +226,7 @@ def test_captions_in_json(stream: bool, tmp_path: Path) -> None:
         *[("2.png", png(2)), ("2.json", b'{"caption": 1}'), ("3.png", png(3)), ("3.json", b"{")],
     ]
     path = write(tmp_path / "a.tar", members)
-    report = SkipReport()
+    report = SkipReport(max_skipped=1.0)
     opened = source(path, stream, columns={"image": "png", "caption": "json"})
     found = [row["caption"] for row in load_source(opened, "skip", report)]
     assert found[:2] == ["one", ["two", "three"]]
@@ -251,7 +251,7 @@ def test_names_that_are_not_utf8(stream: bool, tmp_path: Path) -> None:
 def test_columns_beyond_the_first_samples(stream: bool, tmp_path: Path) -> None:
     bare = [(f"a{n}.png", png(n)) for n in range(40)]
     path = write(tmp_path / "a.tar", bare + samples(50))
-    assert len(captions(path, True, "skip", SkipReport())) == 50
+    assert len(captions(path, True, "skip", SkipReport(max_skipped=1.0))) == 50
     with pytest.raises(SourceError, match="no column 'text'; it has png"):
         load_source(source(path, stream, columns={**COLUMNS, "caption": "text"}))
 

@@ -165,7 +165,7 @@ def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path):
     source = {"path": str(tmp_path / "talk.json"), "image_folder": str(tmp_path)}
     with pytest.raises(ValueError, match=r"Row 3 of .*talk\.json has neither messages nor conversations"):
         open_conversations(source)[3]
-    report = SkipReport()
+    report = SkipReport(max_skipped=1.0)
     found = open_conversations(source, on_error="skip", report=report)
     assert len(found) == len(list(found)) == 4
     assert all(found[index]["images"][0].size == tiny.image().size for index in range(4))
@@ -176,7 +176,7 @@ def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path):
         "Row 3 of /talk.json has neither messages nor conversations",
     ]
     with pytest.raises(ValueError, match="up to 1000 consecutive rows could not be read"):
-        ConversationRows(rows[1:3], tmp_path, on_error="skip")[0]
+        ConversationRows(rows[1:3], tmp_path, on_error="skip", report=report)[0]
     for wrong, folder in ((rows[0], None), (asked | {"image": "../good.png"}, tmp_path)):  # of the source, not of a row
         with pytest.raises(ValueError, match=r"give image_folder, and paths that stay within it|leads out of"):
             ConversationRows([wrong, rows[0]], folder, on_error="skip")[0]
@@ -200,7 +200,7 @@ def test_bad_images_within_a_data_set(name, tmp_path):
     datasets.Dataset.from_dict({name: values, "messages": messages}, features=features).to_parquet(
         tmp_path / "a.parquet"
     )
-    report = SkipReport()
+    report = SkipReport(max_skipped=1.0)
     rows = open_conversations({"path": str(tmp_path)}, on_error="skip", report=report)
     assert [row["images"][0].size for row in (rows[0], rows[0], rows[3])] == [tiny.image().size] * 3
     assert report.count == 3

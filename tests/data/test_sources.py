@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_vlm.data.sources import rows as rows_module
+from hf_vlm.data.sources import skipped
 from hf_vlm.data.sources.images import ImageError
 from hf_vlm.data.sources.load import load_source
 from hf_vlm.data.sources.mixing import Mixture, mix, split_stream
@@ -269,15 +270,19 @@ def test_skip_leaves_the_row_out_of_a_stream(tmp_path: Path) -> None:
 
 
 def test_the_report_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = load_source(DataSource(str(damaged(tmp_path, range(7), count=9))), on_error="skip")
+    rows = load_source(DataSource(str(damaged(tmp_path, range(7), count=9))), "skip", SkipReport(max_skipped=1.0))
     list(rows)
-    (first,) = [record.getMessage() for record in caplog.records if record.name == rows_module.__name__]
+    first, many = [record.getMessage() for record in caplog.records if record.name == skipped.__name__]
     assert "row 0 (images/0.png)" in first
+    assert "captions.jsonl: 7 of the first 9 rows read are bad (78%)" in many
     caplog.clear()
     del rows
     gc.collect()  # the last to hold the report
-    (summary,) = [record.getMessage() for record in caplog.records if record.name == rows_module.__name__]
-    assert summary.startswith("Skipped 7 bad rows: ")
+    messages = [record.getMessage() for record in caplog.records if record.name == skipped.__name__]
+    (summary,) = [
+        message for message in messages if str(tmp_path) in message
+    ]  # of other tests' reports there may be more
+    assert summary.startswith("Skipped 7 bad rows (unreadable image: 7): ")
     assert summary.endswith(" and 2 more")
     assert summary.count(", row ") == 5
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hf_vlm.runs.catalogue import copy_recipe, find_recipe, format_recipes, load_recipes
-from hf_vlm.runs.data import check_sources, find_augmentation
+from hf_vlm.runs.data import find_augmentation
 from hf_vlm.runs.launch import launch, parse_arguments
+from hf_vlm.runs.sources import check_sources
 from recipes import blip_filter, clip_pretrain, llava_align
 
 RECIPES = load_recipes()

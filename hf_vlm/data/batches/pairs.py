@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from ..sources.mixing import Weights, mix, split_stream
 from ..sources.open import DataSource
 from ..sources.rows import OnError, Rows
+from ..sources.skipped import SkipReport
 
 
 class Pair(TypedDict):
@@ -134,6 +135,7 @@ def load_pairs(
     seed: int = 0,
     on_error: OnError = "raise",
     shuffle_captions: bool = True,
+    report: SkipReport | None = None,
 ) -> PairDataset | PairStream:
     """Opens the sources that a YAML file lists.
 
@@ -143,8 +145,9 @@ def load_pairs(
         seed: Decides mixing, captions and augmentation.
         on_error: `"raise"` or `"skip"` for bad rows.
         shuffle_captions: Whether to choose among a row's captions at random.
+        report: Counts the skipped rows; a new one by default.
     """
-    rows = mix([DataSource(**source) for source in sources], weights, seed, on_error)
+    rows = mix([DataSource(**source) for source in sources], weights, seed, on_error, report)
     if isinstance(rows, datasets.IterableDataset):
         return PairStream(rows, seed, shuffle_captions)
     return PairDataset(rows, seed, shuffle_captions)

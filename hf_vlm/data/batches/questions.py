@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ..sources.mixing import Mixture, Weights, mix
 from ..sources.questions import question_source
 from ..sources.rows import OnError, Rows
+from ..sources.skipped import SkipReport
 
 
 class Question(TypedDict):
@@ -87,10 +88,14 @@ class QuestionDataset(Dataset):
 
 
 def load_questions(
-    sources: Sequence[dict[str, Any]], weights: Weights | None = None, seed: int = 0, on_error: OnError = "raise"
+    sources: Sequence[dict[str, Any]],
+    weights: Weights | None = None,
+    seed: int = 0,
+    on_error: OnError = "raise",
+    report: SkipReport | None = None,
 ) -> QuestionDataset:
     """Opens the sources that a YAML file lists; arguments as in `load_pairs`, columns as in [`question_source`]."""
-    rows = mix([question_source(source) for source in sources], weights, seed, on_error)
+    rows = mix([question_source(source) for source in sources], weights, seed, on_error, report)
     assert isinstance(rows, Mixture)  # questions are not streamed
     return QuestionDataset(rows, seed)
 

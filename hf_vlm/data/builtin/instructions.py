@@ -10,13 +10,16 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 
+from ...terminal import quoted
+from ..sources.errors import CaptionError
 from ..sources.questions import QuestionRows
+from ..sources.skipped import SkipReport
 from .instruction_templates import TASKS, Wordings, wordings_of
 from .scene_text import NUMBERS, OPPOSITES, conflict, holds, phrase, plural, reaches
 from .scenes import BACKGROUNDS, SceneRows
@@ -86,6 +89,7 @@ def question_instructions(
     source: str,
     seed: int = 0,
     wordings: Wordings = "train",
+    report: SkipReport | None = None,
 ) -> datasets.Dataset:
     """Questions as instructions of the task `vqa`.
 
@@ -95,6 +99,7 @@ def question_instructions(
         source: Value of the column `source`.
         seed: Seed of the wordings.
         wordings: `"train"` or the held-out `"unseen"`.
+        report: Counts the rows without a question or an answer, which are left out. None: such a row raises.
 
     Returns:
         A dataset with the columns of `scene_instructions`.
@@ -103,12 +108,9 @@ def question_instructions(
         ValueError: if a question or an answer is missing or empty.
     """
     table = _Table(source, "vqa", wordings)
-    texts = (
-        map(rows.texts, range(len(rows)))
-        if isinstance(rows, QuestionRows)
-        else _texts(rows, ["question", "answer", "index"])
-    )
-    for number, row in enumerate(texts):
+
+    def add(number: int, row: Mapping[str, Any]) -> None:
+        row = rows.texts(number) if isinstance(rows, QuestionRows) else row
         question, said = row.get("question"), row.get("answer")
         people = [said] if isinstance(said, str) else list(said or [])
         answer = Counter(people).most_common(1)[0][0] if people else None
@@ -116,29 +118,42 @@ def question_instructions(
             _check_text(text, f"{source}, row {number}: the {what}")
         rng = random.Random(f"{seed} vqa {number}")
         table.add(int(row.get("index", number)), {"question": str(question)}, str(answer), rng)
+
+    empty = ({} for _ in range(len(rows)))  # `add` reads the texts itself, so that a bad row can be left out
+    texts = empty if isinstance(rows, QuestionRows) else _texts(rows, ["question", "answer", "index"])
+    _add_rows(add, texts, source, len(rows), report)
     return table.dataset()
 
 
 def caption_instructions(
-    rows: Sequence[Mapping[str, Any]] | datasets.Dataset, source: str, seed: int = 0, wordings: Wordings = "train"
+    rows: Sequence[Mapping[str, Any]] | datasets.Dataset,
+    source: str,
+    seed: int = 0,
+    wordings: Wordings = "train",
+    report: SkipReport | None = None,
 ) -> datasets.Dataset:
     """Captions as responses to instructions of the task `caption`.
 
     Args:
         rows: Dicts with `caption`, a text or several; each caption becomes a row. A source from `load_source` needs
             `on_error="raise"`: the substitute for an unreadable image would not fit the caption.
-        source, seed, wordings: See `question_instructions`.
+        source, seed, wordings, report: See `question_instructions`.
 
     Raises:
         ValueError: if a caption is missing or empty.
     """
     table = _Table(source, "caption", wordings)
-    for number, row in enumerate(_texts(rows, ["caption", "index"])):
-        captions = row.get("caption")
-        rng = random.Random(f"{seed} caption {number}")
-        for caption in [captions] if isinstance(captions, str) else list(captions or [None]):
+
+    def add(number: int, row: Mapping[str, Any]) -> None:
+        said = row.get("caption")
+        captions = [said] if isinstance(said, str) else list(said or [None])
+        for caption in captions:
             _check_text(caption, f"{source}, row {number}: the caption")
+        rng = random.Random(f"{seed} caption {number}")
+        for caption in captions:
             table.add(int(row.get("index", number)), {}, caption, rng)
+
+    _add_rows(add, _texts(rows, ["caption", "index"]), source, len(rows), report)
     return table.dataset()
 
 
@@ -183,9 +198,30 @@ def _texts(rows: Any, columns: list[str]) -> Any:
     return rows.with_format(None).select_columns([name for name in columns if name in rows.column_names])
 
 
+def _add_rows(
+    add: Callable[[int, Mapping[str, Any]], None],
+    rows: Iterable[Mapping[str, Any]],
+    source: str,
+    count: int,
+    report: SkipReport | None,
+) -> None:
+    """Adds each row to a table; a bad one raises, or is left out and counted."""
+    tally = None if report is None else report.source(source, count)
+    for number, row in enumerate(rows):
+        try:
+            add(number, row)
+        except ValueError as error:
+            if tally is None:
+                raise
+            tally.bad(error, number)
+        else:
+            if tally is not None:
+                tally.good(number)
+
+
 def _check_text(text: Any, what: str) -> None:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{what} must be a non-empty text, got {text!r}; correct or remove the row.")
+        raise CaptionError(f"{what} must be a non-empty text, got {quoted(text)}; correct or remove the row.")
 
 
 def _asked(task: str, scene: Scene, names: Sequence[str], rng: random.Random) -> list[Asked]:

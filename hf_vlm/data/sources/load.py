@@ -40,18 +40,21 @@ _STREAM = datasets.Features(
 
 @overload
 def load_source(
-    source: QuestionSource, on_error: OnError = "raise", report: SkipReport | None = None
+    source: QuestionSource,
+    on_error: OnError = "raise",
+    report: SkipReport | None = None,
+    max_skipped: float | None = None,
 ) -> QuestionRows: ...
 
 
 @overload
 def load_source(
-    source: DataSource, on_error: OnError = "raise", report: SkipReport | None = None
+    source: DataSource, on_error: OnError = "raise", report: SkipReport | None = None, max_skipped: float | None = None
 ) -> datasets.Dataset | datasets.IterableDataset: ...
 
 
 def load_source(
-    source: DataSource, on_error: OnError = "raise", report: SkipReport | None = None
+    source: DataSource, on_error: OnError = "raise", report: SkipReport | None = None, max_skipped: float | None = None
 ) -> datasets.Dataset | datasets.IterableDataset | QuestionRows:
     """Opens a source. Images are decoded when their row is accessed.
 
@@ -60,6 +63,7 @@ def load_source(
         on_error: "raise", or "skip": a row with a bad image or caption is skipped and counted. A stream drops the row.
             A map-style source returns the next good row instead, so do not measure quality on data with bad rows.
         report: Counts the skipped rows; a new one by default.
+        max_skipped: Share of the rows that may be skipped, by default half; a report that is given has its own.
 
     Returns:
         Rows of `image` (decoded), `caption` (a text or a list of texts) and, if the source has this column, `id`. A
@@ -72,7 +76,7 @@ def load_source(
         ImageError: on access, with "raise", if an image cannot be read.
         CaptionError: on access, with "raise", if a row has no caption.
     """
-    report = report_for(on_error, report)
+    report = report_for(on_error, report, max_skipped)
     if isinstance(source, QuestionSource):
         opened = open_rows(source, skip=report is not None)
         return QuestionRows(
@@ -144,11 +148,9 @@ def _stream_row(row: dict[str, Any], index: int, columns: dict[str, str], label:
 
 
 def _stream_place(label: str, index: int, image: Any) -> str:
-    """The name of a row's image, or the row's position in its worker: rows of a stream have no global number."""
-    if path := stored_path(image):
-        return f"{label} ({path})"
-    worker = get_worker_info()
-    return f"{label}, row {index}" + (f" of worker {worker.id}" if worker else "")
+    """The name of a row: its position in its worker (rows of a stream have no global number), and its image."""
+    worker, path = get_worker_info(), stored_path(image)
+    return f"{label}, row {index}" + (f" of worker {worker.id}" if worker else "") + (f" ({path})" if path else "")
 
 
 def read_stream(

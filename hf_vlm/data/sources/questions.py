@@ -79,14 +79,14 @@ class QuestionRows:
             self.rows = rows if origin is None else undecoded(rows)
         self.label = label
         self.origin = origin
-        self.report = report
+        self.tally = None if report is None else report.source(label, len(rows))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self.rows))[index]
-        return next_good(self._read, index, len(self.rows), self.label, self.report)
+        return next_good(self._read, index, len(self.rows), self.label, self.tally)
 
     def texts(self, index: int) -> dict[str, Any]:
         """The `question` and `answer` of a row; its image is not decoded, and a bad row raises."""

@@ -6,10 +6,7 @@
   runs do not change. A bad row of a stream is dropped.
 """
 
-import logging
 import os
-import tempfile
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +17,11 @@ import fsspec
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...paths import is_inside
-from ...terminal import InputError, printable, quoted
+from ...terminal import printable, quoted
 from .cells import read_pair
+from .errors import CaptionError, RowError, SourceError
 from .images import ImageError, load_image
-
-logger = logging.getLogger(__name__)
+from .skipped import SkipReport, SourceTally
 
 OnError = Literal["raise", "skip"]
 Example = TypeVar("Example")
@@ -33,14 +30,7 @@ WRONG = "_wrong"
 """The column that says what is wrong with a row whose cells are no values."""
 # This many consecutive bad rows mean a missing folder.
 HOPELESS = 1000
-
-
-class SourceError(InputError):
-    """A data source cannot be used as described; one line that says what to write instead."""
-
-
-class CaptionError(InputError):
-    """A row has no usable caption, question or answer; one line that names the row."""
+OR_SKIP = "Or load the source with on_error='skip'."
 
 
 @dataclass(frozen=True)
@@ -56,67 +46,6 @@ class Origin:
     label: str
     root: Path | None
     built: bool = False
-
-
-class SkipReport:
-    """Counts the rows skipped by `on_error="skip"`, over all workers of this process.
-
-    Worker processes do not share memory, so every bad row is a line in a temporary file. The first one is logged as a
-    warning at once. The sum is logged by `log`, when the report is deleted, and when the program ends.
-
-    Args:
-        shown: Number of bad rows that the summary names.
-    """
-
-    def __init__(self, shown: int = 5):
-        handle, path = tempfile.mkstemp(prefix="hf_vlm_skipped_")
-        os.close(handle)
-        self.path = Path(path)
-        self.shown = shown
-        self._at_exit = weakref.finalize(self, _close, self.path, shown, os.getpid())
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "shown": self.shown}  # a copy in a worker appends to the file but does not delete it
-
-    def __deepcopy__(self, memo: dict) -> "SkipReport":
-        return self  # datasets copies its transforms: all copies count together
-
-    def add(self, error: ValueError) -> None:
-        """Counts a bad row; the error begins with its place."""
-        if self.path.stat().st_size == 0:
-            logger.warning("Skipped: %s Further bad rows are counted and reported at the end.", str(error))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{error}\n")
-
-    @property
-    def errors(self) -> list[str]:
-        """The errors of the skipped rows, one per row, however often the row was read."""
-        return _lines(self.path)
-
-    @property
-    def count(self) -> int:
-        """Number of skipped rows."""
-        return len(self.errors)
-
-    def log(self) -> None:
-        """Logs one warning with the count and the first places; nothing if no row was skipped."""
-        _log(self.path, self.shown)
-
-
-def _lines(path: Path) -> list[str]:
-    return sorted(set(path.read_text(encoding="utf-8").splitlines()))
-
-
-def _log(path: Path, shown: int) -> None:
-    if errors := _lines(path):
-        more = f" and {len(errors) - shown} more" if len(errors) > shown else ""
-        logger.warning("Skipped %d bad rows: %s%s", len(errors), " | ".join(errors[:shown]), more)
-
-
-def _close(path: Path, shown: int, owner: int) -> None:
-    if os.getpid() == owner:  # a forked worker inherits this finalizer
-        _log(path, shown)
-        path.unlink()
 
 
 def stored_path(image: Any) -> str | None:
@@ -232,14 +161,27 @@ def _fetch(url: str, place: str) -> bytes:
         raise ImageError(f"{place}: cannot be fetched ({' '.join(str(error).split())}); check the address.") from error
 
 
-def report_for(on_error: OnError, report: SkipReport | None) -> SkipReport | None:
-    """The report that counts bad rows, or None if they raise."""
+def check_on_error(on_error: str) -> None:
+    """Raises a SourceError if `on_error` is neither "raise" nor "skip"."""
     if on_error not in ("raise", "skip"):
-        raise SourceError(f"on_error={on_error!r} is unknown; write 'raise' or 'skip'.")
-    return (report or SkipReport()) if on_error == "skip" else None
+        raise SourceError(f"on_error={quoted(on_error)} is unknown; write 'raise' or 'skip'.")
 
 
-def next_good(read: Callable[[int], Example], index: int, count: int, label: str, report: SkipReport | None) -> Example:
+def report_for(on_error: OnError, report: SkipReport | None, max_skipped: float | None = None) -> SkipReport | None:
+    """The report that counts bad rows, or None if they raise.
+
+    Args:
+        on_error: "raise" or "skip".
+        report: The report to use; a new one by default.
+        max_skipped: Share of the rows that a new report lets skip.
+    """
+    check_on_error(on_error)
+    if on_error == "raise":
+        return None
+    return report or (SkipReport() if max_skipped is None else SkipReport(max_skipped=max_skipped))
+
+
+def next_good(read: Callable[[int], Example], index: int, count: int, label: str, tally: SourceTally | None) -> Example:
     """The example of a row; or, if bad rows are skipped, of the next good row (cyclically).
 
     Args:
@@ -247,21 +189,30 @@ def next_good(read: Callable[[int], Example], index: int, count: int, label: str
         index: The row's number.
         count: The number of rows.
         label: What to call the source in an error.
-        report: Counts the rows skipped; None: a bad row raises.
+        tally: Counts the rows read and skipped; None: a bad row raises.
     """
-    if report is None:
+    if tally is None:
         try:
             return read(index)
-        except (ImageError, CaptionError) as error:
-            raise type(error)(f"{error} Or load the source with on_error='skip'.") from error
+        except (ImageError, RowError) as error:
+            raise or_skip(error) from error
     for step in range(min(count, HOPELESS)):
+        number = (index + step) % count
         try:
-            return read((index + step) % count)
+            example = read(number)
         except SourceError:
             raise
         except ValueError as error:
-            report.add(error)
+            tally.bad(error, number)
+        else:
+            tally.good(number)
+            return example
     raise hopeless(label)
+
+
+def or_skip(error: ImageError | RowError) -> ImageError | RowError:
+    """The error with what to do if the row is not needed."""
+    return type(error)(f"{error} {OR_SKIP}")
 
 
 class RowReader:
@@ -281,7 +232,7 @@ class RowReader:
     ):
         self.rows = rows
         self.origin = origin
-        self.report = report
+        self.tally = None if report is None else report.source(origin.label, len(rows))
         self.columns = columns
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
@@ -301,7 +252,7 @@ class RowReader:
             place = place_of(self.origin.label, index, stored["image"])
             return read_example(stored, self.origin, place, self.columns)
 
-        return next_good(example, position, len(self.rows), self.origin.label, self.report)
+        return next_good(example, position, len(self.rows), self.origin.label, self.tally)
 
 
 class StreamReader:
@@ -314,7 +265,7 @@ class StreamReader:
 
     def __init__(self, origins: list[Origin], report: SkipReport | None):
         self.origins = origins
-        self.report = report
+        self.tallies = None if report is None else [report.source(origin.label) for origin in origins]
         self.bad = 0  # consecutive bad rows
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
@@ -323,13 +274,17 @@ class StreamReader:
         has_id = row.pop("_has_id")
         try:
             example = read_example(row, origin, row["_place"])
-        except (ImageError, CaptionError) as error:
-            _leave_out(error, self.report)
+        except (ImageError, RowError) as error:
+            if self.tallies is None:
+                raise or_skip(error) from error
+            self.tallies[row["_origin"]].bad(error)
             self.bad += 1
             if self.bad == HOPELESS:
                 raise hopeless(origin.label) from error
             return {"image": [], "caption": []}
         self.bad = 0
+        if self.tallies is not None:
+            self.tallies[row["_origin"]].good()
         return {name: [value] for name, value in example.items() if name != "id" or has_id}
 
 
@@ -337,12 +292,6 @@ def place_of(label: str, index: int, image: Any) -> str:
     """The name of a row in errors: its source, its number from 0, and the path of its image."""
     path = stored_path(image)
     return f"{label}, row {index}" + (f" ({printable(path, 200)})" if path else "")
-
-
-def _leave_out(error: ImageError | CaptionError, report: SkipReport | None) -> None:
-    if report is None:
-        raise type(error)(f"{error} Or load the source with on_error='skip'.") from error
-    report.add(error)
 
 
 def hopeless(label: str) -> SourceError:
@@ -360,17 +309,21 @@ class Rows(Protocol):
 
 __all__ = [
     "HOPELESS",
+    "OR_SKIP",
     "WRONG",
     "CaptionError",
     "OnError",
     "Origin",
+    "RowError",
     "RowReader",
     "SkipReport",
     "SourceError",
     "StreamReader",
+    "check_on_error",
     "hopeless",
     "image_of",
     "next_good",
+    "or_skip",
     "place_of",
     "read_example",
     "report_for",

@@ -14,7 +14,7 @@ from PIL import Image
 from .images import ImageError
 from .load import open_stream
 from .open import DataSource
-from .rows import WRONG, CaptionError, OnError, Origin, SkipReport, image_of, read_example, report_for
+from .rows import WRONG, OnError, Origin, RowError, SkipReport, image_of, read_example, report_for
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,19 @@ def stored_blocks(
     """
     report = report_for(on_error, report)
     stream, origin = open_stream(replace(source, streaming=True))
+    tally = None if report is None else report.source(origin.label)
     block: list[StoredRow] = []
     first = start * block_size
     for row, stored in enumerate(stream.skip(first), start=first):
         try:
             block.append(_read(stored, origin, row))
-        except (ImageError, CaptionError) as error:
-            if report is None:
+        except (ImageError, RowError) as error:
+            if tally is None:
                 raise type(error)(f"{error} Or filter with on_error='skip'.") from error
-            report.add(error)
+            tally.bad(error)
+        else:
+            if tally is not None:
+                tally.good()
         if (row + 1) % block_size == 0:
             yield block
             block = []

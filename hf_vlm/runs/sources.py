@@ -1,0 +1,60 @@
+"""Checks the `sources` of a recipe before a model or any data is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from ..data.sources.open import DataSource
+from .catalogue import nearest
+
+PAIR_KEYS = tuple(field.name for field in fields(DataSource))
+
+
+def check_sources(sources: Any, extra: Sequence[str] = (), known: Sequence[str] = PAIR_KEYS) -> None:
+    """Checks `sources` of a YAML file before anything is opened.
+
+    Args:
+        sources: The value of `sources` in the file.
+        extra: Keys of a source in addition to the known ones.
+        known: Keys of a source; by default the fields of [`~hf_vlm.data.DataSource`].
+
+    Raises:
+        ValueError: if `sources` is not a list of mappings with a `path`, or a mapping has an unknown key.
+    """
+    known = [*known, *extra]
+    has_paths = isinstance(sources, list) and all(isinstance(source, dict) and "path" in source for source in sources)
+    if not has_paths or not sources:
+        raise ValueError("sources must be a list of mappings, each with a path: [{path: my-pairs.parquet}].")
+    for source in sources:
+        for key in source:
+            if key not in known:
+                raise ValueError(
+                    f"The source {source['path']} has the unknown key {key!r}; "
+                    f"a source can have {', '.join(known)}.{nearest(str(key), known)}"
+                )
+
+
+def check_streams(sources: Sequence[dict[str, Any]], reader: str | None = None) -> None:
+    """Refuses streams that a recipe cannot read.
+
+    Args:
+        sources: Checked `sources` of a YAML file.
+        reader: A recipe that reads no streams. None: one stream is read, and no other source beside it.
+
+    Raises:
+        ValueError: if a source is a stream that is not read.
+    """
+    streams = [source for source in sources if source.get("streaming")]
+    if streams and reader is not None:
+        raise ValueError(
+            f"The source {streams[0]['path']} has streaming: {streams[0]['streaming']}, but {reader} reads no streams; "
+            "leave out streaming."
+        )
+    if streams and len(sources) > 1:
+        raise ValueError(
+            f"The source {streams[0]['path']} is a stream beside other sources; a recipe reads one stream: name its "
+            "files by one pattern (data/*.parquet), or leave out streaming."
+        )
+
+
+__all__ = ["PAIR_KEYS", "check_sources", "check_streams"]
