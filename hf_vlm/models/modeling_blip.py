@@ -27,6 +27,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .bert import VlmBlipLMHead, bert_text_config, copy_bert, require_input_ids, with_first_token
+from .casting import cast_for
 from .configuration_blip import VlmBlipConfig
 from .configuration_tower import VlmTowerConfig
 from .distributed import fetch_rows, gather_with_grad
@@ -175,7 +176,7 @@ class VlmBlipSimilarity(VlmSimilarity):
     def embed_images(self, states: torch.Tensor) -> torch.Tensor:
         """L2-normalised `(I, E)` of patch states `(I, P, width)`."""
         pooled = pool_tokens(states, self.config.vision_pooling)
-        return F.normalize(self.vision_proj(pooled.to(self.vision_proj.weight.dtype)).float(), dim=-1)
+        return F.normalize(self.vision_proj(cast_for(self.vision_proj, pooled)).float(), dim=-1)
 
     def forward(self, embeds: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Similarities `(rows, candidates)` divided by the temperature, in float32 even under autocast."""

@@ -16,6 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .casting import cast_for
 from .configuration_blip2 import VlmBlip2Config
 from .freezing import freeze, keep_frozen_in_eval
 from .language_head import check_placeholders, place_images
@@ -181,7 +182,7 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         check_image_inputs(pixel_values, vision_features)
         if pixel_values is not None:
             vision_features = tower_states(self.vision_model, pixel_values, interpolate_pos_encoding)
-        return self.vision_norm(vision_features.to(self.vision_norm.weight.dtype))
+        return self.vision_norm(cast_for(self.vision_norm, vision_features))
 
     def read_images(
         self,

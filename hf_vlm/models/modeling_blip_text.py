@@ -90,10 +90,8 @@ class VlmBlipTextEmbeddings(nn.Module):
                 "fewer tokens."
             )
         if position_ids is None:
-            positions = self.position_embedding.weight[num_before:length]
-        else:
-            positions = self.position_embedding(position_ids)
-        return self.dropout(self.norm(self.word_embedding(input_ids) + positions))
+            position_ids = torch.arange(num_before, length, device=input_ids.device)
+        return self.dropout(self.norm(self.word_embedding(input_ids) + self.position_embedding(position_ids)))
 
 
 class VlmBlipPreTrainedModel(PartlyFrozenModel):

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .casting import cast_for
 from .configuration_clip import VlmClipConfig
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .freezing import PartlyFrozenModel, freeze, keep_frozen_in_eval
@@ -68,22 +69,30 @@ class VlmClipSimilarity(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if config.loss_type == "sigmoid" else None
 
-    def forward(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Logits `(images, texts)` of L2-normalised embeddings."""
+    def forward(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        pair_ids: torch.Tensor | None = None,
+        return_loss: bool = False,
+    ) -> torch.Tensor:
+        """Logits `(images, texts)` of L2-normalised embeddings; with `return_loss`, the loss instead."""
         # Float32 even under autocast: at a factor of 100, bfloat16 would round logits by up to 0.25.
         with torch.autocast(image_embeds.device.type, enabled=False):
-            logits = self.logit_scale.float().exp() * image_embeds.float() @ text_embeds.float().T
-            return logits if self.logit_bias is None else logits + self.logit_bias.float()
+            scale, image_embeds, text_embeds = self.logit_scale.float().exp(), image_embeds.float(), text_embeds.float()
+            bias = None if self.logit_bias is None else self.logit_bias.float()
+            if return_loss and bias is None:
+                return contrastive_loss(image_embeds, text_embeds, scale, pair_ids)
+            if return_loss:
+                return sigmoid_loss(image_embeds, text_embeds, scale, bias, pair_ids)
+            logits = scale * image_embeds @ text_embeds.T
+            return logits if bias is None else logits + bias
 
     def loss(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, pair_ids: torch.Tensor | None
     ) -> torch.Tensor:
         """The loss of `config.loss_type` over the pairs of all ranks."""
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            scale, image_embeds, text_embeds = self.logit_scale.float().exp(), image_embeds.float(), text_embeds.float()
-            if self.logit_bias is None:
-                return contrastive_loss(image_embeds, text_embeds, scale, pair_ids)
-            return sigmoid_loss(image_embeds, text_embeds, scale, self.logit_bias.float(), pair_ids)
+        return self(image_embeds, text_embeds, pair_ids, return_loss=True)
 
     @property
     def temperature(self) -> torch.Tensor:
@@ -264,7 +273,7 @@ class VlmClipModel(PartlyFrozenModel):
         elif vision_features is not None:
             pooled = self._pool_vision_features(vision_features)
         return BaseModelOutputWithPooling(
-            pooler_output=self.visual_projection(pooled.to(self.visual_projection.weight.dtype))
+            pooler_output=self.visual_projection(cast_for(self.visual_projection, pooled))
         )
 
     @can_return_tuple
@@ -291,9 +300,7 @@ class VlmClipModel(PartlyFrozenModel):
         if (input_ids is None) == (text_features is None):
             raise ValueError("Pass either input_ids or text_features.")
         pooled = text_features if input_ids is None else self.text_pooled(input_ids, attention_mask)
-        return BaseModelOutputWithPooling(
-            pooler_output=self.text_projection(pooled.to(self.text_projection.weight.dtype))
-        )
+        return BaseModelOutputWithPooling(pooler_output=self.text_projection(cast_for(self.text_projection, pooled)))
 
     @can_return_tuple
     def forward(

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .casting import cast_for
 from .modeling_tower import attention_function
 
 # Keys and values of one layer, each (I, A, S, D); and those of all layers.
@@ -46,18 +47,9 @@ class VlmFusionSelfAttention(nn.Module):
         self, hidden_states: torch.Tensor, keep: int | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries of the first `keep` tokens, keys and values of all, each `(B, A, tokens, D)`."""
-        batch, _, hidden = hidden_states.shape
-        heads, head_dim = self.config.num_attention_heads, self.head_dim
-        if keep is None:
-            qkv = self.qkv(hidden_states).view(batch, -1, 3, heads, head_dim)
-            query, key, value = qkv.unbind(2)  # 3 x (B, L, A, D)
-        else:
-            weight_q, weight_kv = self.qkv.weight.split([hidden, 2 * hidden])
-            bias_q, bias_kv = self.qkv.bias.split([hidden, 2 * hidden])
-            query = nn.functional.linear(hidden_states[:, :keep], weight_q, bias_q).view(batch, -1, heads, head_dim)
-            key_value = nn.functional.linear(hidden_states, weight_kv, bias_kv)
-            key, value = key_value.view(batch, -1, 2, heads, head_dim).unbind(2)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        qkv = self.qkv(hidden_states).unflatten(2, (3, self.config.num_attention_heads, self.head_dim))
+        query, key, value = qkv.unbind(2)  # 3 x (B, L, A, D)
+        return query[:, :keep].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def forward(
         self,
@@ -112,7 +104,7 @@ class VlmFusionCrossAttention(nn.Module):
 
     def project(self, states: torch.Tensor) -> LayerKeyValues:
         """Projects states `(I, S, memory_size)` to keys and values, each `(I, A, S, D)`."""
-        key_value = self.key_value(states.to(self.key_value.weight.dtype))
+        key_value = self.key_value(cast_for(self.key_value, states))
         key_value = key_value.view(*states.shape[:2], 2, self.config.num_attention_heads, self.head_dim)
         key, value = key_value.permute(2, 0, 3, 1, 4)
         if not torch.is_grad_enabled():  # generation reads them for every token

@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
 from .anyres import anyres_layout, join_views
+from .casting import cast_for
 from .configuration_llava import VlmLlavaConfig
 from .freezing import freeze, is_frozen, keep_frozen_in_eval
 from .language_head import check_placeholders, generate_from_embeds, language_loss, place_images, prompt_mask
@@ -225,7 +226,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
             vision_features = self.get_vision_features(pixel_values)
         elif vision_features is None or pixel_values is not None:
             raise ValueError("Pass either pixel_values or vision_features.")
-        states = vision_features.to(self.projector.linear_1.weight.dtype)
+        states = cast_for(self.projector, vision_features)
         return BaseModelOutputWithPooling(states, pooler_output=self.projector(states, image_sizes))
 
     def _no_images(self, device: torch.device) -> list[torch.Tensor]:
@@ -239,8 +240,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
             states = self.get_vision_features(torch.zeros(shape, device=device))[:0]
         else:
             states = torch.zeros(0, 1, vision.hidden_size, device=device)
-        states = states.to(self.projector.linear_1.weight.dtype)
-        return self.projector(states)
+        return self.projector(cast_for(self.projector, states))
 
     def embed(
         self,

@@ -66,7 +66,8 @@ class VlmQFormerEmbeddings(nn.Module):
         length, longest = input_ids.shape[1], self.config.max_position_embeddings
         if length > longest:
             raise ValueError(f"Texts of {length} tokens do not fit {longest} positions: tokenize with truncation=True.")
-        return self.word_embedding(input_ids) + self.position_embedding.weight[:length]
+        positions = self.position_embedding(torch.arange(length, device=input_ids.device))
+        return self.word_embedding(input_ids) + positions
 
     def forward(self, num_rows: int, input_ids: torch.Tensor | None, with_queries: bool) -> torch.Tensor:
         """Embeddings of the queries, the text, or the queries followed by the text."""
@@ -178,6 +179,13 @@ class VlmQFormerModel(PreTrainedModel):
             init.normal_(module.query_tokens, std=module.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings.
+
+        Raises:
+            NotImplementedError: if the Q-Former has no text branch, as transformers expects it of models without text.
+        """
+        if not self.config.use_text:
+            raise NotImplementedError("This Q-Former has no word embeddings: use a checkpoint with use_text=True.")
         return self.embeddings.word_embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
-from .freezing import freeze
+from .freezing import freeze, is_frozen
 from .modeling_tower import VlmTowerModel, resolve_layer
 
 
@@ -132,11 +132,14 @@ def freeze_unused(tower: PreTrainedModel, uses_pooled_output: bool) -> None:
 def tower_states(
     tower: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
 ) -> torch.Tensor:
-    """Hidden states of the last layer as BLIP-2 uses them, `(I, P, width)`; for our tower, before its final norm."""
+    """Hidden states of the last layer as BLIP-2 uses them, `(I, P, width)`; for our tower, before its final norm.
+
+    They have gradients only if the tower has trainable parameters, such as those of an adapter.
+    """
     options: dict = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
     if tower.config.model_type == VlmTowerConfig.model_type:
         options["stop_at_layer"] = -1
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(tower)):
         return tower(pixel_values=pixel_values, **options).last_hidden_state
 
 
