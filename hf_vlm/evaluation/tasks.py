@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from ..checkpoints import load_complete
 from ..data.builtin.instruction_templates import Wordings
 from ..data.builtin.pope import pope_questions
 from ..families import heads, load_class
@@ -223,7 +224,7 @@ def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model, with the head that its config names, and processor.
 
     Raises:
-        ValueError: if the architecture is unknown, or the checkpoint has no head.
+        ValueError: if the architecture is unknown, the checkpoint has no head, or its weights are not the model's.
     """
     config = AutoConfig.from_pretrained(checkpoint)
     name = (config.architectures or ["model without a name"])[0]
@@ -232,7 +233,7 @@ def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
             f"{checkpoint} is a {name} ({config.model_type}), which cannot be evaluated, only {', '.join(heads())}. "
             f"Convert a checkpoint of transformers first: hf-vlm convert {checkpoint} FOLDER"
         )
-    return load_class(name).from_pretrained(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
+    return load_complete(load_class(name), checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
 
 
 __all__ = [

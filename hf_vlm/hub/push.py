@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoProcessor, TrainingArguments
 
+from ..checkpoints import load_complete
 from ..families import FAMILIES, load_class
 from ..terminal import printable
 from .cards.card import CARD_NAME, card_under_name
@@ -188,7 +189,7 @@ def copy_with_code(folder: Path, config: dict, copy: Path) -> Path:
     architecture = (config.get("architectures") or ["model of unknown class"])[0]
     if not any(architecture in family.classes for family in FAMILIES.values()):
         raise ValueError(f"{folder} holds a {architecture}, which is not of hf_vlm: push it without code.")
-    model = load_class(architecture).from_pretrained(folder)
+    model = load_complete(load_class(architecture), folder)
     save_with_code(model, AutoProcessor.from_pretrained(folder), copy)
     for name in ABOUT:
         if (folder / name).is_file():

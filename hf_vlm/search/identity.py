@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
-from ..models import VlmClipModel
+from ..checkpoints import load_complete
+from ..models import VlmClipConfig, VlmClipModel
 
 FORMAT = 1
 
@@ -92,11 +93,12 @@ def load_model(source: str, revision: str | None = None) -> tuple[VlmClipModel, 
     """Model and processor from a folder or the Hub.
 
     Raises:
-        ValueError: if the model is not a CLIP of hf_vlm.
+        ValueError: if the model is not a CLIP of hf_vlm, or its weights are not exactly those of its class.
     """
-    model: PreTrainedModel = AutoModel.from_pretrained(source, revision=revision)
-    if not isinstance(model, VlmClipModel):
-        raise ValueError(f"{source} is a {model.config.model_type} model; an index needs a vlm_clip model.")
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    if config.model_type != VlmClipConfig.model_type:
+        raise ValueError(f"{source} is a {config.model_type} model; an index needs a vlm_clip model.")
+    model = load_complete(VlmClipModel, source, revision=revision)
     return model.eval(), AutoProcessor.from_pretrained(source, revision=revision)
 
 

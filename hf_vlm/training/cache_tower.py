@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
+from ..checkpoints import load_complete
 from ..data.builtin.table import BUILTIN, BuiltinOptions
 from ..data.features.cache import CachedFeatures
 from ..data.sources.load import load_source
@@ -13,6 +14,9 @@ from ..data.sources.open import DataSource
 from ..data.sources.rows import Rows
 from ..models.towers import copy_vision_tower, load_tower
 from .features import cached_tower_features
+
+# Layers of classifiers, which `AutoModel` leaves out of a checkpoint of a tower.
+HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "fc.", "head", "lm_head.", "decoder.")
 
 
 def cache_tower(
@@ -48,7 +52,10 @@ def load_vision(model: str, image_size: int | None) -> tuple[PreTrainedModel, An
     Raises:
         ValueError: if there is no image tower, or tower or processor does not support `image_size`.
     """
-    tower = load_tower(model, "vision", {})
+    config = AutoConfig.from_pretrained(model)
+    part = "vision_model." if "vision_config" in config.to_dict() else ""
+    unread = (f"{part}pooler.", f"{part}head.", *(() if part else HEADS))  # features are the states of the patches
+    tower = load_tower(load_complete(AutoModel, model, part, unread, dtype=torch.float32), "vision", {})
     if tower.main_input_name != "pixel_values":
         raise ValueError(
             f"{model} is a {tower.config.model_type} model, which does not read images: name an image encoder."

@@ -10,11 +10,12 @@ from math import isqrt
 
 import torch
 
+from ...checkpoints import check_keys
 from ...models.configuration_blip2 import VlmBlip2Config
 from ...models.modeling_blip2_pretraining import VlmBlip2ForPreTraining
 from .blip2 import QFORMER_LAYER_NAMES, fuse_qformer
 from .blip_original import VISION_NAMES
-from .state_dict import Names, StateDict, check_keys, check_state_dict, flipped, prefixed, rename, with_weights
+from .state_dict import Names, StateDict, check_state_dict, flipped, prefixed, rename, with_weights
 
 # Our names on the left.
 NAMES: Names = (

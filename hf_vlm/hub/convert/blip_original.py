@@ -10,12 +10,13 @@ from math import isqrt
 
 import torch
 
+from ...checkpoints import check_keys
 from ...models.configuration_blip import VlmBlipConfig
 from ...models.configuration_tower import BLIP_VISION
 from ...models.modeling_blip import VlmBlipForImageTextRetrieval, VlmBlipForPreTraining, VlmBlipHead
 from ...models.modeling_blip_generation import VlmBlipForConditionalGeneration, VlmBlipForQuestionAnswering
 from .blip import REDUNDANT, SHARED_NAMES, fuse_text
-from .state_dict import Names, StateDict, check_keys, check_state_dict, flipped, prefixed, rename, with_weights
+from .state_dict import Names, StateDict, check_state_dict, flipped, prefixed, rename, with_weights
 
 # Our names on the left.
 VISION_NAMES: Names = (

@@ -17,9 +17,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ...checkpoints import load_complete
 from ...families import FAMILIES, Family, load_class
 from . import blip2_original, blip_original, llava_original, open_clip
-from .state_dict import load_complete, read_state_dict
+from .state_dict import read_state_dict
 
 
 def _own_family(model_type: str, source: object) -> Family:

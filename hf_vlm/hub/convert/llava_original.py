@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ...checkpoints import check_keys
 from ...models.configuration_llava import VlmLlavaConfig
 from ...models.modeling_llava import VlmLlavaForConditionalGeneration
 from .clip import QKV, SAME_NAMES, VISION_NAMES
 from .llava import OWN_TOWER, tower_only
-from .state_dict import Names, StateDict, check_keys, prefixed, read_state_dict, rename, split
+from .state_dict import Names, StateDict, prefixed, read_state_dict, rename, split
 
 PROJECTOR, NEWLINE = "model.mm_projector.", "model.image_newline"
 TOWER = "model.vision_tower.vision_tower.vision_model."

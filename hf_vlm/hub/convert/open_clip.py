@@ -11,9 +11,10 @@ from math import isqrt
 
 import torch
 
+from ...checkpoints import check_keys
 from ...models.configuration_clip import VlmClipConfig
 from ...models.modeling_clip import VlmClipModel
-from .state_dict import Names, StateDict, check_keys, check_state_dict, flipped, prefixed, rename, with_weights
+from .state_dict import Names, StateDict, check_state_dict, flipped, prefixed, rename, with_weights
 
 # Our names on the left.
 LAYER_NAMES: Names = (

@@ -1,19 +1,20 @@
-"""Functions on state dicts: translate names, fuse and split projections, check keys, read files.
+"""Functions on state dicts: translate names, fuse and split projections, read files.
 
 A name table is a tuple of pairs (one name, the other name). A `*` stands for any text, the same on both sides.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from ...checkpoints import check_keys
+
 Names = tuple[tuple[str, str], ...]
 StateDict = dict[str, torch.Tensor]
-NUM_SHOWN = 3
 
 
 def prefixed(prefix: str, other_prefix: str, names: Names) -> Names:
@@ -61,23 +62,6 @@ def split(state_dict: Mapping[str, torch.Tensor], parts: tuple[str, ...], fused:
     return result
 
 
-def check_keys(
-    source: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (), mismatched: Sequence[str] = ()
-) -> None:
-    """Raises if weights do not fit a model.
-
-    Raises:
-        ValueError: if any list is not empty; one line with the first few names of each kind.
-    """
-    problems = []
-    for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", mismatched)):
-        if names:
-            more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
-            problems.append(f"{kind}: {', '.join(sorted(names)[:NUM_SHOWN])}{more}")
-    if problems:
-        raise ValueError(f"The weights of {source} do not match the model; {'; '.join(problems)}.")
-
-
 def check_state_dict(source: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """Compares names and shapes of two state dicts.
 
@@ -90,18 +74,6 @@ def check_state_dict(source: str, found: Mapping[str, torch.Tensor], expected: M
         if name in found and found[name].shape != tensor.shape and not found[name].numel() == tensor.numel() == 1
     ]
     check_keys(source, list(expected.keys() - found.keys()), list(found.keys() - expected.keys()), mismatched)
-
-
-def load_complete(model_class: type[PreTrainedModel], path: str | Path) -> PreTrainedModel:
-    """`from_pretrained` that accepts only a checkpoint with exactly the weights of the class.
-
-    Raises:
-        ValueError: if weights are missing, unexpected or of another shape.
-    """
-    model, info = model_class.from_pretrained(path, output_loading_info=True)
-    mismatched = [name for name, *_ in info["mismatched_keys"]]
-    check_keys(str(path), list(info["missing_keys"]), list(info["unexpected_keys"]), mismatched)
-    return model
 
 
 def with_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:
@@ -149,11 +121,9 @@ def read_state_dict(path: str | Path) -> StateDict:
 __all__ = [
     "Names",
     "StateDict",
-    "check_keys",
     "check_state_dict",
     "flipped",
     "fuse",
-    "load_complete",
     "prefixed",
     "read_state_dict",
     "rename",
