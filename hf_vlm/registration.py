@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .families import FAMILIES, IMAGE_PROCESSOR, auto_classes, load_class
+from .families import FAMILIES, IMAGE_PROCESSOR, Family, auto_classes, load_class
 
 Load = Callable[[], Any]
 OURS = f"{__package__}.models."
@@ -78,12 +78,37 @@ def add_entries(mapping: Any, lazy: dict[str, Load], make_key: Callable[[str], A
     mapping._extra_content = LazyEntries(mapping._extra_content, lazy, make_key)
 
 
+class AutoMap:
+    """The `auto_map` of a registered config: which Auto class loads the family's head.
+
+    TRL and vLLM ask a config for `auto_map` if transformers has no class of the checkpoint's name. A checkpoint that
+    carries its code has an `auto_map` of its own, which replaces this one. It is not written to `config.json`.
+
+    Args:
+        family: The config's row of the table.
+    """
+
+    def __init__(self, family: Family):
+        self.family = family
+
+    def __get__(self, config: Any, owner: type | None = None) -> dict[str, str]:
+        return {auto_class: f"hf_vlm.models.{model}" for auto_class, model in auto_classes(self.family).items()}
+
+
+def load_config(family: Family) -> Any:
+    """The config class of a family, with its `auto_map`."""
+    config = load_class(family.config)
+    if not hasattr(config, "auto_map"):
+        config.auto_map = AutoMap(family)
+    return config
+
+
 def add_configs(auto: ModuleType) -> None:
     """Adds our configs to the mapping of `AutoConfig`."""
     native = sorted(set(FAMILIES) & set(auto.CONFIG_MAPPING_NAMES))
     if native:
         raise ValueError(f"transformers has model types of its own that are named {', '.join(native)}: rename ours.")
-    lazy: dict[str, Load] = {name: partial(load_class, family.config) for name, family in FAMILIES.items()}
+    lazy: dict[str, Load] = {name: partial(load_config, family) for name, family in FAMILIES.items()}
     add_entries(auto.CONFIG_MAPPING, lazy, make_key=str)
 
 
