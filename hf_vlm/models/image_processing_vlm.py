@@ -39,6 +39,7 @@ class VlmImageKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
     resize_mode: Literal["crop", "squash", "pad", "anyres"]
     image_grid_pinpoints: list[list[int]] | None
+    crop_to_patches: bool | None
 
 
 class VlmImageProcessor(PilBackend):
@@ -48,6 +49,8 @@ class VlmImageProcessor(PilBackend):
         size: `{"height": ..., "width": ...}` of the output in pixels.
         resize_mode: `"crop"`, `"squash"`, `"pad"` or `"anyres"`; see the module's docstring.
         image_grid_pinpoints: `[height, width]` in pixels of the grids that `"anyres"` chooses from.
+        crop_to_patches: Also return `num_patches` of shape `(batch,)`, the number of views of each image. TRL asks for
+            it to tell the views of one image from those of the next.
         resample: PIL's resampling filter.
         image_mean: Mean of each channel, in [0, 1].
         image_std: Standard deviation of each channel, in [0, 1].
@@ -68,6 +71,7 @@ class VlmImageProcessor(PilBackend):
     size = {"height": 224, "width": 224}
     resize_mode = "crop"
     image_grid_pinpoints = None
+    crop_to_patches = None
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
@@ -150,20 +154,22 @@ class VlmImageProcessor(PilBackend):
         image_std: tuple[float, ...],
         return_tensors: str | None,
         image_grid_pinpoints: list[list[int]] | None = None,
+        crop_to_patches: bool | None = None,
         **kwargs,
     ) -> BatchFeature:
-        sizes = {}
+        sizes: dict[str, Any] = {"num_patches": np.ones(len(images), dtype=np.int64)} if crop_to_patches else {}
         if do_resize and resize_mode == "anyres":
             if not image_grid_pinpoints or size.height != size.width:
                 raise ValueError(
                     f'resize_mode="anyres" needs image_grid_pinpoints and square tiles, but image_grid_pinpoints is '
                     f"{image_grid_pinpoints} and size is {size.height} x {size.width}: set both."
                 )
-            sizes = {"image_sizes": np.array([(image.height, image.width) for image in images])}
-            resample = PILImageResampling(resample)
-            images = [
-                view for image in images for view in anyres_views(image, image_grid_pinpoints, size.height, resample)
-            ]
+            sizes["image_sizes"] = np.array([(image.height, image.width) for image in images])
+            filter_ = PILImageResampling(resample)
+            views = [anyres_views(image, image_grid_pinpoints, size.height, filter_) for image in images]
+            if crop_to_patches:
+                sizes["num_patches"] = np.array([len(of_image) for of_image in views])
+            images = [view for of_image in views for view in of_image]
         elif do_resize:
             fill = tuple(int(255 * mean) for mean in image_mean)  # rounded down, as LLaVA does
             images = [self.fit(image, size, resize_mode, PILImageResampling(resample), fill) for image in images]

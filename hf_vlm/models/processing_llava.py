@@ -103,8 +103,8 @@ class VlmLlavaProcessor(ProcessorMixin):
         """See the class.
 
         Raises:
-            ValueError: if the number of `<image>` in the texts is not the number of images, or if truncation is
-                requested, which could truncate an image.
+            ValueError: if the number of `<image>` in the texts is not the number of images, or if `truncation` to
+                `max_length` would cut an image.
         """
         images = None if images is None else self.image_processor.fetch_images(images)
         if text is None:
@@ -113,8 +113,9 @@ class VlmLlavaProcessor(ProcessorMixin):
         self._check_images(text, images)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         options = merged["text_kwargs"]
-        if options.get("truncation"):
-            raise ValueError("Truncation could truncate an image: shorten the texts, or leave out truncation.")
+        longest = None
+        if options.pop("truncation", False):
+            longest = options.get("max_length") or self.tokenizer.model_max_length
         adds_begin = options.pop("add_special_tokens", True)
         unpadded = {name: value for name, value in options.items() if name not in PADDING}
         inputs = super().__call__(
@@ -127,11 +128,25 @@ class VlmLlavaProcessor(ProcessorMixin):
             self.begin_tokens(one) + ids if adds_begin else ids
             for one, ids in zip(text, inputs["input_ids"], strict=True)
         ]
+        rows = [self._truncated(ids, longest, number) for number, ids in enumerate(rows)]
         inputs.update(padded(self.tokenizer, rows, options))
         if merged["return_mm_token_type_ids"]:
             inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(inputs["input_ids"])
             inputs.convert_to_tensors(options.get("return_tensors"))
         return inputs
+
+    def _truncated(self, ids: list[int], longest: int | None, number: int) -> list[int]:
+        """At most `longest` tokens of a text, cut where the tokenizer truncates; all tokens for None."""
+        if longest is None or len(ids) <= longest:
+            return ids
+        is_left = self.tokenizer.truncation_side == "left"
+        kept, cut = (ids[-longest:], ids[:-longest]) if is_left else (ids[:longest], ids[longest:])
+        if self.image_token_id in cut:
+            raise ValueError(
+                f"max_length={longest} would truncate an image of text {number}, which has {len(ids)} tokens: raise "
+                "max_length, or leave out truncation."
+            )
+        return kept
 
     def _check_images(self, texts: list[str], images) -> None:
         """Compare the number of images with the texts: text by text for nested lists, otherwise in total."""

@@ -103,21 +103,46 @@ def test_other_numbers_of_images_than_placeholders_are_refused(images, texts: li
     assert "\n" not in str(caught.value)
 
 
-CUTS = [{"truncation": True}, {"truncation": True, "max_length": 5}, {"text_kwargs": {"truncation": True}}]
+CUTS = [{"truncation": True, "max_length": 17}, {"text_kwargs": {"truncation": True, "max_length": 5}}]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_cutting_texts_is_refused(cut: dict) -> None:
+def test_truncating_an_image_is_refused(cut: dict, side: str) -> None:
     processor = tiny_llava.llava_processor()
-    with pytest.raises(ValueError, match="Truncation could truncate an image: shorten the texts"):
-        processor(images=PICTURES[0], text="<image> a cat", **cut)
-    assert processor(images=PICTURES[0], text="<image> a cat", truncation=False)["input_ids"].shape == (1, 19)
+    processor.tokenizer.truncation_side = side
+    text = "a cat <image>" if side == "right" else "<image> a cat"
+    with pytest.raises(ValueError, match="would truncate an image of text 0, which has 19 tokens: raise max_length"):
+        processor(images=PICTURES[0], text=text, **cut)
 
 
-@pytest.mark.parametrize("cut", [*CUTS[:2], {"processor_kwargs": {"truncation": True, "max_length": 5}}], ids=str)
-def test_cutting_conversations_is_refused(cut: dict) -> None:
-    with pytest.raises(ValueError, match="Truncation could truncate an image"):
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_words_are_truncated_as_the_tokenizer_does(side: str) -> None:
+    """Also in the default length of TRL, 1024, which a text of 19 tokens fits."""
+    processor = tiny_llava.llava_processor()
+    processor.tokenizer.truncation_side = side
+    text = "<image> a cat" if side == "right" else "a cat <image>"
+    whole = processor(images=PICTURES[0], text=text)["input_ids"]
+    assert whole.shape == (1, 19)
+    for options in ({"max_length": 1024}, {"max_length": 19}, {}):
+        assert torch.equal(processor(images=PICTURES[0], text=text, truncation=True, **options)["input_ids"], whole)
+    cut = processor(images=PICTURES[0], text=text, truncation=True, max_length=18)["input_ids"]
+    assert torch.equal(cut, whole[:, :18] if side == "right" else whole[:, 1:])
+
+
+@pytest.mark.parametrize("cut", [CUTS[0], {"processor_kwargs": CUTS[0]}], ids=str)
+def test_truncating_images_of_conversations_is_refused(cut: dict) -> None:
+    with pytest.raises(ValueError, match="would truncate an image of text 0"):
         tiny_llava.llava_processor().apply_chat_template(CHAT, tokenize=True, return_dict=True, **cut)
+
+
+@pytest.mark.parametrize("anyres", [False, True])
+def test_the_number_of_views_is_told_on_request(anyres: bool) -> None:
+    processor = tiny_llava.llava_processor(anyres).image_processor
+    inputs = processor(images=PICTURES, crop_to_patches=True, return_tensors="pt")
+    each = [len(processor(images=image, return_tensors="pt")["pixel_values"]) for image in PICTURES]
+    assert inputs["num_patches"].tolist() == each
+    assert "num_patches" not in processor(images=PICTURES, return_tensors="pt")
 
 
 @pytest.mark.parametrize(("strategy", "layout", "expected"), [("default", "clip", 16), ("full", "clip", 17)])

@@ -54,12 +54,18 @@ WAYS: dict[str, tuple[type, type, Callable[[], datasets.Dataset], dict[str, Any]
     "sft of completions": (SFTTrainer, SFTConfig, lambda: rows(prompt=PROMPT, completion=CHOSEN), {}, {}),
     "dpo": (DPOTrainer, DPOConfig, preferences, {}, {}),
     "kto": (KTOTrainer, KTOConfig, labelled, {}, {}),
-    "grpo": (GRPOTrainer, GRPOConfig, lambda: rows(prompt=PROMPT), {**SAMPLING, "beta": 0.1}, {"reward_funcs": rewards}),
+    "grpo": (
+        GRPOTrainer,
+        GRPOConfig,
+        lambda: rows(prompt=PROMPT),
+        {**SAMPLING, "beta": 0.1},
+        {"reward_funcs": rewards},
+    ),
     "rloo": (RLOOTrainer, RLOOConfig, lambda: rows(prompt=PROMPT), SAMPLING, {"reward_funcs": rewards}),
 }
 
 
-@pytest.mark.parametrize("given", ["folder", "model", "lora"])
+@pytest.mark.parametrize("given", ["folder", pytest.param("model", marks=pytest.mark.slow), "lora"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stock_trainer_moves_the_weights(way: str, given: str, checkpoint: str, tmp_path: Path) -> None:
     """Default lengths, no collator of ours: in full from a folder or a model, and by LoRA."""
@@ -81,7 +87,9 @@ def test_a_stock_trainer_moves_the_weights(way: str, given: str, checkpoint: str
     trainer = trainer_class(model, args=args, train_dataset=data(), peft_config=lora, **extra)
     trained = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
     trainer.train()
-    moved = [name for name, value in trainer.model.named_parameters() if name in trained and (value != trained[name]).any()]
+    moved = [
+        name for name, value in trainer.model.named_parameters() if name in trained and (value != trained[name]).any()
+    ]
     assert any("lora" in name for name in moved) if given == "lora" else any("projector" in name for name in moved)
     assert all(value.isfinite().all() for value in trainer.model.parameters())
 
