@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+DECODED = 8  # images decoded at a time
+
 
 @dataclass(frozen=True)
 class Block:
@@ -25,6 +27,13 @@ class Block:
     states: torch.Tensor
     rows: torch.Tensor
     places: torch.Tensor
+
+
+def read_pixels(processor: ProcessorMixin, images: Sequence[Image.Image], rows: Sequence[int]) -> torch.Tensor:
+    """The pixels `(rows, ...)` of some images. Only a few images are decoded at a time: a large one takes 36 MB."""
+    parts = [rows[start : start + DECODED] for start in range(0, len(rows), DECODED)]
+    pixels = [processor(images=[images[row] for row in part], return_tensors="pt")["pixel_values"] for part in parts]
+    return torch.cat(pixels)
 
 
 def image_blocks(
@@ -58,12 +67,12 @@ def image_blocks(
     ends = counts.cumsum(0)
     for start in range(0, len(needed), batch_size):
         block = slice(start, start + batch_size)
-        batch = [images[i] for i in needed[block].tolist()]
-        pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
+        wanted_here = needed[block].tolist()
+        pixel_values = read_pixels(processor, images, wanted_here)
         states = (encode or model.model.encode_images)(pixel_values.to(model.device, model.dtype))
         rows = order[int(ends[start] - counts[start]) : int(ends[block][-1])]
-        places = torch.arange(len(batch)).repeat_interleave(counts[block])
+        places = torch.arange(len(wanted_here)).repeat_interleave(counts[block])
         yield Block(states, rows, places.to(states.device))
 
 
-__all__ = ["Block", "image_blocks"]
+__all__ = ["Block", "image_blocks", "read_pixels"]

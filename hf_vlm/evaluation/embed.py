@@ -16,6 +16,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .blocks import read_pixels
+
 
 def embed_images(
     model: PreTrainedModel,
@@ -51,11 +53,10 @@ def embed_images(
     batches = []
     with evaluation_mode(model, autocast_dtype), tqdm(total=len(images), desc="images", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
-            batch = [images[row] for row in range(start, min(start + batch_size, len(images)))]
-            pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
+            pixel_values = read_pixels(processor, images, range(start, min(start + batch_size, len(images))))
             features = model.get_image_features(pixel_values=pixel_values.to(model.device, model.dtype))
             batches.append(_unit(features.pooler_output))
-            bar.update(len(batch))
+            bar.update(len(pixel_values))
     return torch.cat(batches)
 
 

@@ -15,10 +15,10 @@ from ..data.batches.collators import pair_id
 from ..data.batches.pairs import row_id
 from ..data.builtin.emoji import TEST_SPLITS, load_emoji
 from ..data.builtin.scenes import load_scenes
-from ..data.builtin.table import BUILTIN, BuiltinOptions
+from ..data.builtin.table import BUILTIN, BuiltinOptions, find_builtin
 from ..data.sources.cells import read_captions
-from ..data.sources.images import load_image
-from ..data.sources.load import load_source
+from ..data.sources.images import LazyImages
+from ..data.sources.load import load_source, load_texts
 from ..data.sources.open import DataSource
 from ..data.sources.questions import QuestionRows, question_source
 from ..data.sources.splits import one_split
@@ -246,8 +246,8 @@ def evaluate_checkpoint(
     """
     model, processor = load_checkpoint(checkpoint)
     evaluator = Evaluator(model, processor, settings)
-    if data in BUILTIN:
-        size = scene_size or BUILTIN[data].fit(processor.image_processor.size.get("height", 224))
+    if (builtin := find_builtin(data)) is not None:
+        size = scene_size or builtin.fit(processor.image_processor.size.get("height", 224))
         return builtin_reports(evaluator, data, BuiltinOptions(size=size, limit=limit, aspects=scene_aspects), task)
     tasks = chosen_tasks(model, (*CAPTION_FIELDS, *QUESTION_FIELDS, *CLASS_FIELDS), task, data)
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}
@@ -271,11 +271,12 @@ def own_fields(columns: Mapping[str, str], tasks: Collection[str]) -> tuple[str,
 
 
 def own_captions(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
-    """The user's own images and captions."""
-    rows = _first(load_source(DataSource(data, split=split, columns=columns)), limit)
-    images = [load_image(row["image"], where=f"row {i}") for i, row in enumerate(rows)]
-    ids = [pair_id(row_id(row)) for row in rows] if "id" in rows[0] else None
-    captions = [row["caption"] for row in rows]
+    """The user's own images and captions. An image is decoded each time that a task reads it, and not kept."""
+    rows = load_source(DataSource(data, split=split, columns=columns))
+    images = LazyImages(rows, _count(rows, limit))
+    texts = list(load_texts(rows.select(range(len(images)))))
+    ids = [pair_id(row_id(row)) for row in texts] if "id" in texts[0] else None
+    captions = [row["caption"] for row in texts]
     return TestSet(images, captions=captions, references=captions, ids=ids)
 
 
@@ -286,13 +287,13 @@ def own_questions(data: str, split: str, train_split: str | None, columns: dict[
         ValueError: if a column is missing, or a row has no question or answer.
     """
     rows = _questions({"path": data, "split": split, "columns": columns})
-    questions = _first(rows, limit)
+    images = LazyImages(rows, _count(rows, limit))
+    questions = [[rows.texts(i)] for i in range(len(images))]
     train_questions = None
     if train_split is not None:
         train = _questions({"path": data, "split": train_split, "columns": columns})
-        train_questions = [train[i] for i in range(len(train))]
-    images = [asked["image"] for asked in questions]
-    return TestSet(images, questions=[[asked] for asked in questions], train_questions=train_questions)
+        train_questions = [train.texts(i) for i in range(len(train))]
+    return TestSet(images, questions=questions, train_questions=train_questions)
 
 
 def own_classes(data: str, split: str, columns: dict[str, str], limit: int) -> TestSet:
@@ -315,9 +316,8 @@ def own_classes(data: str, split: str, columns: dict[str, str], limit: int) -> T
     rows = load_source(source)
     cells = [cell for cell in rows.with_format(None)["caption"] if cell is not None]
     classes = dict.fromkeys(name.replace("_", " ") for cell in cells for name in read_captions(cell))
-    first = _first(rows, limit)
-    images = [load_image(row["image"], where=f"row {i}") for i, row in enumerate(first)]
-    labels = [row["caption"].replace("_", " ") for row in first]
+    images = LazyImages(rows, _count(rows, limit))
+    labels = [row["caption"].replace("_", " ") for row in load_texts(rows.select(range(len(images))))]
     return TestSet(images, labels=labels, class_names=list(classes))
 
 
@@ -325,8 +325,8 @@ def _questions(source: dict[str, Any]) -> QuestionRows:
     return load_source(question_source(source))
 
 
-def _first(rows: Any, limit: int) -> list[dict[str, Any]]:
-    return [rows[i] for i in range(len(rows) if limit == 0 else min(limit, len(rows)))]
+def _count(rows: Any, limit: int) -> int:
+    return len(rows) if limit == 0 else min(limit, len(rows))
 
 
 __all__ = [

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .blocks import image_blocks
+from .blocks import image_blocks, read_pixels
 from .embed import evaluation_mode
 
 RANKED_ROWS = 512  # answers scored at a time; each has logits over the whole vocabulary
@@ -83,16 +83,15 @@ def caption_images(
     captions: list[str] = []
     with evaluation_mode(model, autocast_dtype), tqdm(total=len(images), desc="captions", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
-            batch = [images[row] for row in range(start, min(start + batch_size, len(images)))]
-            pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
-            inputs: Any = {} if prompt is None else processor(text=[prompt] * len(batch)).to(model.device)
+            pixel_values = read_pixels(processor, images, range(start, min(start + batch_size, len(images))))
+            inputs: Any = {} if prompt is None else processor(text=[prompt] * len(pixel_values)).to(model.device)
             written = model.generate(
                 pixel_values=pixel_values.to(model.device, model.dtype), **inputs, **generate_kwargs
             )
             # The output begins with [DEC], or with [DEC] and the prompt without the tokenizer's [SEP].
             width = 1 if prompt is None else inputs["input_ids"].shape[1] - 1
             captions += processor.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
-            bar.update(len(batch))
+            bar.update(len(pixel_values))
     return [caption.strip() for caption in captions]
 
 
@@ -238,6 +237,7 @@ def _chat_answers(
             asked, places = [questions[row] for row in rows], [shown.index(image_of_question[row]) for row in rows]
             for row, text in zip(rows, answer(batch, asked, places), strict=True):
                 found[row] = text.strip()
+            del batch  # or the images of two batches would be in memory while the next is read
             bar.update(len(rows))
     return found
 

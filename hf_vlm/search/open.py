@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..data.builtin.table import BUILTIN, BuiltinOptions
+from ..data.builtin.table import BuiltinOptions, find_builtin
 from ..data.sources.images import load_image
 from ..data.sources.open import DataSource, is_local, open_rows
 from ..data.sources.rows import OnError
@@ -77,8 +77,7 @@ def open_source(
 ) -> Sequence[Item] | DatasetItems:
     """The items of one source; see `open_sources`."""
     path = Path(name).expanduser()
-    if name in BUILTIN and not path.exists():
-        builtin = BUILTIN[name]
+    if (builtin := find_builtin(name)) is not None:
         if builtin.table is None:
             raise ValueError(f"The built-in dataset {name} cannot be indexed; name another source.")
         return DatasetItems(builtin.table(BuiltinOptions(split)), columns or dict(builtin.columns), kinds, label=name)

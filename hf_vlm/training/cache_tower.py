@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 from ..checkpoints import load_complete
-from ..data.builtin.table import BUILTIN, BuiltinOptions
+from ..data.builtin.table import BuiltinOptions, find_builtin
 from ..data.features.cache import CachedFeatures
 from ..data.sources.load import load_source
 from ..data.sources.open import DataSource
@@ -75,8 +75,7 @@ def open_rows(data: str, split: str, seed: int, limit: int, columns: str, size: 
     Raises:
         ValueError: if the number of scenes is missing, or the data cannot be read.
     """
-    if data in BUILTIN and not Path(data).exists():
-        builtin = BUILTIN[data]
+    if (builtin := find_builtin(data)) is not None:
         options = BuiltinOptions(split, seed, builtin.fit(size), limit)
         return builtin.images(options), builtin.key(options)
     mapping = dict(item.split("=", 1) for item in columns.split(",")) if columns else {}

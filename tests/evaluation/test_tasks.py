@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from cases import tiny, tiny_blip2
 from hf_vlm import families
 from hf_vlm.cli.main import app
+from hf_vlm.data.builtin.table import BUILTIN, find_builtin
 from hf_vlm.evaluation import class_prompts, embed_images, embed_texts, zero_shot_metrics, zero_shot_report
 from hf_vlm.evaluation import tasks as evaluation_tasks
 from hf_vlm.evaluation.tables import format_reports
@@ -17,6 +18,7 @@ from hf_vlm.evaluation.task import EvaluationSettings, Evaluator, Task, TestSet
 from hf_vlm.evaluation.tasks import TASKS, run_tasks
 from hf_vlm.evaluation.test_sets import emoji_reports, evaluate_checkpoint
 from hf_vlm.metrics.descriptions import DESCRIPTIONS, Description
+from hf_vlm.training.cache_tower import open_rows
 
 IMAGES = [tiny.image(seed=seed) for seed in range(6)]
 NAMES = ["cat", "dog", "red house"]
@@ -167,3 +169,16 @@ def test_zero_shot_on_the_built_in_emoji(clip_folder):
     assert "unseen_both, chance" in format_reports(reports)
     with pytest.raises(ValueError, match="size"):
         zero_shot_metrics(torch.randn(2, 3, 5), torch.randn(4, 6), [0, 1])
+
+
+def test_a_built_in_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch, caplog):
+    """Everywhere alike: in evaluate, cache-features and index."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "easy_vqa").mkdir()
+    assert find_builtin("easy_vqa") is BUILTIN["easy_vqa"]
+    assert "easy_vqa is the built-in dataset" in caplog.text
+    assert "write ./easy_vqa" in caplog.text
+    assert find_builtin("./easy_vqa") is None
+    with pytest.raises(ValueError, match="cannot be opened"):
+        open_rows("./easy_vqa", "train", 0, 0, "", 64)
+    assert open_rows("easy_vqa", "train", 0, 5, "", 64)[1]["path"] == "easy_vqa"

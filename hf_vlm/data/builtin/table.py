@@ -4,9 +4,13 @@ A new dataset is a module and a row of `BUILTIN`. `hf-vlm evaluate --data NAME`,
 `index build ... NAME` then accept it. Importing this module is cheap: a dataset is imported when it is opened.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 Fields = dict[str, Any]
 
@@ -198,7 +202,7 @@ def _easy_vqa_table(options: BuiltinOptions) -> Any:
 def _easy_vqa_test_sets(options: BuiltinOptions, names: Sequence[str] | None) -> Iterator[tuple[str, Fields]]:
     import random
 
-    from ..sources.images import load_image
+    from ..sources.images import LazyImages
     from .easy_vqa import easy_vqa_images, easy_vqa_questions
 
     images, questions = easy_vqa_images("test"), easy_vqa_questions("test")
@@ -207,7 +211,7 @@ def _easy_vqa_test_sets(options: BuiltinOptions, names: Sequence[str] | None) ->
     asked: dict[int, list[Fields]] = {}
     for question in questions:
         asked.setdefault(question["index"], []).append(question)
-    yield "test", {"images": [load_image(images[i]["image"]) for i in asked], "questions": list(asked.values())}
+    yield "test", {"images": LazyImages([images[i] for i in asked]), "questions": list(asked.values())}
 
 
 def _easy_vqa_train_questions(options: BuiltinOptions) -> Any:
@@ -265,4 +269,15 @@ BUILTIN: dict[str, BuiltinData] = {
     ),
 }
 
-__all__ = ["BUILTIN", "TRAIN_SCENES", "BuiltinData", "BuiltinOptions"]
+
+def find_builtin(name: str) -> BuiltinData | None:
+    """The built-in dataset of a name; None for a path or Hub id.
+
+    A name wins over a file or folder of the same name, whatever the working folder: `./scenes` is the folder.
+    """
+    if name in BUILTIN and Path(name).exists():
+        logger.warning("%s is the built-in dataset, not the file or folder %s here: write ./%s for that.", *[name] * 3)
+    return BUILTIN.get(name)
+
+
+__all__ = ["BUILTIN", "TRAIN_SCENES", "BuiltinData", "BuiltinOptions", "find_builtin"]

@@ -5,8 +5,9 @@ palette, CMYK, 16-bit and transparent images keep their stored mode. The image p
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -73,4 +74,26 @@ def _read(path: str, where: str) -> bytes:
         raise ImageError(f"{where}: cannot be read ({reason}); correct the path or permissions.") from error
 
 
-__all__ = ["ImageError", "load_image"]
+class LazyImages(Sequence[Image.Image]):
+    """The images of rows, decoded when they are accessed, and not kept.
+
+    Args:
+        rows: Rows with an `image` in any form that [`load_image`] takes, decoded or not.
+        count: Number of rows to use, from the first; None: all.
+    """
+
+    def __init__(self, rows: Any, count: int | None = None):
+        self.rows = rows
+        self.count = len(rows) if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(self.count)[index]]
+        number = range(self.count)[index]
+        return load_image(self.rows[number]["image"], where=f"row {number}")
+
+
+__all__ = ["ImageError", "LazyImages", "load_image"]

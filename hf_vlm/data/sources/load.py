@@ -96,6 +96,12 @@ def load_source(
     return rows.add_column(RowReader.POSITION, np.arange(len(rows))).with_transform(reader)
 
 
+def load_texts(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows that `load_source` opened, without their images: none is read or decoded. A bad caption raises."""
+    reader = rows.format["format_kwargs"]["transform"]
+    return rows.remove_columns("image").with_transform(reader.texts)
+
+
 def _written_pairs(rows: WrittenRows, columns: dict[str, str]) -> datasets.Dataset:
     """The values of all rows; those of a bad row are missing, and `WRONG` says why."""
     features = datasets.Features({role: kind for role, kind in _VALUES.items() if role in (*columns, WRONG)})
@@ -161,4 +167,4 @@ def read_stream(
     return stream.map(reader, batched=True, batch_size=1, remove_columns=list(_STREAM))
 
 
-__all__ = ["load_source", "open_stream", "read_stream"]
+__all__ = ["load_source", "load_texts", "open_stream", "read_stream"]

@@ -92,7 +92,11 @@ class QuestionRows:
         """The `question` and `answer` of a row; its image is not decoded, and a bad row raises."""
         if isinstance(self.rows, QuestionRows):
             return self.rows.texts(index)
-        return self._read_texts(self._texts[index], f"{self.label}, row {index}")
+        try:
+            return self._read_texts(self._texts[index], f"{self.label}, row {index}")
+        except CaptionError:
+            self._read(index)  # raises the same, and names the image
+            raise
 
     def _read(self, index: int) -> dict[str, Any]:
         row = self.rows[index]

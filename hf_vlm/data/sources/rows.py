@@ -76,6 +76,11 @@ def read_example(
         CaptionError: if there is no caption, or the id is neither a text nor an integer.
         SourceError: if the row names a file outside the folder of its source.
     """
+    values = _read_values(row, place, columns)
+    return {**values, "image": load_image(image_of(row["image"], origin, place), where=place)}
+
+
+def _read_values(row: dict[str, Any], place: str, columns: dict[str, str] | None) -> dict[str, Any]:
     if row.get(WRONG) is not None:
         raise CaptionError(f"{place}: {row[WRONG]}")
     roles = {role: role for role in ("image", "caption", "id") if role in row}
@@ -85,7 +90,7 @@ def read_example(
         raise CaptionError(f"{place}: {error}") from None
     captions = values["caption"]
     values["caption"] = captions[0] if len(captions) == 1 else captions
-    return {**values, "image": load_image(image_of(row["image"], origin, place), where=place)}
+    return values
 
 
 def image_of(image: Any, origin: Origin, place: str) -> Any:
@@ -243,6 +248,18 @@ class RowReader:
             for i, position in enumerate(positions)
         ]
         return {name: [example[name] for example in examples] for name in columns if name != WRONG}
+
+    def texts(self, batch: dict[str, list]) -> dict[str, list]:
+        """The transform of rows without their column `image`: captions and ids as with it, no image decoded."""
+        rows = [dict(zip(batch, cells, strict=True)) | {"image": None} for cells in zip(*batch.values(), strict=True)]
+        try:
+            values = [_read_values(row, self.origin.label, self.columns) for row in rows]
+        except CaptionError:
+            for position in batch[self.POSITION]:
+                self.read(self.rows[position], position)  # raises the same, and names the row and its image
+            raise
+        names = [name for name in batch if name not in (self.POSITION, WRONG)]
+        return {name: [each[name] for each in values] for name in names}
 
     def read(self, row: dict[str, Any], position: int) -> dict[str, Any]:
         """The example at a position; if the row is bad and skipped, the next good one (cyclically)."""
