@@ -44,7 +44,7 @@ ALLOWED = {
     "bootstrap": {"bootstrap", "checkpoints", "models", "files", "metrics", "evaluation", "hub", *DATA},
     "runs": {
         *{"runs", "models", "families", "files", "metrics", "training", "evaluation", "hub", "search", "bootstrap"},
-        *DATA,
+        *{"terminal", *DATA},
     },
     "cli": ANYTHING,
     "recipes": ANYTHING,

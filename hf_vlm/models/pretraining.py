@@ -163,6 +163,9 @@ def total_loss(losses: Mapping[str, torch.Tensor | None], weights: Mapping[str, 
         losses: The losses by name (`"itc"`, `"itm"`, `"lm"`); None for one that was not computed.
         weights: The weight of each.
 
+    Raises:
+        ValueError: if no loss was computed.
+
     Example:
         ```python
         >>> total_loss({"itc": torch.tensor(2.0), "itm": None, "lm": torch.tensor(3.0)}, {"itc": 1.0, "lm": 0.5})
@@ -170,6 +173,8 @@ def total_loss(losses: Mapping[str, torch.Tensor | None], weights: Mapping[str, 
         ```
     """
     weighted = [weights[name] * loss for name, loss in losses.items() if loss is not None]
+    if not weighted:
+        raise ValueError(f"The weights of all losses are 0 ({', '.join(losses)}): give one of them a positive weight.")
     return torch.stack(weighted).sum()
 
 

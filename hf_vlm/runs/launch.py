@@ -12,16 +12,24 @@ import inspect
 import os
 import sys
 import traceback
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+import types
+from argparse import (
+    SUPPRESS,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 from trl import TrlParser
 
+from ..terminal import MESSAGE_LENGTH, printable
 from .catalogue import Recipe, nearest
 
 CONFIG_HELP = "Name of a packaged YAML file ({names}), or the path of your own."
@@ -57,16 +65,18 @@ class RecipeParser(TrlParser):
 
     def _group_options(self, groups: Sequence[type]) -> None:
         """Shows the options of each dataclass as a group of the help, those of transformers and TRL last."""
-        titles = {}
+        titles, hints = {}, {}
         for group in groups:
+            hints |= get_type_hints(group)
             for field in dataclasses.fields(group):
                 titles[field.name] = group_title(group, field.name)
+        self.hints = {name: hints[name] for name in titles}
         own = list(dict.fromkeys(title for title in titles.values() if not title.startswith("transformers")))
         sections = {title: self.add_argument_group(title) for title in (*own, *(set(titles.values()) - set(own)))}
         options = self._optionals._group_actions
         for action in [action for action in options if action.dest in titles]:
             options.remove(action)
-            if action.type is dict or get_origin(action.type) is dict:
+            if holds(dict, self.hints[action.dest]):
                 action.type, action.nargs = parse_value, None
             sections[titles[action.dest]]._group_actions.append(action)
 
@@ -107,12 +117,16 @@ class RecipeParser(TrlParser):
 
     def _set_defaults_from(self, path: Path) -> None:
         values = read_yaml(path)
-        for name, value in (values.pop("env", None) or {}).items():
-            os.environ[name] = str(value)
+        environment = values.pop("env", None) or {}
+        if not isinstance(environment, dict):
+            raise ValueError(f"{path}: env holds {environment!r}: write `NAME: value` lines below it.")
+        for name, value in environment.items():
+            os.environ[str(name)] = str(value)
         known = {action.dest for action in self._actions} - {"help", "config"}
         for key in values:
             if key not in known:
                 raise ValueError(f"{path} has the unknown key {key!r}.{nearest(str(key), known)}")
+            check_kind(path, key, values[key], self.hints[key])
         self.set_defaults_with_config(**values)
 
 
@@ -126,16 +140,44 @@ def group_title(group: type, name: str) -> str:
     return "transformers.TrainingArguments" if declared.__module__.startswith("transformers") else "trl.SFTConfig"
 
 
+def holds(kind: type, hint: Any) -> bool:
+    """Whether an annotation is a kind of container, of anything, or has it among its alternatives but no text."""
+    if hint is kind or get_origin(hint) is kind:
+        return True
+    return get_origin(hint) is not dict and str not in get_args(hint) and any(holds(kind, a) for a in get_args(hint))
+
+
 def parse_value(text: str) -> Any:
-    """The mapping or list that a command-line option holds as YAML.
+    """The mapping or list that a command-line option holds as YAML; None for null.
 
     Raises:
-        ValueError: if the text is not valid YAML, or is neither a mapping nor a list.
+        ArgumentTypeError: if the text is not valid YAML, or is neither a mapping nor a list.
     """
-    value = yaml.safe_load(text)
-    if not isinstance(value, dict | list):
-        raise ValueError(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, dict) and any(":" in str(key) and item is None for key, item in value.items()):
+        raise ArgumentTypeError(f"{text!r} has no space after a colon: write '{{key: value}}'")
+    if not isinstance(value, dict | list | types.NoneType):
+        raise ArgumentTypeError(f"{text!r} is not a mapping or list: write '{{key: value}}' or '[{{key: value}}]'")
     return value
+
+
+def check_kind(path: Path, key: str, value: Any, hint: Any) -> None:
+    """Refuses a list or mapping for a key that takes one value, and one value for a key that takes a list.
+
+    Raises:
+        ValueError: if the value does not fit.
+    """
+    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = {get_origin(each) or each for each in alternatives}
+    if value is None and types.NoneType not in kinds:
+        raise ValueError(f"{path}: {key} has no value: write one, or leave the key out.")
+    if list in kinds and str not in kinds and not isinstance(value, list | types.NoneType):
+        raise ValueError(f"{path}: {key} holds {printable(value, 100)}: write a list, [{printable(value, 100)}].")
+    if isinstance(value, list | dict) and type(value) not in kinds:
+        raise ValueError(f"{path}: {key} holds {printable(value, 100)}: write one value.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -146,7 +188,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}: write `key: value` lines.")
@@ -189,7 +231,7 @@ def launch(main: Callable[..., None], args: Sequence[str] | None = None) -> None
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"Error: {in_one_line(error)} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
+        print(f"Error: {printable(in_one_line(error), MESSAGE_LENGTH)} ({TRACEBACK}=1 shows where.)", file=sys.stderr)
         sys.exit(1)
 
 

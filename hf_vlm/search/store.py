@@ -7,11 +7,13 @@
   one by one, so they are found at once.
 """
 
-from collections.abc import Sequence
+import random
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +30,14 @@ APPROXIMATE_FROM = 20_000
 # New rows join the graph when they exceed this share of all rows; until then, comparing them one by one is cheaper.
 UNINDEXED_SHARE = 0.1
 MANY_FRAGMENTS = 32
+RETRIES = 20  # of a write that another process's write preceded; half a minute at most
 CANDIDATES = 100  # default number of candidates that the graph search keeps
 REFINE = 2  # k times this number of candidates are re-ranked by their exact vectors
 PARTITION_ROWS = 2_000_000  # building a larger graph would need too much memory
 OLD_VERSIONS = timedelta(hours=1)  # kept for readers that still have an old version open
 FRESHNESS = timedelta(seconds=5)  # after this time a reader sees the writes of other processes
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -199,10 +204,26 @@ class VectorTable:
             raise ValueError(f"{bad[0]}: the vector does not have length 1; check that the model's outputs are finite.")
         if len({row.id for row in rows}) < len(rows):
             raise ValueError("An id appears twice among the rows of one write; give each row its own id.")
-        self._add_columns(rows)
-        merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-        result = merge.execute(to_arrow(rows, vectors, self.schema))
-        return result.num_inserted_rows, result.num_updated_rows
+
+        def merge() -> tuple[int, int]:
+            self._add_columns(rows)
+            merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            result = merge.execute(to_arrow(rows, vectors, self.schema))
+            return result.num_inserted_rows, result.num_updated_rows
+
+        return self._retry(merge)
+
+    def _retry(self, write: Callable[[], T]) -> T:
+        """Writes, again from the newest version whenever another process has written meanwhile."""
+        for attempt in range(RETRIES):
+            try:
+                return write()
+            except (RuntimeError, OSError, ValueError) as error:
+                if not is_conflict(error) or attempt == RETRIES - 1:
+                    raise
+                time.sleep(random.uniform(0, min(2.0, 0.02 * 2**attempt)))  # so that writers take turns
+                self.table.checkout_latest()
+        raise AssertionError("unreachable")
 
     def _add_columns(self, rows: Sequence[Row]) -> None:
         values: dict[str, list] = {}
@@ -220,7 +241,7 @@ class VectorTable:
 
     def delete(self, where: str) -> int:
         """Deletes the rows that match a condition; returns their number."""
-        return self.table.delete(where).num_deleted_rows
+        return self._retry(lambda: self.table.delete(where).num_deleted_rows)
 
     def search(
         self, vector: np.ndarray, k: int, where: str | None = None, exact: bool = False, candidates: int = CANDIDATES
@@ -259,9 +280,19 @@ class VectorTable:
     def tidy(self, approximate_from: int = APPROXIMATE_FROM) -> None:
         """Merges small files, and builds the graph or adds new rows to it, when that pays off.
 
+        Left to the next writer if another process writes meanwhile: searches find all rows without it.
+
         Args:
             approximate_from: Number of rows from which on a graph is built.
         """
+        try:
+            self._tidy(approximate_from)
+        except (RuntimeError, OSError, ValueError) as error:
+            if not is_conflict(error):
+                raise
+            self.table.checkout_latest()
+
+    def _tidy(self, approximate_from: int) -> None:
         stats = self.table.stats()
         rows, approximate = stats["num_rows"], self.is_approximate
         scattered = stats["fragment_stats"]["num_small_fragments"] > MANY_FRAGMENTS
@@ -324,6 +355,12 @@ def _open_table(uri: str | Path, storage_options: dict[str, str] | None) -> Any:
         if "was not found" in str(error):  # also after a process was killed before its first commit
             return None
         raise
+
+
+def is_conflict(error: Exception) -> bool:
+    """Whether a write failed because another process wrote to the table at the same time."""
+    text = str(error).lower()
+    return "commit conflict" in text or "concurrent" in text
 
 
 def id_in(ids: Sequence[str]) -> str:

@@ -1,9 +1,9 @@
 """Training arguments of all recipes: transformers' own, with defaults for vision-language models."""
 
-import json
 from dataclasses import dataclass, field
 
 import torch
+import yaml
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -40,7 +40,14 @@ class VlmTrainingArguments(TrainingArguments):
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(f"hub_strategy is {self.hub_strategy!r}: only end (one commit at the end) is supported.")
         if isinstance(self.learning_rates, str):
-            self.learning_rates = json.loads(self.learning_rates)
+            self.learning_rates = parse_rates(self.learning_rates)
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0: give a positive number, or leave it out to train num_train_epochs.")
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}: give a positive number, or max_steps.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number.")
         if self.learning_rates and self.muon_learning_rate is not None:
             raise ValueError("learning_rates work with AdamW only: leave out muon_learning_rate.")
         choice = str(self.bf16).lower()
@@ -71,6 +78,20 @@ class ContrastiveTrainingArguments(VlmTrainingArguments):
             raise ValueError(
                 f"grad_cache_chunk must be a positive number of rows or left out, not {self.grad_cache_chunk}."
             )
+
+
+def parse_rates(text: str) -> dict[str, float]:
+    """The learning rates by module that an option holds as YAML or JSON.
+
+    Raises:
+        ValueError: if the text is not a mapping of names to numbers.
+    """
+    try:
+        rates = yaml.safe_load(text)
+        return {name: float(rate) for name, rate in rates.items()}
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError):
+        example = "'{\"language_projection\": 0.01}'"
+        raise ValueError(f"learning_rates is {text!r}: write learning rates by module, {example}.") from None
 
 
 __all__ = ["ContrastiveTrainingArguments", "VlmTrainingArguments"]

@@ -38,6 +38,7 @@ class ContrastiveTrainer(VlmTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(ClampTemperature())
+        self.check_negatives()
         if self.args.grad_cache_chunk is not None and self.is_fsdp_enabled:
             raise ValueError("grad_cache_chunk works with data parallelism (torchrun), not with FSDP: use one of them.")
         if self.args.n_gpu > 1:

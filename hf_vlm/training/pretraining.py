@@ -65,6 +65,8 @@ class PretrainingTrainer(VlmTrainer):
         self.contrasts = isinstance(self.head, self.contrasting)
         self.step_counter = StepCounter()
         if self.contrasts:
+            if self.head.config.itc_weight or self.head.config.itm_weight:
+                self.check_negatives()
             self.add_callback(self.step_counter)
 
     def loss_options(self) -> dict:

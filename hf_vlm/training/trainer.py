@@ -121,8 +121,14 @@ class VlmTrainer(Trainer):
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """Splits map-style data by the Trainer's sampler, and a stream by its shards."""
+        """Splits map-style data by the Trainer's sampler, and a stream by its shards.
+
+        Raises:
+            ValueError: if there are fewer rows than one step needs.
+        """
         if not isinstance(self.train_dataset, PairStream):
+            if isinstance(self.train_dataset, Sized):
+                self.check_num_rows(len(self.train_dataset))
             return super().get_train_dataloader()
         workers = self.args.dataloader_num_workers
         return DataLoader(
@@ -134,6 +140,35 @@ class VlmTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             drop_last=True,  # batches must have the same size on all ranks
         )
+
+    def check_num_rows(self, rows: int) -> None:
+        """Refuses data with fewer rows than a step needs.
+
+        Raises:
+            ValueError: if there are no rows, or `dataloader_drop_last` drops all of them.
+        """
+        batch = self.args.train_batch_size * self.args.world_size
+        if rows == 0:
+            raise ValueError("There is no row to train on: check the sources.")
+        if self.args.dataloader_drop_last and rows < batch:
+            raise ValueError(
+                f"There are {rows} rows to train on, fewer than a batch of {batch}, and dataloader_drop_last drops "
+                "them: lower per_device_train_batch_size, or set dataloader_drop_last to false."
+            )
+
+    def check_negatives(self) -> None:
+        """Refuses a contrastive loss without negatives: it would be 0 whatever the model does.
+
+        Raises:
+            ValueError: if a batch of all ranks has fewer than two rows, or the data has.
+        """
+        if self.train_dataset is None:  # to evaluate only
+            return
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+        batch = self.args.train_batch_size * self.args.world_size
+        if batch < 2 or (rows is not None and rows < 2):
+            given = f"a batch has {batch}" if batch < 2 else f"the training data has {rows}"
+            raise ValueError(f"A contrastive loss compares a pair with others and needs two rows, but {given}.")
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """Uses the eval collator and never drops the last batch."""
