@@ -31,6 +31,7 @@ from trl import TrlParser
 
 from ..terminal import MESSAGE_LENGTH, printable
 from .catalogue import Recipe, nearest
+from .quiet import hide_warnings
 
 CONFIG_HELP = "Name of a packaged YAML file ({names}), or the path of your own."
 TRACEBACK = "HF_VLM_TRACEBACK"
@@ -222,6 +223,7 @@ def launch(main: Callable[..., None], args: Sequence[str] | None = None) -> None
         args: Command-line options; those of this process by default.
     """
     groups: tuple = ()
+    hide_warnings()
     try:
         groups = parse_arguments(main, args)
         main(*groups)
