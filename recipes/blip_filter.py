@@ -24,6 +24,7 @@ from hf_vlm.bootstrap.on_scenes import Corruption, add_results, filter_scenes, f
 from hf_vlm.files import write_text
 from hf_vlm.runs.arguments import BlipFilterArguments, FilterSceneArguments, SourceArguments
 from hf_vlm.runs.launch import launch
+from hf_vlm.runs.parts import check_parts
 
 
 def demonstrate(args: FilterSceneArguments, settings: FilterSettings, folder: Path) -> None:
@@ -42,6 +43,7 @@ def main(filter_args: BlipFilterArguments, data_args: SourceArguments, scene_arg
     options = {name: value for name, value in asdict(filter_args).items() if name != "output_dir"}
     settings = FilterSettings(**options, on_error=data_args.on_error)
     folder = Path(filter_args.output_dir)
+    check_parts("blip_filter", {**vars(filter_args), **vars(scene_args)})
     if data_args.sources is None:
         demonstrate(scene_args, settings, folder)
         return

@@ -32,6 +32,7 @@ from .anyres import anyres_views
 from .images import ImageError, decode_image, image_of_array, shown, to_rgb
 
 MAX_ASPECT_RATIO = 16
+RESIZE_MODES = ("crop", "squash", "pad", "anyres")
 
 
 class VlmImageKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -82,6 +83,8 @@ class VlmImageProcessor(PilBackend):
 
     def __init__(self, **kwargs: Unpack[VlmImageKwargs]):
         super().__init__(**kwargs)
+        if self.resize_mode not in RESIZE_MODES:
+            raise ValueError(f"resize_mode is {self.resize_mode!r}: use one of {', '.join(RESIZE_MODES)}.")
 
     def fetch_images(self, images: Any) -> Any:
         """The same images in the same lists; paths, URLs and base64 texts are loaded, batches become lists.

@@ -22,8 +22,8 @@ def check_sources(sources: Any, extra: Sequence[str] = (), known: Sequence[str] 
         ValueError: if `sources` is not a list of mappings with a `path`, or a mapping has an unknown key.
     """
     known = [*known, *extra]
-    has_paths = isinstance(sources, list) and all(isinstance(source, dict) and "path" in source for source in sources)
-    if not has_paths or not sources:
+    are_mappings = isinstance(sources, list) and all(isinstance(source, dict) for source in sources)
+    if not sources or not are_mappings or not all(isinstance(source.get("path"), str) for source in sources):
         raise ValueError("sources must be a list of mappings, each with a path: [{path: my-pairs.parquet}].")
     for source in sources:
         for key in source:

@@ -10,6 +10,7 @@ from ..files import hold_folder
 from ..hub.record import RECORD_NAME, published, read_record
 from ..training.resume import compare_runs, last_checkpoint
 from ..training.trainer import VlmTrainer
+from .parts import check_parts
 
 AFTERWARDS = ("num_scenes", "num_questions", "lora_run")  # of the evaluation at the end
 FREE = ("eval_sources", "feature_cache", "on_error", "max_skipped")  # decide neither rows nor their order
@@ -26,7 +27,7 @@ class Run:
 
     Raises:
         ValueError: if the output folder is held by another process, holds another recipe's run, or was made with other
-            arguments than these.
+            arguments than these, or a pretrained part is not there.
     """
 
     def __init__(self, recipe: str, model_args: Any, data_args: Any, training_args: TrainingArguments):
@@ -35,6 +36,7 @@ class Run:
         other = recorded_recipe(folder)
         if other not in (None, recipe):
             raise ValueError(f"{folder} holds a run of {other}: choose another output_dir for {recipe}.")
+        check_parts(recipe, vars(model_args))
         set_seed(training_args.seed)
         model, data = dataclasses.asdict(model_args), dataclasses.asdict(data_args)
         data = {name: value for name, value in data.items() if name not in (*AFTERWARDS, *FREE)}
