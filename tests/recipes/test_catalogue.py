@@ -79,7 +79,7 @@ def test_a_config_is_a_name_or_a_path(tmp_path, monkeypatch):
         ),
         (["--config", "small", "--max_steps", "many"], "--max_steps.*invalid int value: 'many'"),
         (["--config", "small", "stray"], "'stray' belongs to no option"),
-        (["--config", "small", "--sources", "7"], "invalid parse_value value: '7'"),
+        (["--config", "small", "--sources", "7"], "'7' is not a mapping or list"),
     ],
 )
 def test_mistakes_on_the_command_line(options, message):
