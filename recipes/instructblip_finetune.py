@@ -21,6 +21,7 @@ from hf_vlm.data import (
     easy_vqa_images,
     easy_vqa_questions,
     load_source,
+    load_unchecked,
     mix_by_sqrt,
     question_instructions,
     question_source,
@@ -63,7 +64,8 @@ def build_data(args: InstructBlipDataArguments, size: int, seed: int) -> tuple[D
         if task not in TASKS:
             raise ValueError(f"The source {source['path']} has the task {task!r}: use one of {', '.join(TASKS)}.")
         fields = {key: value for key, value in source.items() if key != "task"}
-        images[name] = load_source(question_source(fields) if task == "vqa" else DataSource(**fields))
+        load = load_source if args.report is None else load_unchecked
+        images[name] = load(question_source(fields) if task == "vqa" else DataSource(**fields))
         tables[name] = TASKS[task](images[name], name, seed, report=args.report)
     table = mix_by_sqrt(tables, seed, args.train_rows)
     return table if args.report is None else InstructionRows(table, images, args.report), images

@@ -9,8 +9,10 @@ Every scalar key of the YAML is also an option (`--max_steps 100`). The learning
 `learning_rates` in the YAML overrides it. An interrupted run resumes when started again.
 """
 
+from collections.abc import Callable
+
 from hf_vlm import VlmLlavaForConditionalGeneration, VlmLlavaProcessor
-from hf_vlm.data import PLAIN_TEMPLATE, CaptionConversations, ConversationCollator, DataSource, mix
+from hf_vlm.data import PLAIN_TEMPLATE, CaptionConversations, ConversationCollator, DataSource, caption_check, mix
 from hf_vlm.models import with_image_token
 from hf_vlm.runs.arguments import LlavaAlignDataArguments, LlavaAlignModelArguments
 from hf_vlm.runs.data import scene_rows
@@ -40,12 +42,15 @@ def build_model(
     return model, VlmLlavaProcessor.from_parts(model, tokenizer, resize_mode=args.resize_mode)
 
 
-def build_data(args: LlavaAlignDataArguments, size: int, seed: int) -> CaptionConversations:
+def build_data(
+    args: LlavaAlignDataArguments, size: int, seed: int, check: Callable | None = None
+) -> CaptionConversations:
     """Images with their captions, as conversations."""
     if args.sources is None:
         return CaptionConversations(scene_rows(args, size, seed, args.scene_aspects), seed)
     sources = [DataSource(**source) for source in args.sources]
-    return CaptionConversations(mix(sources, seed=seed, on_error=args.on_error, report=args.report), seed)
+    options = {"on_error": args.on_error, "report": args.report, "check": check}
+    return CaptionConversations(mix(sources, seed=seed, **options), seed)
 
 
 def main(model_args: LlavaAlignModelArguments, data_args: LlavaAlignDataArguments, training_args: VlmSFTConfig) -> None:
@@ -60,15 +65,15 @@ def main(model_args: LlavaAlignModelArguments, data_args: LlavaAlignDataArgument
 
     # DATA
     size = data_args.scene_size or processor.image_processor.size["height"]
-    train = build_data(data_args, size, training_args.seed)
-    lengths = (data_args.max_tokens, data_args.packed)
+    collator = ConversationCollator(processor, data_args.max_tokens, data_args.packed, chat_template=PLAIN_TEMPLATE)
+    train = build_data(data_args, size, training_args.seed, caption_check(collator))
 
     # TRAIN
     trainer = VlmSFTTrainer(
         model,
         training_args,
         train_dataset=train,
-        data_collator=ConversationCollator(processor, *lengths, chat_template=PLAIN_TEMPLATE),
+        data_collator=collator,
         processing_class=processor,
     )
     run.train(trainer)

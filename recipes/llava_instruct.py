@@ -11,6 +11,7 @@ The stage says which parts are trained, in full or with LoRA (`--stage llava-1.5
 when started again.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -45,10 +46,10 @@ def build_model(args: LlavaInstructModelArguments) -> tuple[VlmLlavaForCondition
     return model, processor
 
 
-def build_data(args: LlavaInstructDataArguments, size: int, seed: int) -> ConcatDataset:
+def build_data(args: LlavaInstructDataArguments, size: int, seed: int, check: Callable | None = None) -> ConcatDataset:
     """The conversations of all sources, one source after the other; the trainer shuffles them."""
     if args.sources is not None:
-        options = {"on_error": args.on_error, "report": args.report}
+        options = {"on_error": args.on_error, "report": args.report, "check": check}
         return ConcatDataset([open_conversations(source, **options) for source in args.sources])
     scenes = SceneConversations(scene_rows(args, size, seed, args.scene_aspects), seed, args.scene_kinds)
     return ConcatDataset([scenes, QuestionConversations(easy_vqa_questions("train"), easy_vqa_images("train"))])
@@ -69,15 +70,15 @@ def main(
 
     # DATA
     size = data_args.scene_size or processor.image_processor.size["height"]
-    train = build_data(data_args, size, training_args.seed)
-    lengths = (data_args.max_tokens, data_args.packed, data_args.row_tokens)
+    collator = ConversationCollator(processor, data_args.max_tokens, data_args.packed, data_args.row_tokens)
+    train = build_data(data_args, size, training_args.seed, collator.check)
 
     # TRAIN
     trainer = VlmSFTTrainer(
         model,
         training_args,
         train_dataset=train,
-        data_collator=ConversationCollator(processor, *lengths),
+        data_collator=collator,
         processing_class=processor,
     )
     run.train(trainer)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .batches.augment import Augmentation
     from .batches.collators import CaptionCollator, ContrastiveCollator, QuestionCollator
     from .batches.conversation_collator import PLAIN_TEMPLATE, ConversationCollator
-    from .batches.conversations import CaptionConversations, QuestionConversations
+    from .batches.conversations import CaptionConversations, QuestionConversations, caption_check
     from .batches.instructions import InstructionRows
     from .batches.pairs import Pair, PairDataset, PairStream, load_pairs
     from .batches.prompt_collators import PROMPT_END, CaptionPromptCollator, PromptCollator, prompt_inputs
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .features.cache import CachedFeatures, FeatureCacheError, cache_features, feature_key
     from .sources.conversations import Conversation, ConversationRows, load_conversations, open_conversations
     from .sources.images import ImageError, load_image
-    from .sources.load import load_source
+    from .sources.load import load_source, load_unchecked
     from .sources.mixing import mix, split_stream
     from .sources.open import DataSource
     from .sources.questions import QuestionRows, question_source
@@ -64,6 +64,7 @@ __all__ = [
     "SceneRows",
     "SceneStream",
     "cache_features",
+    "caption_check",
     "caption_instructions",
     "corrupt_captions",
     "easy_vqa_images",
@@ -78,6 +79,7 @@ __all__ = [
     "load_questions",
     "load_scenes",
     "load_source",
+    "load_unchecked",
     "mix",
     "mix_by_sqrt",
     "open_conversations",

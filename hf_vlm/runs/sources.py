@@ -57,4 +57,12 @@ def check_streams(sources: Sequence[dict[str, Any]], reader: str | None = None) 
         )
 
 
-__all__ = ["PAIR_KEYS", "check_sources", "check_streams"]
+def check_steps(sources: Sequence[dict[str, Any]] | None, max_steps: int) -> None:
+    """Refuses a stream without a number of steps: a stream has no length."""
+    if max_steps <= 0:
+        for source in sources or []:
+            if source.get("streaming"):
+                raise ValueError(f"The source {source['path']} is a stream, which has no length: set max_steps.")
+
+
+__all__ = ["PAIR_KEYS", "check_sources", "check_steps", "check_streams"]

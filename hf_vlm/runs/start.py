@@ -11,6 +11,7 @@ from ..hub.record import RECORD_NAME, published, read_record
 from ..training.resume import compare_runs, last_checkpoint
 from ..training.trainer import VlmTrainer
 from .parts import check_parts
+from .sources import check_steps
 
 AFTERWARDS = ("num_scenes", "num_questions", "lora_run")  # of the evaluation at the end
 FREE = ("eval_sources", "feature_cache", "on_error", "max_skipped")  # decide neither rows nor their order
@@ -31,6 +32,7 @@ class Run:
     """
 
     def __init__(self, recipe: str, model_args: Any, data_args: Any, training_args: TrainingArguments):
+        check_steps(data_args.sources, training_args.max_steps)
         folder = training_args.output_dir
         self.hold = hold_folder(folder)
         other = recorded_recipe(folder)

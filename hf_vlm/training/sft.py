@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import datasets
 import torch
@@ -114,7 +115,7 @@ def as_dataset(rows: Rows) -> datasets.Dataset:
 
     def read(batch: dict[str, list[int]]) -> dict[str, list]:
         found = [rows[row] for row in batch["row"]]
-        return {name: [row[name] for row in found] for name in found[0]}
+        return {name: [row.get(name) for row in found] for name in dict.fromkeys(chain.from_iterable(found))}
 
     return datasets.Dataset.from_dict({"row": range(len(rows))}).with_transform(read)
 

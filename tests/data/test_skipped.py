@@ -4,6 +4,8 @@ import copy
 import json
 import logging
 import pickle
+import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -143,6 +145,29 @@ def test_line_breaks_and_control_characters_in_names(tmp_path: Path, caplog: pyt
     assert all(text.isprintable() for text in [*messages(caplog), *report.errors])
 
 
+def bomb() -> bytes:
+    """A PNG of 1 x 89,000,000 pixels, fewer than Pillow's limit: to resize it takes gigabytes."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 1, 89_000_000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(999)))]
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@STREAMS
+def test_an_image_that_cannot_be_resized_is_one_bad_row(stream: bool, tmp_path: Path) -> None:
+    source = DataSource(str(table(tmp_path, [], 4)), streaming=stream)
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    path = tmp_path / "a.jsonl"
+    path.write_text(path.read_text().replace('"a.png"', '"bomb.png"', 1))
+    report = SkipReport()
+    found = [row["caption"] for row in load_source(source, "skip", report)]
+    assert found == (["number 1", "number 2", "number 3"] if stream else ["number 1", *found[1:]])
+    assert report.reasons == {"unreadable image": 1}
+    with pytest.raises(ImageError, match=r"a\.jsonl, .* \(bomb\.png\): 1 x 89000000 pixels"):
+        list(load_source(source))
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, "half", True, None, float("nan")])
 def test_max_skipped_is_a_share(share: object) -> None:
     with pytest.raises(SourceError, match="is no share; write a number from 0 to 1"):
@@ -156,6 +181,17 @@ def test_every_error_of_a_row_has_a_reason() -> None:
     assert reason_of(ImageError("a row")) == "unreadable image"
     assert reason_of(ValueError("a row")) == reasons[RowError]
     assert reasons[CaptionError] == "unusable text"
+
+
+def test_the_sum_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    for log_before in (False, True):
+        caplog.clear()
+        report = SkipReport()
+        report.source("a", 3).bad(CaptionError("a, row 0"), 0)
+        if log_before:
+            report.log()
+        del report
+        assert len([text for text in messages(caplog) if text.startswith("Skipped 1 bad rows")]) == 1
 
 
 def test_the_folder_of_a_report_is_deleted_with_it() -> None:

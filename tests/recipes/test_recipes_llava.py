@@ -141,7 +141,9 @@ def test_bad_rows_stop_the_run_or_are_left_out(folder, aligned, tmp_path):
     config = write(tmp_path / "bad.yaml", f"model: {aligned}\nsources:\n  - {source}\n")
     with pytest.raises(ValueError, match=r"absent\.png"):
         run(llava_instruct, config, tmp_path / "stopped")
-    run(llava_instruct, config, tmp_path / "whole", "--on_error", "skip")
+    with pytest.raises(ValueError, match=r"bad\.json: 5 of the first 6 rows read are bad"):
+        run(llava_instruct, config, tmp_path / "half", "--on_error", "skip")
+    run(llava_instruct, config, tmp_path / "whole", "--on_error", "skip", "--max_skipped", "1")
     assert changed(aligned, tmp_path / "whole") == {"projector", "language_model"}
 
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ...models.messages import flat_content
 from ...terminal import printable
 from ..sources.conversations import IMAGE_MARK, Conversation, Message
+from ..sources.errors import LengthError
 from ..sources.images import load_image
 from ..sources.rows import stored_path
 
@@ -115,7 +116,7 @@ class ConversationCollator:
     def __call__(self, rows: Sequence[Conversation]) -> dict[str, torch.Tensor]:
         samples, pictures = [], []
         for number, row in enumerate(rows):
-            where = f"sample {number} of the batch"
+            where = row.get("where") or f"sample {number} of the batch"
             loaded = [load_image(image, _place(where, image)) for image in row["images"]]
             images = [self.processor.image_processor.process_image(image) for image in loaded]
             samples.append(self.tokens(row["messages"], images, where))
@@ -124,6 +125,18 @@ class ConversationCollator:
         if images := [image for number in order for image in pictures[number]]:
             batch |= dict(self.processor.image_processor(images, return_tensors="pt"))
         return batch
+
+    def check(self, row: Conversation, where: str) -> None:
+        """Checks that the images of a row fit, so that a row that does not can be skipped before it is in a batch.
+
+        Args:
+            row: A row with decoded images.
+            where: Name of the row in errors.
+
+        Raises:
+            ValueError: as on call; a [`LengthError`] if an image would be truncated.
+        """
+        self.tokens(row["messages"], row["images"], where)
 
     def length(self, row: Conversation) -> int:
         """Approximate number of tokens of a row, for grouping batches by length, without opening the images.
@@ -161,7 +174,7 @@ class ConversationCollator:
                 picture = next(pictures)
                 count = self.processor.num_image_tokens(picture.height, picture.width)
                 if len(ids) + count > self.max_length:
-                    raise ValueError(
+                    raise LengthError(
                         f"{where}: an image of {count} tokens after {len(ids)} other tokens exceeds max_length="
                         f"{self.max_length}: raise max_length, or remove the sample."
                     )

@@ -1,10 +1,12 @@
 """Conversations made from captions and questions."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..sources.conversations import IMAGE_MARK, SHORT_ANSWER, Conversation, Message
-from ..sources.rows import Rows
+from ..sources.rows import Check, Rows
+from .conversation_collator import ConversationCollator
 from .pairs import make_pair
 
 
@@ -28,8 +30,23 @@ class CaptionConversations:
 
     def __getitem__(self, index: int) -> Conversation:
         pair = make_pair(self.rows[index], index, (self.seed,), epoch=0, shuffle_captions=True)
-        asked: Message = {"role": "user", "content": IMAGE_MARK}
-        return {"messages": [asked, {"role": "assistant", "content": pair["caption"]}], "images": [pair["image"]]}
+        return caption_conversation(pair["image"], pair["caption"])
+
+
+def caption_conversation(image: Any, caption: str) -> Conversation:
+    """A caption as the answer to its image alone."""
+    asked: Message = {"role": "user", "content": IMAGE_MARK}
+    return {"messages": [asked, {"role": "assistant", "content": caption}], "images": [image]}
+
+
+def caption_check(collator: ConversationCollator) -> Check:
+    """The check of [`load_source`] and [`mix`] that a row's image fits into a sample of the collator."""
+    return partial(_check_caption, collator)
+
+
+def _check_caption(collator: ConversationCollator, row: Mapping[str, Any], where: str) -> None:
+    caption = row["caption"] if isinstance(row["caption"], str) else row["caption"][0]
+    collator.check(caption_conversation(row["image"], caption), where)
 
 
 class QuestionConversations:
@@ -62,4 +79,4 @@ class QuestionConversations:
         return {"messages": messages, "images": [self.images[row]["image"]]}
 
 
-__all__ = ["CaptionConversations", "QuestionConversations"]
+__all__ = ["CaptionConversations", "QuestionConversations", "caption_check", "caption_conversation"]

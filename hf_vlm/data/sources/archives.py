@@ -148,7 +148,7 @@ def read_samples(path: str) -> Iterator[dict[str, Any]]:
                 if sample:
                     yield sample
                 sample = {KEY: key, URL: path}
-            cell = {"data": _body(file, member, path), "problem": None}
+            cell: dict[str, Any] = {"data": _body(file, member, path), "problem": None}
             if PurePosixPath(column).suffix.lstrip(".") in _COMPRESSED or column in _COMPRESSED:
                 cell = {"data": None, "problem": f"holds a compressed file ({column}); store the file itself."}
             if column in sample and sample[column] != cell:
@@ -204,7 +204,7 @@ def _members(file: BinaryIO, path: str) -> Iterator[tuple[tarfile.TarInfo, str, 
     try:
         archive = tarfile.TarFile(fileobj=file)
         while (member := archive.next()) is not None:
-            archive.members.clear()  # or an archive of a million files would fill the memory
+            archive.members.clear()  # type: ignore[attr-defined]  # or an archive of a million files would fill the memory
             if place := _place(member, path):
                 yield member, *place
         end = archive.offset

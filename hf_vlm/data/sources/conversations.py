@@ -7,7 +7,7 @@
   `hf_vlm.models.messages` has the rule, which processors share.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -18,6 +18,7 @@ from .errors import ConversationError
 from .images import load_image
 from .open import DataSource, WrittenRows, open_rows, undecoded
 from .rows import (
+    Check,
     OnError,
     Origin,
     Rows,
@@ -159,8 +160,8 @@ class ConversationRows:
             replaced by the next good one. Images are then decoded on access and not by the collator.
         report: Counts the skipped rows, possibly of several sources.
         origin: Where the rows come from, if `datasets` listed the images of a folder itself.
-        check: Called with each row if bad rows are skipped; a ValueError makes the row a bad one. See
-            [`ConversationCollator.check`].
+        check: Called with each row and its place if bad rows are skipped, such as [`ConversationCollator.check`]; a
+            ValueError makes the row a bad one.
 
     Raises:
         ValueError: on indexing: if a row is not a conversation; with "skip" only after too many consecutive bad rows.
@@ -175,7 +176,7 @@ class ConversationRows:
         on_error: OnError = "raise",
         report: SkipReport | None = None,
         origin: Origin | None = None,
-        check: Callable[[Conversation], object] | None = None,
+        check: Check | None = None,
     ):
         self.rows = rows
         self.image_folder = image_folder
@@ -199,7 +200,7 @@ class ConversationRows:
         images = [load_image(image, place_of(self.name, index, image)) for image in row["images"]]
         row = {**row, "images": images}
         if self.check is not None:
-            self.check(row)
+            self.check(row, row["where"])
         return row
 
 

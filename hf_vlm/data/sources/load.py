@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 from torch.utils.data import get_worker_info
 
+from .archives import KEY, URL
 from .cells import read_image, read_pair
 from .open import DataSource, find_columns, open_rows, undecoded, with_text_ids
 from .questions import QuestionRows, QuestionSource
-from .rows import WRONG, OnError, Origin, RowReader, SkipReport, StreamReader, report_for, stored_path
+from .rows import WRONG, Check, OnError, Origin, RowReader, SkipReport, StreamReader, report_for, stored_path
 from .tables import PLACE, WrittenRows
 
 _BLOCK = 10_000
+_ORIGINS = (KEY, URL, PLACE)  # columns that say where a row comes from
 # The values of image-caption rows, undecoded; `WRONG` says what is wrong with a bad row.
 _VALUES = datasets.Features(
     {
@@ -44,17 +46,26 @@ def load_source(
     on_error: OnError = "raise",
     report: SkipReport | None = None,
     max_skipped: float | None = None,
+    check: Check | None = None,
 ) -> QuestionRows: ...
 
 
 @overload
 def load_source(
-    source: DataSource, on_error: OnError = "raise", report: SkipReport | None = None, max_skipped: float | None = None
+    source: DataSource,
+    on_error: OnError = "raise",
+    report: SkipReport | None = None,
+    max_skipped: float | None = None,
+    check: Check | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset: ...
 
 
 def load_source(
-    source: DataSource, on_error: OnError = "raise", report: SkipReport | None = None, max_skipped: float | None = None
+    source: DataSource,
+    on_error: OnError = "raise",
+    report: SkipReport | None = None,
+    max_skipped: float | None = None,
+    check: Check | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset | QuestionRows:
     """Opens a source. Images are decoded when their row is accessed.
 
@@ -64,6 +75,7 @@ def load_source(
             A map-style source returns the next good row instead, so do not measure quality on data with bad rows.
         report: Counts the skipped rows; a new one by default.
         max_skipped: Share of the rows that may be skipped, by default half; a report that is given has its own.
+        check: Called with each decoded row of captions and its place; a `RowError` makes the row a bad one.
 
     Returns:
         Rows of `image` (decoded), `caption` (a text or a list of texts) and, if the source has this column, `id`. A
@@ -77,22 +89,31 @@ def load_source(
         CaptionError: on access, with "raise", if a row has no caption.
     """
     report = report_for(on_error, report, max_skipped)
+    return _load(source, report, check, skip=report is not None)
+
+
+def load_unchecked(source: DataSource) -> datasets.Dataset | datasets.IterableDataset | QuestionRows:
+    """Opens a source as `load_source`; a line of a text file that cannot be read raises when its row is accessed."""
+    return _load(source, None, None, skip=True)
+
+
+def _load(source: DataSource, report: SkipReport | None, check: Check | None, skip: bool) -> Any:
     if isinstance(source, QuestionSource):
-        opened = open_rows(source, skip=report is not None)
+        opened = open_rows(source, skip=skip)
         return QuestionRows(
             opened.rows, f"{source.path}, split {source.split}", opened.origin, find_columns(source, opened), report
         )
     if source.streaming:
         stream, origin = open_stream(source)
-        return read_stream(stream, [origin], report)
-    opened = open_rows(source, skip=report is not None)
+        return read_stream(stream, [origin], report, check)
+    opened = open_rows(source, skip=skip)
     columns = find_columns(source, opened)
     if isinstance(opened.rows, WrittenRows):
         rows = _written_pairs(opened.rows, columns)
     else:
         rows = with_text_ids(opened.rows, source, columns).select_columns(list(columns.values()))
         rows = undecoded(rows.rename_columns({name: role for role, name in columns.items() if role != name}))
-    reader = RowReader(rows, opened.origin, report, columns)
+    reader = RowReader(rows, opened.origin, report, columns, check)
     return rows.add_column(RowReader.POSITION, np.arange(len(rows))).with_transform(reader)
 
 
@@ -139,6 +160,9 @@ def open_stream(
     if opened.features is None:
         columns.setdefault("id", "id")  # which the first rows may lack
     rows = undecoded(with_text_ids(opened.rows, source, columns))
+    if opened.features is not None:  # what no role names is not decoded
+        used = {*columns.values(), *_ORIGINS}
+        rows = rows.select_columns([name for name in opened.names if name in used])
     to_row = partial(_stream_row, columns=columns, label=origin.label, number=number)
     return rows.map(to_row, with_indices=True, features=_STREAM).select_columns(list(_STREAM)), origin
 
@@ -149,7 +173,7 @@ def _stream_row(row: dict[str, Any], index: int, columns: dict[str, str], label:
         path = stored_path(values["image"])
         place = row[PLACE] + (f" ({path})" if path else "")
     else:
-        place = _stream_place(row.get("__url__", label), index, values["image"])
+        place = _stream_place(row.get(URL, label), index, values["image"])
     return {**values, "_origin": number, "_place": place, "_has_id": columns.get("id") in row}
 
 
@@ -160,11 +184,11 @@ def _stream_place(label: str, index: int, image: Any) -> str:
 
 
 def read_stream(
-    stream: datasets.IterableDataset, origins: list[Origin], report: SkipReport | None
+    stream: datasets.IterableDataset, origins: list[Origin], report: SkipReport | None, check: Check | None = None
 ) -> datasets.IterableDataset:
     """Decodes the rows of streams that `open_stream` opened."""
-    reader = StreamReader(origins, report)
+    reader = StreamReader(origins, report, check)
     return stream.map(reader, batched=True, batch_size=1, remove_columns=list(_STREAM))
 
 
-__all__ = ["load_source", "load_texts", "open_stream", "read_stream"]
+__all__ = ["load_source", "load_texts", "load_unchecked", "open_stream", "read_stream"]

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from .load import load_source, open_stream, read_stream
 from .open import DataSource
-from .rows import OnError, SkipReport, SourceError, report_for
+from .rows import Check, OnError, SkipReport, SourceError, report_for
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def mix(
     seed: int = 0,
     on_error: OnError = "raise",
     report: SkipReport | None = None,
+    check: Check | None = None,
 ) -> Mixture | datasets.IterableDataset:
     """Opens several sources as one.
 
@@ -70,6 +71,7 @@ def mix(
         seed: Decides the order of rows and, for streams, the order of each source's shards.
         on_error: As in `load_source`.
         report: As in `load_source`.
+        check: As in `load_source`.
 
     Returns:
         A map-style mixture, or a stream that ends when every source has been read to its end at least once
@@ -84,8 +86,8 @@ def mix(
     if weights is None:
         weights = _own_weights(sources)
     if sources[0].streaming:
-        return _mix_streams(sources, weights, seed, report)
-    rows = [load_source(source, on_error, report) for source in sources]
+        return _mix_streams(sources, weights, seed, report, check)
+    rows = [load_source(source, on_error, report, check=check) for source in sources]
     return Mixture(rows, _shares(weights, [len(part) for part in rows]), seed)
 
 
@@ -108,7 +110,7 @@ def _shares(weights: Weights, sizes: Sequence[int]) -> list[float]:
 
 
 def _mix_streams(
-    sources: Sequence[DataSource], weights: Weights, seed: int, report: SkipReport | None
+    sources: Sequence[DataSource], weights: Weights, seed: int, report: SkipReport | None, check: Check | None
 ) -> datasets.IterableDataset:
     if isinstance(weights, str) and len(sources) > 1:
         raise SourceError(
@@ -120,7 +122,7 @@ def _mix_streams(
         shares = np.array(_shares(weights, [0] * len(sources)))
         probabilities = list(shares / shares.sum())
         mixed = datasets.interleave_datasets(list(streams), probabilities, seed, stopping_strategy="all_exhausted")
-    return read_stream(mixed, list(origins), report)
+    return read_stream(mixed, list(origins), report, check)
 
 
 def split_stream(

@@ -30,6 +30,8 @@ WRONG = "_wrong"
 """The column that says what is wrong with a row whose cells are no values."""
 # This many consecutive bad rows mean a missing folder.
 HOPELESS = 1000
+Check = Callable[[Any, str], object]
+"""Called with a decoded row and its place; raises a `RowError` that begins with the place if it cannot be used."""
 OR_SKIP = "Or load the source with on_error='skip'."
 
 
@@ -56,7 +58,11 @@ def stored_path(image: Any) -> str | None:
 
 
 def read_example(
-    row: dict[str, Any], origin: Origin, place: str, columns: dict[str, str] | None = None
+    row: dict[str, Any],
+    origin: Origin,
+    place: str,
+    columns: dict[str, str] | None = None,
+    check: Check | None = None,
 ) -> dict[str, Any]:
     """Decodes a row.
 
@@ -66,6 +72,7 @@ def read_example(
         origin: Where the row comes from.
         place: What to call the row in an error.
         columns: Role to the column that an error names. Default: the role.
+        check: Called with the decoded row.
 
     Returns:
         `image` decoded, `caption` (one text, or a list of several) and, if the row has this column, `id`: a text, or
@@ -77,7 +84,10 @@ def read_example(
         SourceError: if the row names a file outside the folder of its source.
     """
     values = _read_values(row, place, columns)
-    return {**values, "image": load_image(image_of(row["image"], origin, place), where=place)}
+    example = {**values, "image": load_image(image_of(row["image"], origin, place), where=place)}
+    if check is not None:
+        check(example, place)
+    return example
 
 
 def _read_values(row: dict[str, Any], place: str, columns: dict[str, str] | None) -> dict[str, Any]:
@@ -228,17 +238,24 @@ class RowReader:
         origin: Where they come from.
         report: Counts the skipped rows; None: a bad row raises.
         columns: Role to the column that an error names.
+        check: Called with each decoded row.
     """
 
     POSITION = "_row"
 
     def __init__(
-        self, rows: datasets.Dataset, origin: Origin, report: SkipReport | None, columns: dict[str, str] | None = None
+        self,
+        rows: datasets.Dataset,
+        origin: Origin,
+        report: SkipReport | None,
+        columns: dict[str, str] | None = None,
+        check: Check | None = None,
     ):
         self.rows = rows
         self.origin = origin
         self.tally = None if report is None else report.source(origin.label, len(rows))
         self.columns = columns
+        self.check = check
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         columns = {name: column for name, column in batch.items() if name != self.POSITION}
@@ -267,7 +284,7 @@ class RowReader:
         def example(index: int) -> dict[str, Any]:
             stored = row if index == position else self.rows[index]
             place = place_of(self.origin.label, index, stored["image"])
-            return read_example(stored, self.origin, place, self.columns)
+            return read_example(stored, self.origin, place, self.columns, self.check)
 
         return next_good(example, position, len(self.rows), self.origin.label, self.tally)
 
@@ -278,10 +295,12 @@ class StreamReader:
     Args:
         origins: The sources of the stream; `_origin` in a row is a position in them.
         report: Counts the skipped rows; None: a bad row raises.
+        check: Called with each decoded row.
     """
 
-    def __init__(self, origins: list[Origin], report: SkipReport | None):
+    def __init__(self, origins: list[Origin], report: SkipReport | None, check: Check | None = None):
         self.origins = origins
+        self.check = check
         self.tallies = None if report is None else [report.source(origin.label) for origin in origins]
         self.bad = 0  # consecutive bad rows
 
@@ -290,7 +309,7 @@ class StreamReader:
         origin = self.origins[row["_origin"]]
         has_id = row.pop("_has_id")
         try:
-            example = read_example(row, origin, row["_place"])
+            example = read_example(row, origin, row["_place"], check=self.check)
         except (ImageError, RowError) as error:
             if self.tallies is None:
                 raise or_skip(error) from error
@@ -329,6 +348,7 @@ __all__ = [
     "OR_SKIP",
     "WRONG",
     "CaptionError",
+    "Check",
     "OnError",
     "Origin",
     "RowError",

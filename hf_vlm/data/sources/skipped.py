@@ -34,8 +34,8 @@ _COUNTS = struct.Struct("qq")  # rows read by one process, and bad ones among th
 class SkipReport:
     """Counts skipped rows, possibly of several sources.
 
-    The first bad row is logged as a warning at once. The sum is logged by `log`, when the report is deleted, and when
-    the program ends.
+    The first bad row is logged as a warning at once. The sum is logged by `log`, or when the report is deleted or the
+    program ends.
 
     Args:
         shown: Number of bad rows that the summary names.
@@ -220,11 +220,14 @@ def _log(folder: Path, shown: int) -> None:
         more = f" and {len(entries) - shown} more" if len(entries) > shown else ""
         places = " | ".join(sorted(error for _, error in entries)[:shown])
         logger.warning("Skipped %d bad rows (%s): %s%s", len(entries), counted, places, more)
+        (folder / "logged").write_text(str(len(entries)))
 
 
 def _close(folder: Path, shown: int, owner: int) -> None:
     if os.getpid() == owner:  # a forked worker inherits this finalizer
-        _log(folder, shown)
+        logged = folder / "logged"
+        if not logged.exists() or logged.read_text() != str(len(_entries(folder))):
+            _log(folder, shown)
         shutil.rmtree(folder, ignore_errors=True)
 
 
