@@ -36,7 +36,7 @@ ALLOWED = {
     "data.sources": {"data.sources", "data.wheels", "paths", "terminal", *RULES},
     "data.batches": {"data.batches", "data.sources", "data.wheels", "paths", "terminal", *RULES},
     "data.builtin": {"data.builtin", "data.batches", "data.sources", "data.wheels", "paths", "terminal"},
-    "data.features": {"data.features", "data.sources", "data.wheels", "paths", "terminal"},
+    "data.features": {"data.features", "data.sources", "data.wheels", "paths", "terminal", *RULES},
     "training": {"training", "checkpoints", "models", "families", "files", "lazy", *DATA},
     "evaluation": {"evaluation", "checkpoints", "models", "families", "files", "metrics", "lazy", *DATA},
     "hub": {"hub", "checkpoints", "models", "families", "files", "metrics", "paths", "terminal"},

@@ -36,7 +36,23 @@ def no_all_last(path: str, source: str) -> list[str]:
     return [f"{path}:{body[-1].lineno}: end with `__all__ = [...]`"]
 
 
-CHECKERS: list[Checker] = [no_docstring_first, no_all_last]
+def next_without_default(path: str, source: str) -> list[str]:
+    """`next(x)` where rows are read or batches are built: its StopIteration would end an epoch as if it were over.
+
+    Passes with `except StopIteration` around it, and of a dict: `next(iter(x.values()))`.
+    """
+    if not path.startswith(("hf_vlm/data/", "hf_vlm/models/", "hf_vlm/training/")):
+        return []
+    tree = ast.parse(source)
+    tried = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and "StopIteration" in ast.unparse(node)]
+    caught = {id(child) for node in tried for child in ast.walk(node)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and id(node) not in caught]
+    bare = [call for call in calls if ast.unparse(call.func) == "next" and len(call.args) == 1]
+    wrong = [call for call in bare if not ast.unparse(call.args[0]).endswith((".values())", ".items())"))]
+    return [f"{path}:{call.lineno}: give next() a default, and raise an error that says what to do" for call in wrong]
+
+
+CHECKERS: list[Checker] = [no_docstring_first, no_all_last, next_without_default]
 
 
 @pytest.mark.parametrize("checker", CHECKERS)
@@ -54,6 +70,10 @@ def test_repository(checker: Checker) -> None:
         (no_docstring_first, "hf_vlm/data/builtin/emoji.py", '"""First."""\nimport torch', False),
         (no_docstring_first, "hf_vlm/data/__init__.py", "", False),
         (no_all_last, "hf_vlm/data/builtin/emoji.py", "__all__ = ['x']\nx = 1", True),
+        (next_without_default, "hf_vlm/data/sources/rows.py", "a = next(iter(rows))", True),
+        (next_without_default, "hf_vlm/data/sources/rows.py", "a = next(x for x in y)", True),
+        (next_without_default, "hf_vlm/data/sources/rows.py", "a = next(x, None)", False),
+        (next_without_default, "hf_vlm/training/rows.py", "a = next(iter(batch.values()))", False),
         (no_all_last, "hf_vlm/data/builtin/emoji.py", "x = 1", True),
         (no_all_last, "hf_vlm/data/__init__.py", "from .emoji import x", True),
         (no_all_last, "hf_vlm/data/__init__.py", "from .emoji import x\n__all__ = NAMES", True),

@@ -330,7 +330,7 @@ def test_commands_that_stop(name: str, files: Files, clip: str, tmp_path: Path, 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_data_loader_of_a_recipe(workers: int, streaming: bool, files: Files, tmp_path: Path) -> None:
-    path, report = table(files, tmp_path, list(files.said)), SkipReport()
+    path, report = table(files, tmp_path, list(files.said)), SkipReport(max_skipped=1.0)
     source = DataSource(str(path), streaming=streaming)
     rows = load_source(source, on_error="skip", report=report)
     with within(90, "loader"):
@@ -351,7 +351,7 @@ def test_the_data_loader_of_a_recipe(workers: int, streaming: bool, files: Files
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("anyres", [False, True])
 def test_the_conversations_of_a_recipe(anyres: bool, workers: int, files: Files, tmp_path: Path) -> None:
-    path, report = table(files, tmp_path, list(files.said)), SkipReport()
+    path, report = table(files, tmp_path, list(files.said)), SkipReport(max_skipped=1.0)
     rows = open_conversations({"path": str(path)}, on_error="skip", report=report)
     collator = ConversationCollator(tiny_llava.llava_processor(anyres), max_length=4096)
     with within(90, "loader"):
@@ -363,7 +363,7 @@ def test_the_conversations_of_a_recipe(anyres: bool, workers: int, files: Files,
     folder.mkdir()
     talks = [{"image": name, "messages": row["messages"]} for name, row in zip(files.said, rows.rows, strict=True)]
     (folder / "a.json").write_text(json.dumps(talks))
-    report = SkipReport()
+    report = SkipReport(max_skipped=1.0)
     found = open_conversations(
         {"path": str(folder / "a.json"), "image_folder": str(files.folder)}, on_error="skip", report=report
     )

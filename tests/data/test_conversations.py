@@ -448,3 +448,14 @@ def test_an_image_that_cannot_be_read_is_named_by_its_sample():
     for image, place in ((b"no image", "sample 0 of the batch"), ("no.png", r"sample 0 of the batch \(no\.png\)")):
         with pytest.raises(ImageError, match=rf"^{place}: "):
             collator([{**rows()[0], "images": [image]}])
+
+
+def test_empty_bytes_are_a_bad_row_and_no_path(tmp_path):
+    """Not an image that the row names: that is an error of the source, which `skip` does not skip."""
+    bad = {"messages": talk("<image>\na cat", "a dog"), "image": {"bytes": b"", "path": "1.png"}}
+    good = {**bad, "image": tiny.image()}
+    report = SkipReport()
+    rows = ConversationRows([good, bad, good], on_error="skip", report=report)
+    assert [row["images"][0].size for row in rows] == [tiny.image().size] * 3
+    assert "zero bytes" in report.errors[0]
+    assert report.reasons == {"unreadable image": 1}

@@ -168,10 +168,10 @@ class ConversationCollator:
                 f"{where} has {marks} {IMAGE_MARK} in its turns, but {len(images)} images; make them equal."
             )
         ids = self.processor.begin_tokens(text)
-        labels, pictures = [IGNORED] * len(ids), iter(images)
+        labels, waiting = [IGNORED] * len(ids), list(images)
         for token, (start, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
             if token == image_id:
-                picture = next(pictures)
+                picture = waiting.pop(0)
                 count = self.processor.num_image_tokens(picture.height, picture.width)
                 if len(ids) + count > self.max_length:
                     raise LengthError(

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ...models.images import to_rgb
 from ..sources.images import ImageError, load_image
 from ..sources.rows import CaptionError, Rows, SourceError
 from .key import compared, feature_key, first_difference, plain_json
@@ -187,7 +188,8 @@ class _ImageBatches(Dataset):
             images = [load_image(self.rows[number]["image"], where=f"row {number}") for number in numbers]
         except (ImageError, CaptionError, SourceError) as error:
             return error
-        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+        rgb = [to_rgb(image) for image in images]  # an image processor of transformers reads some modes as black
+        return self.processor(images=rgb, return_tensors="pt")["pixel_values"]
 
 
 def _write_shards(plan, missing, rows, processor, encode, batch_size, num_workers, progress) -> None:

@@ -141,7 +141,8 @@ def _located(image: Any, where: str, folder: str | Path | None, origin: Origin |
     if origin is not None and origin.built:
         return image_of(image, origin, where)
     path = stored_path(image)
-    if isinstance(path, str) and folder is None and not (isinstance(image, Mapping) and image.get("bytes")):
+    has_bytes = isinstance(image, Mapping) and image.get("bytes") is not None
+    if isinstance(path, str) and folder is None and not has_bytes:
         raise SourceError(f"{where} names the image {quoted(path)}: give image_folder, and paths that stay within it.")
     found = image_of(image, Origin(where, None if folder is None else Path(folder)), where)
     if isinstance(found, Path) and folder is not None:

@@ -13,13 +13,16 @@ from PIL import Image
 
 from ...models import images as rules
 from ...models.images import decode_image
-from ...terminal import InputError, printable
+from ...terminal import printable
+from .errors import RowError
 
 LONGEST_PATH = 4096
 
 
-class ImageError(InputError, rules.ImageError):
+class ImageError(RowError, rules.ImageError):
     """An image cannot be read; one line that says which image, what is wrong and what to do."""
+
+    reason = "unreadable image"
 
 
 def load_image(

@@ -202,9 +202,7 @@ def check_share(max_skipped: float) -> None:
 
 def reason_of(error: ValueError) -> str:
     """A short name of what is wrong with a row, the same for every row of which the same is wrong."""
-    if isinstance(error, RowError):
-        return error.reason
-    return "unreadable image" if type(error).__name__ == "ImageError" else RowError.reason
+    return error.reason if isinstance(error, RowError) else RowError.reason
 
 
 def _entries(folder: Path) -> list[tuple[str, str]]:
