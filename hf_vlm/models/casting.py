@@ -1,14 +1,19 @@
-"""Inputs of a module in the dtype that it computes in, whatever wraps or quantises the module."""
+"""Dtypes of modules that may be wrapped or quantised: what their inputs must be, and what must not be cast."""
 
 import torch
 from torch import nn
 
 
-def cast_for(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """The states in the dtype of a module's floating-point parameters.
+def is_packed(parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds a quantised weight, whose numbers are no weights: a cast would destroy it."""
+    return not parameter.is_floating_point() or type(parameter).__name__ in ("Params4bit", "Int8Params")
 
-    A quantised weight (uint8, int8) is skipped: its layer takes any floating-point input. Without floating-point
-    parameters, the states are returned unchanged.
+
+def cast_for(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The states in the dtype of a module's parameters.
+
+    Quantised weights are skipped, because their layers take any floating-point input. Without other parameters, the
+    states are returned unchanged.
 
     Args:
         module: A layer, possibly wrapped by an adapter.
@@ -21,9 +26,9 @@ def cast_for(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
         ```
     """
     for parameter in module.parameters():
-        if parameter.is_floating_point():
+        if not is_packed(parameter):
             return states.to(parameter.dtype)
     return states
 
 
-__all__ = ["cast_for"]
+__all__ = ["cast_for", "is_packed"]

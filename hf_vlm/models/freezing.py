@@ -7,7 +7,8 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+
+from .quantised import PartlyQuantisedModel
 
 
 def freeze(*targets: nn.Module | torch.Tensor) -> None:
@@ -43,7 +44,7 @@ def keep_frozen_in_eval(*parts: nn.Module | None) -> None:
             part.eval()
 
 
-class PartlyFrozenModel(PreTrainedModel):
+class PartlyFrozenModel(PartlyQuantisedModel):
     """A model that freezes some of its parts: subclasses override `freeze_parts` and call it last in `__init__`."""
 
     def freeze_parts(self) -> None:

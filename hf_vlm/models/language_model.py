@@ -18,10 +18,14 @@ from transformers.core_model_loading import PrefixChange
 from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-# Removes the head's prefix when a body loads a head's checkpoint. Without it, transformers mistakes
-# `model.language_model.model` for a weight name of its older vision-language models.
-for body in ("VlmBlip2Model", "VlmInstructBlipModel", "VlmLlavaModel"):
-    register_checkpoint_conversion_mapping(body, [PrefixChange(prefix_to_remove="model")], overwrite=True)
+from .casting import is_packed
+from .quantised import PartlyQuantisedModel
+
+# Without the prefix of a head, a weight is found in heads and bodies, and `model.language_model.model` is not mistaken
+# for a weight name of transformers' older vision-language models.
+for kind in ("VlmBlip2", "VlmInstructBlip", "VlmLlava"):
+    for name in (f"{kind}Model", f"{kind}ForConditionalGeneration"):
+        register_checkpoint_conversion_mapping(name, [PrefixChange(prefix_to_remove="model")], overwrite=True)
 
 
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -58,7 +62,7 @@ def keep_names(model: PreTrainedModel) -> None:
     model._weight_conversions = []
 
 
-class AdapterNames(PreTrainedModel):
+class AdapterNames(PartlyQuantisedModel):
     """Base class of models with an LLM; loads adapters under the names that they were saved with."""
 
     def load_adapter(self, *args, **kwargs):
@@ -68,6 +72,8 @@ class AdapterNames(PreTrainedModel):
         renames the adapter's weights, does not find them, and leaves the adapter randomly initialised.
         """
         own_names = get_model_conversion_mapping(self, add_legacy=False)
+        if self.base_model is not self:  # a head's adapter has the prefix that weights lose above
+            own_names = [change for change in own_names if change.scope_prefix is not None]
         info = super().load_adapter(*args, weight_mapping=own_names, **kwargs)
         keep_names(self)
         return info
@@ -93,9 +99,13 @@ def commit_of(source: str, kwargs: dict) -> str | None:
 
 
 def cast_weights(language_model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast the weights to `dtype`. Buffers, which `.to` would cast too, stay: rotary frequencies must be float32."""
+    """Cast the weights to `dtype`, except quantised ones.
+
+    Buffers, which `.to` would cast too, stay: rotary frequencies must be float32.
+    """
     for parameter in language_model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if not is_packed(parameter):
+            parameter.data = parameter.data.to(dtype)
     language_model.config.dtype = dtype
 
 

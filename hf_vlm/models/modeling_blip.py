@@ -394,7 +394,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         input_ids = with_first_token(input_ids, self.config.text_config.enc_token_id)
         encoder = self.model.require_text_encoder()
         states = encoder(input_ids, attention_mask, memory, memory_index, first_only=True).last_hidden_state
-        return self.itm_head(states[:, 0])
+        return self.itm_head(cast_for(self.itm_head, states[:, 0]))
 
     @torch.no_grad()
     def _momentum_features(self, pixel_values, vision_features, input_ids, attention_mask, interpolate_pos_encoding):

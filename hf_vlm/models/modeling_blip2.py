@@ -46,6 +46,8 @@ class VlmBlip2PreTrainedModel(AdapterNames):
     _no_split_modules = ["VlmTowerLayer", "VlmTowerEmbeddings", "VlmQFormerLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
+    # Two outputs: not worth quantising, and too few for bitsandbytes on a CPU.
+    _keep_in_fp32_modules = ["itm_head"]
     # Losses are already means over the batch: the Trainer must not divide them by a token count.
     accepts_loss_kwargs = False
 

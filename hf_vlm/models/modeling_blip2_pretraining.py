@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .bert import VlmBlipLMHead, bert_qformer_config, copy_bert_to_qformer, require_input_ids, with_first_token
+from .casting import cast_for
 from .configuration_blip2 import VlmBlip2Config
 from .distributed import fetch_rows, gather_with_grad
 from .freezing import freeze
@@ -216,7 +217,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         """Logits `(B, 2)` of no match and match, of texts with the images of `project_memory`."""
         keep = self.config.qformer_config.num_query_tokens
         queries = self.model.qformer(memory, input_ids, attention_mask, memory_index, keep=keep).last_hidden_state
-        return self.itm_head(queries).mean(dim=1)
+        return self.itm_head(cast_for(self.itm_head, queries)).mean(dim=1)
 
     def _contrast(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, positives: torch.Tensor

@@ -105,6 +105,8 @@ class VlmBlipPreTrainedModel(PartlyFrozenModel):
     _no_split_modules = ["VlmTowerLayer", "VlmTowerEmbeddings", "VlmFusionLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
+    # Two outputs: not worth quantising, and too few for bitsandbytes on a CPU.
+    _keep_in_fp32_modules = ["itm_head"]
     _can_record_outputs = {
         "hidden_states": VlmFusionLayer,
         "attentions": OutputRecorder(VlmFusionSelfAttention, index=1),

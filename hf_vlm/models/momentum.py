@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .casting import is_packed
 from .distributed import gather_with_grad
 from .freezing import freeze
 
@@ -71,7 +72,7 @@ class MomentumEncoders(nn.Module):
     def update(self, modules: Mapping[str, nn.Module]) -> None:
         """Moves the averages towards the current weights."""
         for name, module in modules.items():
-            averages = dict(self.encoders[name].named_parameters())
+            averages = {key: p for key, p in self.encoders[name].named_parameters() if not is_packed(p)}
             weights = dict(module.named_parameters())
             current = [weights[key].to(average.dtype) for key, average in averages.items()]
             torch._foreach_lerp_(list(averages.values()), current, 1 - self.decay)

@@ -63,9 +63,13 @@ def copy_vision_tower(source: str | PreTrainedModel, kwargs: dict | None, image_
 
 
 def config_without_path(tower: PreTrainedModel) -> dict:
-    """A model's config without its local path, which must not be published."""
+    """A model's config without its local path, which must not be published, and without its quantisation.
+
+    transformers reads quantisation only from the config of a whole model: see `quantised.py`.
+    """
     config = tower.config.to_dict()
     config.pop("_name_or_path", None)
+    config.pop("quantization_config", None)
     return config
 
 

@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer
 
 from ..families import FAMILIES
+from ..models.casting import is_packed
 from ..models.modeling_blip2 import VlmBlip2PreTrainedModel
 
 
@@ -22,14 +23,26 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float = 0.0) -
         r: Rank.
         alpha: Numerator of the scale `alpha / r`.
         dropout: Dropout probability before the adapters.
+
+    Raises:
+        ValueError: if a module that is trained in full is quantised.
     """
+    in_full = list(FAMILIES[model.config.model_type].trained_in_full)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in in_full and any(is_packed(parameter) for parameter in module.parameters()):
+            parts = [f"{model.base_model_prefix}.{part}" for part in (*in_full, "vision_model")]
+            skipped = ", ".join(f'"{kept}"' for kept in [*parts, "lm_head"])
+            raise ValueError(
+                f"{name} is quantised, but LoRA trains it in full: load the model with "
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{skipped}])."
+            )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear",
         exclude_modules=r".*(vision_model|qformer|language_projection|projector|lm_head).*",
-        modules_to_save=list(FAMILIES[model.config.model_type].trained_in_full),
+        modules_to_save=in_full,
     )
     adapted = get_peft_model(model, config)
     if isinstance(model, VlmBlip2PreTrainedModel):
