@@ -9,6 +9,7 @@
 """
 
 import copy
+import glob
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from huggingface_hub.repocard import metadata_load
 from ...paths import is_inside, leads_out
 from ...terminal import quoted
 from .archives import open_archives
+from .parquet import parquet_builder
 from .rows import Origin, SourceError
 from .splits import TRAIN, check_names, find_rows, find_streams, split_names, split_of_files
 from .tables import TABLES, WrittenRows, first_columns, stream_tables
@@ -40,6 +42,8 @@ _BUILDERS = {
 }
 # Kinds of data that `datasets` may find in a folder or on the Hub.
 _KINDS = (*dict.fromkeys(_BUILDERS.values()), "imagefolder")
+# Columns of conversations.
+_CONVERSATION = ("messages", "conversations", "images")
 # Types of columns of ids, and those whose texts are exact.
 _IDS = ("string", "large_string", "int", "uint", "null", "binary", "large_binary", "member")
 _EXACT = ("timestamp", "date", "time", "duration", "decimal")
@@ -129,6 +133,8 @@ def open_rows(source: DataSource, seed: int | None = None, skip: bool = False) -
     except (OSError, ValueError, DatasetsError, yaml.YAMLError) as error:
         while error.__cause__ is not None:
             error = error.__cause__
+            if isinstance(error, SourceError):
+                raise error from None
         raise SourceError(f"{source.path}: cannot be opened: {' '.join(str(error).split())}") from error
     if isinstance(rows, WrittenRows) and not skip and (wrong := rows.unreadable()):
         raise SourceError(wrong)
@@ -266,7 +272,11 @@ def _open(source: DataSource, seed: int | None) -> tuple[Any, Origin]:
     _check_built(source, folder, builder)
     if tables := _tables_of(builder, folder):
         return _open_tables(source, tables, seed, folder), Origin(source.path, folder)
-    return _build(source, builder, seed), Origin(source.path, folder, built=builder.name == "imagefolder")
+    origin = Origin(source.path, folder, built=builder.name == "imagefolder")
+    files = {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
+    if builder.name == "webdataset" or (builder.name == "parquet" and folder is not None):
+        return _open_kind(source, builder.name, files, seed), origin
+    return _build(source, builder, seed), origin
 
 
 def _open_files(source: DataSource, files: list[Path], seed: int | None) -> tuple[Any, Origin]:
@@ -277,10 +287,35 @@ def _open_files(source: DataSource, files: list[Path], seed: int | None) -> tupl
     if len(kinds) > 1 or (len(folders) > 1 and texts):
         raise SourceError(f"{source.path}: files of several kinds or folders; make each a source of its own.")
     origin = Origin(source.path, folders.pop() if len(folders) == 1 else None)
-    tables = {split_of_files(source.path, source.split, files): [str(file) for file in files]}
+    named = {split_of_files(source.path, source.split, files): [str(file) for file in files]}
     if texts:
-        return _open_tables(source, tables, seed), origin
-    return _build(source, _builder(source, kinds.pop(), tables), seed), origin
+        return _open_tables(source, named, seed), origin
+    return _open_kind(source, kinds.pop(), named, seed), origin
+
+
+def _open_kind(source: DataSource, kind: str, files: Mapping[str, list[str]], seed: int | None) -> Any:
+    """Files of tar, parquet or arrow, by split."""
+    check_names(source.path, source.split, files)
+    if source.split != "all":
+        files = {name: files[name] for name in split_names(source.split)}
+    columns = source.columns or {}
+    if kind == "webdataset":
+        return _archives(source, {name: _shuffled(paths, seed) for name, paths in files.items()})
+    if kind == "parquet":
+        wanted = {*_CONVERSATION, *(columns.get(role, role) for role in source.ROLES)}
+        return _build(source, parquet_builder(files, wanted), seed)
+    return _build(source, datasets.load_dataset_builder(kind, data_files=_escaped(files)), seed)
+
+
+def _shuffled(files: list[str], seed: int | None) -> list[str]:
+    files = list(files)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(files)
+    return files
+
+
+def _escaped(files: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    return {name: [glob.escape(path) for path in paths] for name, paths in files.items()}
 
 
 def _open_tables(
@@ -289,9 +324,7 @@ def _open_tables(
     """Files of text by split; those of an image folder name images, below which folder is said."""
     if source.streaming:
         names = [file for name in find_streams(source.path, source.split, tables) for file in tables[name]]
-        if seed is not None:
-            np.random.default_rng(seed).shuffle(names)
-        return stream_tables(names, image_folder)
+        return stream_tables(_shuffled(names, seed), image_folder)
     check_names(source.path, source.split, tables)
     wanted = tables if source.split == "all" else dict.fromkeys(split_names(source.split))
     parts = {name: WrittenRows.read(tables[name], image_folder) for name in wanted}
@@ -391,8 +424,6 @@ def _build(source: DataSource, builder: datasets.DatasetBuilder, seed: int | Non
     if seed is not None:
         for files in builder.config.data_files.values():
             np.random.default_rng(seed).shuffle(files)
-    if builder.name == "webdataset":
-        return _archives(source, builder)
     if source.streaming:
         streams = builder.as_streaming_dataset()
         return _together([streams[name] for name in find_streams(source.path, source.split, streams)])
@@ -400,17 +431,14 @@ def _build(source: DataSource, builder: datasets.DatasetBuilder, seed: int | Non
     return _slices(source, builder.as_dataset())
 
 
-def _archives(source: DataSource, builder: datasets.DatasetBuilder) -> Any:
-    """The samples of tar archives."""
-    files = {str(split): list(found) for split, found in builder.config.data_files.items()}
+def _archives(source: DataSource, files: Mapping[str, list[str]]) -> Any:
+    """The samples of tar archives, by split."""
     wanted = (source.columns or {}).values()
     if source.streaming:
         names = find_streams(source.path, source.split, files)
         return open_archives([file for name in names for file in files[name]], True, wanted)
-    check_names(source.path, source.split, files)
-    download = datasets.DownloadManager(builder.dataset_name).download
-    splits = files if source.split == "all" else dict.fromkeys(split_names(source.split))
-    return _slices(source, {name: open_archives(download(files[name]), False, wanted) for name in splits})
+    download = datasets.DownloadManager("webdataset").download
+    return _slices(source, {name: open_archives(download(found), False, wanted) for name, found in files.items()})
 
 
 def _slices(source: DataSource, splits: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
