@@ -415,7 +415,7 @@ UNUSABLE = {
     "two kinds": (two_kinds, "several kinds"),
     "no rows": (header_only, "has no rows|corresponds to no data"),
     "an empty slice": (lambda folder: parquet(folder, split="train[:1%]"), "has no rows in split|is a slice"),
-    "broken file": (broken_parquet, "cannot be opened"),
+    "broken file": (broken_parquet, r"a\.parquet: is no parquet file, or damaged"),
     "no such split": (lambda folder: parquet(folder, split="test"), "no split 'test'; it has train"),
     "no such split on disk": (lambda folder: DataSource(saved(folder).path, split="train"), "no split 'train'"),
     "no such dataset": (lambda folder: DataSource("nobody/nothing"), "cannot be opened"),

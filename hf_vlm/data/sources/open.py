@@ -11,7 +11,7 @@
 import copy
 import glob
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import yaml
 from datasets.exceptions import DatasetsError
 from huggingface_hub.repocard import metadata_load
@@ -146,22 +145,29 @@ def open_rows(source: DataSource, seed: int | None = None, skip: bool = False) -
 
 def with_class_names(rows: Any) -> Any:
     """A dataset or stream whose class numbers are class names: a number without a name is no value."""
-    features = getattr(rows, "features", None) or {}
-    for name, kind in features.items():
-        if isinstance(kind, datasets.ClassLabel):
-            names = dict(enumerate(kind.names))
-            if isinstance(rows, datasets.Dataset):
-                cells = [names.get(number) for number in rows.with_format(None)[name][:]]
-                column = pa.array(cells, pa.string())
-                rows = rows.remove_columns(name).add_column(name, column, feature=datasets.Value("string"))
-            else:
-                kinds = datasets.Features({**rows.features, name: datasets.Value("string")})
-                rows = rows.map(partial(_named, column=name, names=names), features=kinds)
+    for name, kind in (getattr(rows, "features", None) or {}).items():
+        listed = isinstance(kind, datasets.List)
+        classes = kind.feature if listed else kind
+        if not isinstance(classes, datasets.ClassLabel):
+            continue
+        text = datasets.List(datasets.Value("string")) if listed else datasets.Value("string")
+        name_of = partial(_class_names, names=dict(enumerate(classes.names)))
+        if isinstance(rows, datasets.Dataset):
+            names = [name_of(cell) for cell in rows.with_format(None)[name][:]]
+            rows = rows.remove_columns(name).add_column(name, names, feature=text)
+        else:
+            to_names = partial(_named, column=name, name_of=name_of)
+            rows = undecoded(rows)
+            rows = rows.map(to_names, features=datasets.Features({**rows.features, name: text}))
     return rows
 
 
-def _named(row: dict[str, Any], column: str, names: Mapping[int, str]) -> dict[str, Any]:
-    return {column: names.get(row[column])}
+def _class_names(cell: Any, names: Mapping[int, str]) -> Any:
+    return [names.get(number) for number in cell] if isinstance(cell, list) else names.get(cell)
+
+
+def _named(row: dict[str, Any], column: str, name_of: Callable[[Any], Any]) -> dict[str, Any]:
+    return {column: name_of(row[column])}
 
 
 def find_columns(source: DataSource, opened: OpenedRows) -> dict[str, str]:

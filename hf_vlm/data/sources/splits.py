@@ -84,7 +84,8 @@ def one_split(path: str) -> bool:
 
 def _says(file: Path, name: str) -> bool:
     letters = "[a-zA-Z]"
-    return re.search(rf"(?<!{letters}){re.escape(name)}(?!{letters})", "/".join(file.parts[-2:])) is not None
+    found = re.search(rf"(?<!{letters}){re.escape(name)}(?!{letters})", file.name)
+    return found is not None or file.parent.name == name
 
 
 __all__ = ["TRAIN", "check_names", "find_rows", "find_streams", "one_split", "split_names", "split_of_files"]
