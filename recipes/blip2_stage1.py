@@ -40,7 +40,7 @@ def main(
 
     # DATA
     train, validation = open_pairs(data_args, model_args.image_size, training_args.seed)
-    key = {"sources": data_args.sources, "mix": data_args.mix, "seed": training_args.seed}
+    key = {"sources": data_args.sources, "mix": data_args.mix or "size", "seed": training_args.seed}
     tower = model.model.vision_model
     features = open_features(data_args.feature_cache, train, processor, tower, key, training_args)
     augmentation = find_augmentation(data_args.augmentation)

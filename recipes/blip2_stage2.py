@@ -48,7 +48,7 @@ def main(
     # DATA
     size = processor.image_processor.size["height"]
     train, validation = open_pairs(data_args, size, training_args.seed, validation_rows=256)
-    key = {"sources": data_args.sources, "mix": data_args.mix, "seed": training_args.seed}
+    key = {"sources": data_args.sources, "mix": data_args.mix or "size", "seed": training_args.seed}
     tower = model.model.vision_model
     features = open_features(data_args.feature_cache, train, processor, tower, key, training_args)
     augmentation = find_augmentation(data_args.augmentation)

@@ -254,7 +254,9 @@ class PairArguments(SourceArguments):
     """Image-text pairs of your own."""
 
     eval_sources: list[dict] | None = option(None, "Data sources for validation during training.")
-    mix: str = option("size", "Shares of several sources: size (number of rows) or sqrt (its square root).")
+    mix: str | None = option(
+        None, "Shares of several sources: size (number of rows) or sqrt (its square root); their weights, or size."
+    )
     augmentation: str = option("photo", "blip, crop, drawing, photo, scene or none.")
 
     def __post_init__(self) -> None:
@@ -342,7 +344,7 @@ class Blip2DataArguments(PairArguments, FeatureCacheArguments, SceneArguments, T
 class InstructBlipDataArguments(SourceArguments, FeatureCacheArguments, SceneArguments, TestSceneArguments):
     """Instructions about images; without sources about the built-in scenes and easy-VQA."""
 
-    KEYS = (*PAIR_KEYS, "task")
+    KEYS = (*(key for key in PAIR_KEYS if key != "weight"), "task")
     NO_STREAMS = "instructblip_finetune"
 
     sources: list[dict] | None = option(

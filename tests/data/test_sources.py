@@ -18,6 +18,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from hf_vlm.data.batches.pairs import load_pairs
+from hf_vlm.data.batches.questions import load_questions
 from hf_vlm.data.sources import rows as rows_module
 from hf_vlm.data.sources import skipped
 from hf_vlm.data.sources.images import ImageError
@@ -483,6 +485,21 @@ def test_own_weights_of_the_sources(tmp_path: Path) -> None:
     assert len(mix(weighted, weights="size")) == 25
     with pytest.raises(SourceError, match="no weight while"):
         mix([weighted[0], sources[1]])
+
+
+def test_weights_of_sources_are_used_by_recipes_or_refused(tmp_path: Path) -> None:
+    paths = [source.path for source in two_sources(tmp_path, (20, 5))]
+    weighted = [{"path": path, "weight": weight} for path, weight in zip(paths, (1.0, 0.5), strict=True)]
+    assert from_first(load_pairs(weighted).rows) == 20
+    assert len(load_pairs(weighted)) == 30
+    assert len(load_pairs([{"path": path} for path in paths], "size")) == 25
+    for weights in ("size", "sqrt"):
+        with pytest.raises(SourceError, match=f"has a weight, and mix is '{weights}': leave out mix, or the weights"):
+            load_pairs(weighted, weights)
+        with pytest.raises(SourceError, match=f"has a weight, and mix is '{weights}'"):
+            load_questions(weighted, weights)
+    streams = load_pairs([{**source, "streaming": True} for source in weighted])
+    assert {number_of(pair) for pair in streams} == {*range(20), *range(100, 105)}
 
 
 def test_a_mixture_follows_from_its_seed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..sources.mixing import Weights, mix, split_stream
+from ..sources.mixing import Weights, check_weights, mix, split_stream
 from ..sources.open import DataSource
 from ..sources.rows import OnError, Rows
 from ..sources.skipped import SkipReport
@@ -141,13 +141,15 @@ def load_pairs(
 
     Args:
         sources: Fields of [`DataSource`], one dict per source.
-        weights: How to mix several; see [`mix`].
+        weights: How to mix several; see [`mix`]. Not with sources that have a weight.
         seed: Decides mixing, captions and augmentation.
         on_error: `"raise"` or `"skip"` for bad rows.
         shuffle_captions: Whether to choose among a row's captions at random.
         report: Counts the skipped rows; a new one by default.
     """
-    rows = mix([DataSource(**source) for source in sources], weights, seed, on_error, report)
+    opened = [DataSource(**source) for source in sources]
+    check_weights(opened, weights)
+    rows = mix(opened, weights, seed, on_error, report)
     if isinstance(rows, datasets.IterableDataset):
         return PairStream(rows, seed, shuffle_captions)
     return PairDataset(rows, seed, shuffle_captions)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..sources.mixing import Mixture, Weights, mix
+from ..sources.mixing import Mixture, Weights, check_weights, mix
 from ..sources.questions import question_source
 from ..sources.rows import OnError, Rows
 from ..sources.skipped import SkipReport
@@ -95,7 +95,9 @@ def load_questions(
     report: SkipReport | None = None,
 ) -> QuestionDataset:
     """Opens the sources that a YAML file lists; arguments as in `load_pairs`, columns as in [`question_source`]."""
-    rows = mix([question_source(source) for source in sources], weights, seed, on_error, report)
+    opened = [question_source(source) for source in sources]
+    check_weights(opened, weights)
+    rows = mix(opened, weights, seed, on_error, report)
     assert isinstance(rows, Mixture)  # questions are not streamed
     return QuestionDataset(rows, seed)
 

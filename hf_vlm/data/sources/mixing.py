@@ -91,6 +91,13 @@ def mix(
     return Mixture(rows, _shares(weights, [len(part) for part in rows]), seed)
 
 
+def check_weights(sources: Sequence[DataSource], weights: Weights | None) -> None:
+    """Raises a SourceError if a file gives shares and its sources have weights, of which one would be ignored."""
+    weighted = [source.path for source in sources if source.weight is not None]
+    if weights is not None and weighted:
+        raise SourceError(f"{weighted[0]}: has a weight, and mix is {weights!r}: leave out mix, or the weights.")
+
+
 def _own_weights(sources: Sequence[DataSource]) -> Weights:
     weights = [source.weight for source in sources if source.weight is not None]
     if weights and len(weights) < len(sources):
@@ -157,4 +164,4 @@ def split_stream(
     return split_dataset_by_node(stream, rank, world_size, strategy)
 
 
-__all__ = ["Mixture", "mix", "split_stream"]
+__all__ = ["Mixture", "check_weights", "mix", "split_stream"]

@@ -279,9 +279,8 @@ def _open(source: DataSource, seed: int | None) -> tuple[Any, Origin]:
     if tables := _tables_of(builder, folder):
         return _open_tables(source, tables, seed, folder), Origin(source.path, folder)
     origin = Origin(source.path, folder, built=builder.name == "imagefolder")
-    files = {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
     if builder.name == "webdataset" or (builder.name == "parquet" and folder is not None):
-        return _open_kind(source, builder.name, files, seed), origin
+        return _open_kind(source, builder.name, _files_by_split(builder), seed), origin
     return _build(source, builder, seed), origin
 
 
@@ -340,8 +339,7 @@ def _open_tables(
 
 def _tables_of(builder: datasets.DatasetBuilder, folder: Path | None) -> dict[str, list[str]]:
     """The files of text, by split, that `datasets` would read with types; none if it reads other files."""
-    config = builder.config
-    files = {str(split): [str(file) for file in found] for split, found in (config.data_files or {}).items()}
+    config, files = builder.config, _files_by_split(builder)
     if builder.name == "imagefolder" and folder is not None:
         files = {split: [file for file in found if Path(file).name in _METADATA] for split, found in files.items()}
     elif builder.name not in ("json", "csv") or config != type(config)(
@@ -420,6 +418,10 @@ def _check_built(source: DataSource, folder: Path | None, builder: datasets.Data
         _check_links(folder, files)
     elif outside := [file for file in files if not str(file).startswith(f"hf://datasets/{source.path}@")]:
         raise SourceError(f"{source.path}: its dataset card names {quoted(outside[0])}, which is not of this dataset.")
+
+
+def _files_by_split(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    return {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
 
 
 def _builder(source: DataSource, kind: str, data_files: Any) -> datasets.DatasetBuilder:

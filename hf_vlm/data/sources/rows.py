@@ -93,7 +93,7 @@ def read_example(
 def _read_values(row: dict[str, Any], place: str, columns: dict[str, str] | None) -> dict[str, Any]:
     if row.get(WRONG) is not None:
         raise CaptionError(f"{place}: {row[WRONG]}")
-    roles = {role: role for role in ("image", "caption", "id") if role in row}
+    roles: dict[str, str] = {role: role for role in ("image", "caption", "id") if role in row}
     try:
         values = read_pair(row, roles, columns)
     except ValueError as error:

@@ -246,6 +246,9 @@ class WrittenRows:
     def __len__(self) -> int:
         return len(self._table)
 
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, index: int) -> Any:
         row = _DECODER.decode(self._table["text"][index].as_py())
         folder = self._table["folder"][index].as_py()
