@@ -128,9 +128,8 @@ def main() -> None:
         rounds = [
             [run(path, Path(folder), args.rows, args.cpu) for path in args.checkouts] for _ in range(args.repeats)
         ]
-    print(
-        f"Rows a {'processor ' * args.cpu}second, median of {args.repeats} rounds; {args.rows} rows, images of {args.side} x {args.side}."
-    )
+    unit = "processor second" if args.cpu else "second"
+    print(f"Rows a {unit}, median of {args.repeats} rounds; {args.rows} rows, images of {args.side} x {args.side}.")
     print(f"{'source':24}" + "".join(f"{str(path)[-16:]:>18}" for path in args.checkouts) + f"{'ratio':>8}")
     for name in rounds[0][0]:
         medians = [statistics.median(each[i][name] for each in rounds) for i in range(len(args.checkouts))]

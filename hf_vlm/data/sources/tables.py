@@ -83,13 +83,13 @@ def _json_items(text: io.TextIOWrapper, buffer: str) -> Iterator[Row]:
     """The rows of a JSON list; what was read is dropped, so that a long list needs little memory."""
     number, at = 0, buffer.index("[") + 1
     while True:
-        at = _SPACE.match(buffer, at).end()  # type: ignore[union-attr]  # matches any text
+        at = _SPACE.match(buffer, at).end()
         more = text.read(max(_CHUNK, len(buffer) - at)) if len(buffer) - at < _CHUNK else ""
         if more:
             buffer, at = buffer[at:] + more, 0
             continue
         if number and buffer[at : at + 1] == ",":
-            at = _SPACE.match(buffer, at + 1).end()  # type: ignore[union-attr]
+            at = _SPACE.match(buffer, at + 1).end()
         elif buffer[at : at + 1] == "]":
             if buffer[at + 1 :].strip() or text.read(_CHUNK).strip():
                 yield _lost(number + 1, "there is text after the list")
