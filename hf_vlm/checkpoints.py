@@ -1,15 +1,26 @@
-"""Checkpoints that are complete: a model for inference has the weights of its file and none that were made up.
+"""Checkpoints that can be loaded as they say: a config that can be built, and exactly the weights of the model.
 
-transformers initialises missing weights anew and only logs a warning. The numbers of such a model mean nothing.
+- transformers initialises missing weights anew and only logs a warning. The numbers of such a model mean nothing.
+- A config of others may ask for 10**8 layers or zero heads. It is refused before anything is built.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import yaml
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .terminal import printable, quoted
 
 NUM_SHOWN = 3
+# Entries of configs that count layers: ours and those of transformers' models.
+LAYERS = re.compile(r"(^|_)(layers|depth|n_layer)$")
+MOST_LAYERS = 1000
+# Errors of code on values of other types.
+_IMPOSSIBLE = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError, yaml.YAMLError)
 
 
 def check_keys(
@@ -27,6 +38,62 @@ def check_keys(
             problems.append(f"{kind}: {', '.join(sorted(names)[:NUM_SHOWN])}{more}")
     if problems:
         raise ValueError(f"The weights of {source} do not match the model; {'; '.join(problems)}.")
+
+
+def check_config(config: Mapping[str, Any], source: str | Path) -> None:
+    """Refuses a config of more layers than any model has, before they are built one by one, or of no class.
+
+    Raises:
+        ValueError: if a number of layers is too large, or `architectures` is no list of names; one line.
+    """
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source}: config.json has the architectures {quoted(names)}; write a list of class names.")
+    for name, value in _entries(config):
+        if LAYERS.search(name) and isinstance(value, int | float) and not value <= MOST_LAYERS:
+            said = f"{printable(name)} = {quoted(value)}"
+            raise ValueError(f"{source}: config.json says {said}; at most {MOST_LAYERS} layers are possible.")
+
+
+def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted name and the value of every entry, nested ones too; of a list, each item under the list's name."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _entries(value, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _entries(value, prefix)
+    else:
+        yield prefix, config
+
+
+@contextmanager
+def file_errors(place: str) -> Iterator[None]:
+    """Turns the errors of code that meets impossible values in a file into a ValueError of one line.
+
+    Args:
+        place: The file, such as "my-clip: config.json".
+    """
+    try:
+        yield
+    except _IMPOSSIBLE as error:
+        said = printable(" ".join(str(error).split()), 300)
+        raise ValueError(f"{place} holds impossible values ({type(error).__name__}: {said}); correct it.") from error
+
+
+def read_config(source: str | Path, **options: Any) -> PreTrainedConfig:
+    """The config of a checkpoint; one that no model can be built from is refused.
+
+    Args:
+        source: Folder or Hub id.
+        options: Options of `from_pretrained`.
+
+    Raises:
+        ValueError: if a value of the config is impossible; one line.
+    """
+    with file_errors(f"{source}: config.json"):
+        check_config(PreTrainedConfig.get_config_dict(source, **options)[0], source)
+        return AutoConfig.from_pretrained(source, **options)
 
 
 def load_complete(
@@ -47,7 +114,10 @@ def load_complete(
         ValueError: if weights are missing, unexpected or of another shape; one line with the first few names.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = model_class.from_pretrained(path, **options)
+    config_dict, _ = PreTrainedConfig.get_config_dict(path, revision=options.get("revision"))
+    check_config(config_dict, path)
+    with file_errors(f"{path}: config.json"):
+        model, info = model_class.from_pretrained(path, **options)
     mismatched = {
         name: f"{name} {tuple(found)} instead of {tuple(expected)}" for name, found, expected in info["mismatched_keys"]
     }
@@ -60,4 +130,4 @@ def load_complete(
     return model
 
 
-__all__ = ["check_keys", "load_complete"]
+__all__ = ["check_config", "check_keys", "file_errors", "load_complete", "read_config"]

@@ -23,7 +23,7 @@ ALLOWED = {
     "": ANYTHING,
     "lazy": {"lazy"},
     "files": {"files"},
-    "checkpoints": {"checkpoints"},
+    "checkpoints": {"checkpoints", "terminal"},
     "paths": {"paths"},
     "terminal": {"terminal"},
     "families": {"families", "models"},

@@ -43,7 +43,8 @@ SceneSize = Annotated[
     typer.Option(min=48, max=1024, help="Shorter side of a scene in pixels; default: the checkpoint's image size."),
 ]
 SceneAspects = Annotated[
-    list[float] | None, typer.Option(help="Aspect ratio (width over height) of scenes; repeat to mix several.")
+    list[float] | None,
+    typer.Option(min=0.25, max=4, help="Aspect ratio (width over height) of scenes; repeat to mix several."),
 ]
 
 
@@ -53,9 +54,9 @@ def quickstart(
         "hf-vlm-quickstart"
     ),
     max_minutes: Annotated[
-        float, typer.Option(help="Longest training time in minutes; the number of steps is chosen to fit.")
+        float, typer.Option(min=0, help="Longest training time in minutes; the number of steps is chosen to fit.")
     ] = 7.5,
-    seed: Annotated[int, typer.Option(help="Seed of weights, data order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, data order and augmentation.")] = 0,
 ) -> None:
     """Train a small CLIP on emoji images, evaluate it, load it back and search with it.
 
@@ -86,12 +87,14 @@ def evaluate(
             help="Your columns: image=NAME and caption=NAME[,id=NAME], or question=NAME,answer=NAME, or class=NAME."
         ),
     ] = "",
-    limit: Annotated[int, typer.Option(help="Number of scenes, rows or easy-VQA questions (0: all).")] = 1000,
+    limit: Annotated[int, typer.Option(min=0, help="Number of scenes, rows or easy-VQA questions (0: all).")] = 1000,
     scene_size: SceneSize = None,
     scene_aspects: SceneAspects = None,
     questions: Annotated[int, typer.Option(min=0, help="Number of questions per test set (0: all).")] = 0,
-    rerank: Annotated[int, typer.Option(help="Candidates per query that a matching head re-ranks (0: none).")] = 32,
-    beams: Annotated[int, typer.Option(help="Beams of caption generation (1: greedy).")] = 3,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="Candidates per query that a matching head re-ranks (0: none).")
+    ] = 32,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of caption generation (1: greedy).")] = 3,
     train_split: Annotated[
         str | None, typer.Option(help="Training split of your own data, for the majority answer and --rank-answers.")
     ] = None,
@@ -127,10 +130,10 @@ def cache_features(
         str, typer.Option(help=f"{', '.join(BUILTIN)}, or a folder, file or Hub id of images with captions.")
     ] = "scenes",
     split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
-    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
-    limit: Annotated[int, typer.Option(help="Number of rows (0: all; required for scenes).")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Number of rows (0: all; required for scenes).")] = 0,
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels; default: the checkpoint's image size.")
+        int | None, typer.Option(min=1, help="Side of the images in pixels; default: the checkpoint's image size.")
     ] = None,
     columns: Annotated[str, typer.Option(help="Columns of the data: image=NAME,caption=NAME.")] = "",
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,

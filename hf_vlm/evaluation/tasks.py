@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from ..checkpoints import load_complete
+from ..checkpoints import load_complete, read_config
 from ..data.builtin.instruction_templates import Wordings
 from ..data.builtin.pope import pope_questions
 from ..families import heads, load_class
@@ -226,7 +226,7 @@ def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     Raises:
         ValueError: if the architecture is unknown, the checkpoint has no head, or its weights are not the model's.
     """
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = read_config(checkpoint)
     name = (config.architectures or ["model without a name"])[0]
     if name not in heads():
         raise ValueError(

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import SafetensorsFileMetadata
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..checkpoints import check_config, file_errors
 from ..families import FAMILIES, load_class
 from ..terminal import printable
 from .cards.card import RESULTS_NAME, card_texts, eval_results, input_sizes, read_results
@@ -53,10 +54,16 @@ def checkpoint_info(source: str) -> Info:
     folder, revision = local_files(source)
     config = own_config(folder, source)
     record = read_record(folder)
-    with torch.device("meta"):
+    with file_errors(f"{source}: config.json"), torch.device("meta"):
         model = head_class(config, source)(config)
     parameters = count_parameters(model)
     texts = card_texts(config.model_type)
+    with file_errors(f"{source}: the header of its weights"):
+        weights = stored_weights(folder, source if revision else None, revision)
+    with file_errors(f"{source}: processor_config.json or tokenizer_config.json"):
+        inputs = input_sizes(folder)
+    with file_errors(f"{source}: {RESULTS_NAME} or README.md"):
+        results = measured(folder, config.model_type)
     info = {
         "checkpoint": source,
         "revision": revision,
@@ -67,10 +74,10 @@ def checkpoint_info(source: str) -> Info:
             "total": parameters["total"],
             "parts": {part: counts["total"] for part, counts in parameters["parts"].items()},
         },
-        "weights": stored_weights(folder, source if revision else None, revision),
-        "inputs": input_sizes(folder),
+        "weights": weights,
+        "inputs": inputs,
         **{key: record.get(key) for key in ("recipe", "training", "data", "parts", "licence")},
-        "results": measured(folder, config.model_type),
+        "results": results,
     }
     return {key: value for key, value in info.items() if value not in (None, {}, [])}
 
@@ -101,10 +108,12 @@ def own_config(folder: Path, source: str) -> PreTrainedConfig:
     content = read_json(folder / "config.json")
     if not content:
         raise ValueError(f"{source} has no config.json, so it is not a checkpoint: give the folder or id of a model.")
-    if content.get("model_type") not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"{source} is a {content.get('model_type')} checkpoint: give one of this package ({known}).")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if content.get("model_type") not in [*FAMILIES]:
+        known, found = ", ".join(sorted(FAMILIES)), printable(content.get("model_type"), 100)
+        raise ValueError(f"{source} is a {found} checkpoint: give one of this package ({known}).")
+    with file_errors(f"{source}: config.json"):
+        check_config(content, source)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def head_class(config: PreTrainedConfig, source: str) -> type[PreTrainedModel]:
@@ -113,7 +122,9 @@ def head_class(config: PreTrainedConfig, source: str) -> type[PreTrainedModel]:
     written_by = (config.architectures or [family.model])[0]
     if written_by not in family.classes:
         known = ", ".join(family.classes)
-        raise ValueError(f"{source}: config.json names the unknown class {written_by}: it must be one of {known}.")
+        raise ValueError(
+            f"{source}: config.json names the unknown class {printable(written_by, 100)}: it must be one of {known}."
+        )
     return load_class(written_by)
 
 
@@ -161,7 +172,16 @@ def measured(folder: Path, model_type: str) -> list[Info]:
 
 
 def format_info(info: Info) -> str:
-    """The result of [`checkpoint_info`] as lines of text."""
+    """The result of [`checkpoint_info`] as lines of text.
+
+    Raises:
+        ValueError: if the training record holds impossible values.
+    """
+    with file_errors(f"{info['checkpoint']}: {RECORD_NAME}"):
+        return _lines(info)
+
+
+def _lines(info: Info) -> str:
     parts = ", ".join(f"{part} {count:,}" for part, count in info["parameters"]["parts"].items())
     lines = [
         ("checkpoint", info["checkpoint"] + (f" at {info['revision']}" if "revision" in info else "")),

@@ -1,12 +1,14 @@
 """Pushing a checkpoint to the Hub: model, processor, card and training record in one commit, or nothing at all.
 
-- The folder is checked before anything is sent. Only the files listed here are sent: no pickles, no optimiser state, no
-  checkpoints to resume from, no notes.
+- The folder is checked before anything is sent. Only the files named here are sent: no pickles, no optimiser state, no
+  checkpoints to resume from, no notes. Of weights and code, only what the index and the config name.
+- A link to a file outside the folder and outside the Hub's cache is refused: it may be somebody's private file.
 - The commit names its parent, so a repository that has changed since then refuses it and no other commit is lost.
 - A repository or branch that a push created is removed again if the push fails.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,18 +18,22 @@ from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoProcessor, TrainingArguments
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..checkpoints import load_complete
 from ..families import FAMILIES, load_class
+from ..paths import is_inside
 from ..terminal import printable
 from .cards.card import CARD_NAME, card_under_name
 from .export import save_with_code
 
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"[\w.-]+\.safetensors")
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
 PROCESSOR = (
     "processor_config.json",
@@ -38,12 +44,16 @@ PROCESSOR = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "*.model",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
     "chat_template.jinja",
 )
 SECOND_TOKENIZER = "qformer_tokenizer"  # the folder of InstructBLIP's Q-Former tokenizer
 ABOUT = (CARD_NAME, "LICENSE", "training_record.json", "results.json")
-PUSHED = ("config.json", "generation_config.json", *WEIGHTS, *PROCESSOR, *ABOUT)
+PUSHED = ("config.json", "generation_config.json", *PROCESSOR, *ABOUT)
 
 REASONS = {
     401: "the Hub does not accept the token (401): set HF_TOKEN to a valid one, or run `hf auth login`.",
@@ -155,6 +165,9 @@ def check_checkpoint(folder: Path) -> dict:
         raise ValueError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known.")
     if not (folder / "processor_config.json").is_file():
         raise ValueError(f"{folder} has no processor_config.json: save its processor there too, by save_pretrained.")
+    for path in files_to_push(folder):
+        if not is_inside(path, folder) and not is_inside(path, HF_HUB_CACHE):
+            raise ValueError(f"{path} is a link to a file outside {folder}: replace it by a copy, or remove it.")
     for name in weight_files(folder):
         try:
             with safe_open(folder / name, "pt"):
@@ -168,16 +181,29 @@ def weight_files(folder: Path) -> list[str]:
     """Names of a folder's weight files: one file, or the shards that its index names."""
     if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
         return ["model.safetensors"]
-    return sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+    shards = _read_json(folder / INDEX).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) else set()
+    if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
+        raise ValueError(f"{folder / INDEX} does not name shards such as model-00001-of-00002.safetensors: save again.")
+    return sorted(names)
+
+
+def code_files(folder: Path) -> list[str]:
+    """Names of the modules that the configs of a checkpoint name, and of those that they import."""
+    maps = [_read_json(path).get("auto_map") for path in folder.glob("*config.json")]
+    references = [name for each in maps if isinstance(each, dict) for name in each.values()]
+    modules = {name.split(".")[0] for name in references if isinstance(name, str) and "--" not in name}
+    paths = [folder / f"{module}.py" for module in modules]
+    paths += [Path(file) for path in paths if path.is_file() for file in get_relative_import_files(path)]
+    return [path.name for path in paths]
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """The files of a checkpoint to push; code only if the config refers to it."""
-    patterns = (*PUSHED, "*.py") if "auto_map" in _read_json(folder / "config.json") else PUSHED
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    kept = [path for path in paths if any(fnmatch(path.name, pattern) for pattern in patterns)]
-    second = sorted((folder / SECOND_TOKENIZER).glob("*"))
-    return kept + [path for path in second if any(fnmatch(path.name, pattern) for pattern in PROCESSOR)]
+    """The files of a checkpoint to push; weights and code only if its index and its configs name them."""
+    weights = weight_files(folder)
+    names = {*PUSHED, *weights, *([INDEX] if weights != ["model.safetensors"] else []), *code_files(folder)}
+    second = [folder / SECOND_TOKENIZER / name for name in PROCESSOR]
+    return [path for path in (*(folder / name for name in sorted(names)), *second) if path.is_file()]
 
 
 def copy_with_code(folder: Path, config: dict, copy: Path) -> Path:
@@ -296,9 +322,12 @@ def _flat(text: object) -> str:
 def _read_json(path: Path) -> dict:
     """The content of a JSON file; a ValueError names the file."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: save the model again.")
+    return content
 
 
 __all__ = ["PushError", "push_folder", "push_run"]

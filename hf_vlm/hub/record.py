@@ -19,13 +19,12 @@ from torch import nn
 from transformers import Trainer
 
 from ..files import write_text
+from .secrets import is_secret, without_secrets
 
 RECORD_NAME = "training_record.json"
 CARD_HASH = "card_sha256"  # key of the hash of the model card as it was written
 PACKAGES = ("hf_vlm", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
-SECRET_KEY = re.compile(r"(^|_)(token|password|secret|credentials?|api_key|storage_options)$", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://\S*", re.IGNORECASE)
 ABSOLUTE_PATH = re.compile(r"[/~\\]|[A-Za-z]:[\\/]|file:")
 SECTIONS = {"arguments": dict, "versions": dict, "training": dict, "parameters": dict, "data": list, "parts": list}
 
@@ -129,21 +128,29 @@ def versions() -> dict[str, str]:
 def published(value: Any) -> Any:
     """A value as JSON that may be published.
 
-    Entries whose key names a secret are dropped. Hub tokens, and credentials within addresses, are removed. An absolute
-    path is shortened to its last component. Values that JSON cannot hold become text.
+    Entries whose key names a secret are dropped, and so is what follows such a name in a list (`--hub_token`, ...).
+    Tokens, keys and credentials within texts are removed. An absolute path is shortened to its last component. Values
+    that JSON cannot hold become text.
     """
     if isinstance(value, dict):
-        return {str(key): published(item) for key, item in value.items() if not SECRET_KEY.search(str(key))}
-    if isinstance(value, list | tuple | set):
-        return [published(item) for item in value]
+        return {without_secrets(str(key)): published(item) for key, item in value.items() if not is_secret(str(key))}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = list(value)
+        named = [False, *(isinstance(item, str) and _names_secret(item, len(items)) for item in items)]
+        return ["..." if secret else published(item) for item, secret in zip(items, named, strict=False)]
     if value is None or isinstance(value, bool | int | float):
         return value
-    text = SECRET_VALUE.sub("hf_...", str(value))
-    if ADDRESS.match(text):
-        return re.sub(r"(?<=://)[^/@]*@", "", text).split("?")[0]
+    text = without_secrets(str(value))
+    if ADDRESS.fullmatch(text):
+        return text.split("?")[0]
     if ABSOLUTE_PATH.match(text):
         return re.split(r"[\\/]", text.rstrip("\\/"))[-1]
     return text
+
+
+def _names_secret(item: str, count: int) -> bool:
+    """Whether the next item of a list is a secret: after an option such as `--hub_token`, or in a pair."""
+    return is_secret(item.lstrip("-")) and (item.startswith("-") or count == 2)
 
 
 def write_record(folder: str | Path, record: Record) -> Path:
@@ -181,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): write it again, or delete it.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: write it again, or delete it.")

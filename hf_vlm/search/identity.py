@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
 
-from ..checkpoints import load_complete
+from ..checkpoints import load_complete, read_config
 from ..models import VlmClipConfig, VlmClipModel
 
 FORMAT = 1
@@ -95,7 +95,7 @@ def load_model(source: str, revision: str | None = None) -> tuple[VlmClipModel, 
     Raises:
         ValueError: if the model is not a CLIP of hf_vlm, or its weights are not exactly those of its class.
     """
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    config = read_config(source, revision=revision)
     if config.model_type != VlmClipConfig.model_type:
         raise ValueError(f"{source} is a {config.model_type} model; an index needs a vlm_clip model.")
     model = load_complete(VlmClipModel, source, revision=revision)

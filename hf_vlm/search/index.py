@@ -249,6 +249,9 @@ class EmbeddingIndex:
         terms = [self.embed_texts([each])[0] * weight for each, weight in texts if each is not None]
         terms += [self.embed_images([load_image(each)])[0] * weight for each, weight in images if each is not None]
         total = torch.stack(terms).sum(0)
+        if not total.isfinite().all():
+            weights = [weight for _, weight in texts + images]
+            raise ValueError(f"The weights of the query must be finite numbers, got {weights}.")
         if total.norm() < 1e-3:
             raise ValueError("The parts of the query cancel each other: change one of them or its weight.")
         return torch.nn.functional.normalize(total, dim=0)

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
-from ..checkpoints import load_complete
+from ..checkpoints import load_complete, read_config
 from ..data.builtin.table import BuiltinOptions, find_builtin
 from ..data.features.cache import CachedFeatures
 from ..data.sources.load import load_source
@@ -52,7 +52,7 @@ def load_vision(model: str, image_size: int | None) -> tuple[PreTrainedModel, An
     Raises:
         ValueError: if there is no image tower, or tower or processor does not support `image_size`.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = read_config(model)
     part = "vision_model." if "vision_config" in config.to_dict() else ""
     unread = (f"{part}pooler.", f"{part}head.", *(() if part else HEADS))  # features are the states of the patches
     tower = load_tower(load_complete(AutoModel, model, part, unread, dtype=torch.float32), "vision", {})

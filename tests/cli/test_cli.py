@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertModel, CLIPModel
+from typer.testing import CliRunner
 
 from cases import tiny
+from hf_vlm.cli.main import app
 from hf_vlm.evaluation.test_sets import evaluate_checkpoint, format_reports
 
 
@@ -86,3 +88,29 @@ def test_evaluate_own_data(checkpoint, tmp_path):
     assert "text>image R@1" in table[0]
     with pytest.raises(ValueError, match="columns"):
         evaluate_checkpoint(str(checkpoint), str(folder), "train", "image=image,caption=absent", 0)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "a", "--limit", "-1"),
+        ("evaluate", "a", "--questions", "-1"),
+        ("evaluate", "a", "--rerank", "-1"),
+        ("evaluate", "a", "--beams", "0"),
+        ("evaluate", "a", "--scene-size", "-1"),
+        ("evaluate", "a", "--scene-aspects", "0"),
+        ("evaluate", "a", "--scene-aspects", "1", "--scene-aspects", "1e9"),
+        ("cache-features", "a", "--output", "b", "--limit", "-1"),
+        ("cache-features", "a", "--output", "b", "--image-size", "0"),
+        ("cache-features", "a", "--output", "b", "--seed", "-1"),
+        ("cache-features", "a", "--output", "b", "--batch-size", "0"),
+        ("cache-features", "a", "--output", "b", "--workers", "-1"),
+        ("quickstart", "--max-minutes", "-1"),
+        ("quickstart", "--seed", "-1"),
+        ("index", "search", "a", "b", "--k", "0"),
+    ],
+)
+def test_impossible_numbers_are_refused_at_once(command):
+    result = CliRunner().invoke(app, list(command))
+    assert result.exit_code == 2
+    assert "Invalid value" in result.output

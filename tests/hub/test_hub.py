@@ -20,7 +20,9 @@ from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVision
 from cases import tiny
 from hf_vlm import VlmClipModel
 from hf_vlm.data import ContrastiveCollator
+from hf_vlm.hub import push
 from hf_vlm.hub.cards.card import is_unedited, write_card
+from hf_vlm.hub.export import save_with_code
 from hf_vlm.hub.push import PushError, push_folder
 from hf_vlm.hub.record import write_record
 from hf_vlm.training import ContrastiveTrainer, ContrastiveTrainingArguments
@@ -352,6 +354,64 @@ def test_a_folder_without_a_whole_checkpoint_is_refused_before_anything_is_sent(
         push_folder(folder, "org/clip", token=WRITER)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab.txt", "README.md", "LICENSE", "model.safetensors", "config.json", "qformer_tokenizer", "merges.txt"]
+)
+def test_a_link_to_somebodys_file_is_refused_before_anything_is_sent(hub, folder, name, tmp_path):
+    """Followed, it would publish a private file under the name of a public one."""
+    linked = folder / name
+    secret = tmp_path / "secret" / "tokenizer.json"
+    secret.parent.mkdir()
+    shutil.copy(linked if linked.is_file() else folder / "tokenizer.json", secret)
+    linked.unlink(missing_ok=True)
+    linked.symlink_to(secret.parent if name == "qformer_tokenizer" else secret)
+    for with_code in (False, True):
+        with pytest.raises(ValueError, match=f"{name}.* is a link to a file outside"):
+            push_folder(folder, "org/clip", token=WRITER, with_code=with_code)
+    assert not hub.requests
+
+
+def test_links_within_the_folder_and_to_the_hubs_cache_are_followed(folder, tmp_path, monkeypatch):
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    monkeypatch.setattr(push, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    blob = tmp_path / "hub" / "models--org--name" / "blobs" / "1234"
+    blob.parent.mkdir(parents=True)
+    (folder / "tokenizer.json").rename(blob)
+    (folder / "tokenizer.json").symlink_to(blob)
+    push.check_checkpoint(folder)
+
+
+def test_only_weights_and_code_that_are_named_are_pushed(tmp_path):
+    folder = save(tmp_path / "clip", max_shard_size="50KB")
+    shards = {path.name for path in folder.glob("model-*.safetensors")}
+    assert len(shards) > 1
+    for name in ("model-00001-of-00009.safetensors", "adapter_model.safetensors", "notes.model", "secret.py"):
+        (folder / name).write_bytes(b"\x80 not for the Hub")
+    expected = (CHECKPOINT - {"model.safetensors"}) | shards | {push.INDEX}
+    expected |= {"README.md", "training_record.json", "results.json"}
+    assert {path.name for path in push.files_to_push(folder)} == expected
+    shutil.copy(folder / min(shards), folder / "model.safetensors")  # transformers loads the single file then
+    assert {path.name for path in push.files_to_push(folder)} == (expected - shards - {push.INDEX}) | CHECKPOINT
+    save_with_code(tiny.clip_model(), tiny.clip_processor(), tmp_path / "code")
+    (tmp_path / "code" / "train.py").write_text("SECRET = 1")
+    pushed = {path.name for path in push.files_to_push(tmp_path / "code")}
+    assert {"modeling_clip.py", "configuration_clip.py", "modeling_tower.py", "processing_clip.py"} <= pushed
+    assert "train.py" not in pushed
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, {"weight_map": []}, {"weight_map": {"a": "../secret.safetensors"}}, {"weight_map": {"a": "/etc/passwd"}}, []],
+)
+def test_an_index_that_names_other_files_is_refused(hub, folder, index):
+    (folder / "model.safetensors").unlink()
+    (folder / push.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json (does not name shards|holds no JSON object)"):
+        push_folder(folder, "org/clip", token=WRITER)
     assert not hub.requests
 
 

@@ -15,9 +15,9 @@ from typing import Literal
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ...checkpoints import load_complete
+from ...checkpoints import load_complete, read_config
 from ...families import FAMILIES, Family, load_class
 from . import blip2_original, blip_original, llava_original, open_clip
 from .state_dict import read_state_dict
@@ -51,12 +51,12 @@ def _converter(family: Family) -> ModuleType:
 def _model_type(model_or_path: str | Path | PreTrainedModel) -> str:
     if isinstance(model_or_path, PreTrainedModel):
         return model_or_path.config.model_type
-    return AutoConfig.from_pretrained(model_or_path).model_type
+    return read_config(model_or_path).model_type
 
 
 def _load(classes: Sequence[type[PreTrainedModel]], path: str | Path) -> PreTrainedModel:
     """The model of a folder or Hub id, as the class that its config names (by default the first one)."""
-    names = AutoConfig.from_pretrained(path).architectures or [classes[0].__name__]
+    names = read_config(path).architectures or [classes[0].__name__]
     by_name = {model_class.__name__: model_class for model_class in classes}
     if names[0] not in by_name:
         raise ValueError(
