@@ -29,7 +29,7 @@ ALLOWED = {
     "families": {"families", "models"},
     "registration": {"registration", "families"},
     "models": {"models", "lazy"},
-    **{rule: set() for rule in RULES},
+    **dict.fromkeys(RULES, RULES),
     "metrics": {"metrics"},
     "data": {*DATA, "lazy"},
     "data.wheels": {"data.wheels", "paths", "terminal"},

@@ -52,24 +52,24 @@ def as_batch(conversation: Sequence) -> tuple[list[Sequence[dict]], bool]:
 
 
 def in_form_of(
-    template: str | dict, chats: Sequence[Sequence[Mapping[str, Any]]], text_of: Callable[[Any], str]
+    template: str | dict, chats: Sequence[Sequence[Mapping[str, Any]]], text_of: Callable[[Any, str], str]
 ) -> list[list[dict]]:
     """Conversations in the form that a template reads.
 
     Args:
         template: The chat template; several named templates count as templates that read texts.
         chats: Conversations whose contents are texts or parts, or absent.
-        text_of: Turns a message's content into one text.
+        text_of: Turns a message's content into one text, given the message's name for errors.
     """
     in_parts = isinstance(template, str) and reads_parts(template)
 
-    def formed(message: Mapping[str, Any]) -> dict[str, Any]:
+    def formed(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
         if message.get("content") is None:  # a turn with tool calls; the template decides, as transformers has it
             return {name: value for name, value in message.items() if name != "content"}
-        text = text_of(message["content"])
+        text = text_of(message["content"], f"Message {number}")
         return {**message, "content": [{"type": "text", "text": text}] if in_parts else text}
 
-    return [[formed(message) for message in chat] for chat in chats]
+    return [[formed(number, message) for number, message in enumerate(chat)] for chat in chats]
 
 
 @cache

@@ -29,7 +29,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .anyres import anyres_views
-from .images import ImageError, decode_image, image_of_array, shown, to_rgb
+from .images import ImageError, decode_image, image_of_array, shortened, to_rgb
 
 MAX_ASPECT_RATIO = 16
 RESIZE_MODES = ("crop", "squash", "pad", "anyres")
@@ -193,12 +193,12 @@ def flat_images(images: Any) -> list:
 
 def _read(source: str) -> tuple[bytes, str]:
     """The bytes of a URL, a file or a text in base64, and their name in errors."""
-    where = shown(source)
+    where = shortened(source)
     if source.startswith(("http://", "https://")):
         try:
             return httpx.get(source, follow_redirects=True).raise_for_status().content, where
         except httpx.HTTPError as error:
-            raise ImageError(f"{where}: cannot be downloaded ({shown(str(error))}); correct the URL.") from None
+            raise ImageError(f"{where}: cannot be downloaded ({shortened(str(error))}); correct the URL.") from None
     if os.path.isfile(source):
         try:
             return Path(source).read_bytes(), where

@@ -40,8 +40,13 @@ class ImageError(ValueError):
 
 
 def shown(value: object, length: int = 80) -> str:
-    """A text or a value's `repr` on one line for an error, cut at `length` characters with the number left out."""
-    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    """A value as Python writes it, for an error: on one line, cut at `length` characters with the number left out."""
+    return shortened(repr(value), length)
+
+
+def shortened(text: str, length: int = 80) -> str:
+    """A text on one line, cut at `length` characters with the number left out."""
+    text = " ".join(text.split())
     return text if len(text) <= length else f"{text[:length]}... ({len(text) - length:,} more characters)"
 
 
@@ -178,7 +183,7 @@ def _is_decoded(image: ImageFile.ImageFile) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return shown(str(error)) or type(error).__name__
+    return shortened(str(error)) or type(error).__name__
 
 
 __all__ = [
@@ -188,6 +193,7 @@ __all__ = [
     "decode_image",
     "eight_bits",
     "image_of_array",
+    "shortened",
     "shown",
     "to_rgb",
     "upright",

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 from .chat_templates import PADDING, added_tokens, as_batch, in_form_of, padded, with_image_token
 from .image_processing_vlm import VlmImageProcessor, flat_images
 from .images import shown
-from .messages import IMAGE_TOKEN, count_images, images_of, without_images
+from .messages import IMAGE_TOKEN, count_images, flat_content, images_of, without_images
 
 # Instructions end with a newline, answers with the end token; an empty instruction adds nothing.
 PROMPT_TEMPLATE = (
@@ -130,7 +130,7 @@ class VlmBlip2Processor(ProcessorMixin):
         wrong = [one for one in texts if one.rfind(IMAGE_TOKEN) != 0]
         images = None if images is None else flat_images(self.image_processor.fetch_images(images))
         if wrong or (images and len(images) != len(texts)):
-            found = f"such as {shown(repr(wrong[0]))}" if wrong else f"{len(texts)} of them for {len(images)} images"
+            found = f"such as {shown(wrong[0])}" if wrong else f"{len(texts)} of them for {len(images)} images"
             raise ValueError(f"Each text has one image and begins with {IMAGE_TOKEN}, once; got {found}.")
         pixels = super().__call__(images, **kwargs) if images else {}
         prompts = [one.removeprefix(IMAGE_TOKEN) for one in texts]
@@ -252,7 +252,7 @@ class VlmBlip2Processor(ProcessorMixin):
         for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
             if self.image_token_id in row:
                 where = f"text {number}" if places is None else places[number]
-                said = shown(repr(text))
+                said = shown(text)
                 raise ValueError(
                     f"{where} has the image placeholder in its text: {said}. Remove it; the image comes first."
                 )
@@ -271,7 +271,9 @@ class VlmBlip2Processor(ProcessorMixin):
 
     def _rendered(self, chats: list[list[dict]], **options) -> list[str]:
         """Texts of conversations without images."""
-        return super().apply_chat_template(in_form_of(self.chat_template, chats, str), self.chat_template, **options)
+        return super().apply_chat_template(
+            in_form_of(self.chat_template, chats, flat_content), self.chat_template, **options
+        )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image."""

@@ -114,6 +114,14 @@ def test_refused_rows(row: dict, message: str) -> None:
         PromptCollator(make_processor(), vision_features=FEATURES, max_length=5)([row])
 
 
+def test_a_placeholder_in_a_response_is_refused() -> None:
+    processor = make_processor()
+    processor.image_token_id = VOCABULARY.index("tree")
+    row = {**make_row("a dog"), "response": "a tree"}
+    with pytest.raises(ValueError, match="row 0 of a has the image placeholder in its response: 'a tree'"):
+        PromptCollator(processor, vision_features=FEATURES)([row])
+
+
 def test_a_placeholder_in_a_text_is_refused() -> None:
     processor = make_processor()
     processor.image_token_id = VOCABULARY.index("tree")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from cases import tiny, tiny_blip2, tiny_llava
 from hf_vlm import VlmImageProcessor
 from hf_vlm.data import load_image
 from hf_vlm.models.images import ImageError
@@ -120,6 +121,14 @@ def test_arrays_and_batches():
         torch.testing.assert_close(processor(batched, return_tensors="pt")["pixel_values"], batch["pixel_values"][:2])
 
 
+PROCESSORS = [
+    tiny.clip_processor,
+    tiny.blip_processor,
+    tiny_blip2.stage1_processor,
+    tiny_blip2.stage2_processor,
+    tiny_blip2.instruct_processor,
+    tiny_llava.llava_processor,
+]
 GREY = np.full((40, 50), 100, np.uint8)
 ARRAYS = {
     "height, width": (GREY, 100),
@@ -188,6 +197,23 @@ def test_files_and_base64_are_read_as_sources_read_them(tmp_path):
     image.convert("RGB").save(tmp_path / "b.eps")
     with pytest.raises(ImageError, match=r"b\.eps: not an image, or in a format that is not read"):
         VlmImageProcessor()(str(tmp_path / "b.eps"))
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_every_processor_reads_every_kind_of_image(processor, tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    processor = processor()
+    same = [GREY, GREY[..., None], torch.from_numpy(GREY)[None], Image.fromarray(GREY), str(tmp_path / "a.png")]
+    expected = processor(images=Image.fromarray(GREY))["pixel_values"]
+    for image in same:
+        assert torch.equal(processor(images=image)["pixel_values"], expected)
+    assert torch.equal(processor(images=same)["pixel_values"], expected.repeat(5, 1, 1, 1))
+    assert torch.equal(processor(images=np.stack([GREY[..., None]] * 2))["pixel_values"], expected.repeat(2, 1, 1, 1))
+    with pytest.raises(ImageError, match="set is not an image"):
+        processor(images={5})
+    if getattr(processor, "image_token", None):
+        inputs = processor(images=same[:2], text=["<image>a cat", "<image>a dog"])
+        assert torch.equal(inputs["pixel_values"], expected.repeat(2, 1, 1, 1))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

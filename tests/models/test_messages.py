@@ -79,16 +79,34 @@ def test_a_row_is_trained_as_the_processor_asks() -> None:
         assert row["messages"][0]["content"] == expected
 
 
-@pytest.mark.parametrize("part", [{"type": "video"}, {"type": "audio", "url": "a.wav"}, {"text": "x"}, "a text", 5])
+@pytest.mark.parametrize(
+    "part", [{"type": "video"}, {"type": "audio", "url": "a.wav"}, {"text": "x"}, "a text", 5, {"type": ["image"]}]
+)
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_other_parts_are_refused_by_their_type(family: str, part) -> None:
     chat = [{"role": "user", "content": [IMAGE, part, text("what happens?")]}]
-    with pytest.raises(ValueError, match="has a part of type") as caught:
+    with pytest.raises(ValueError, match="Message 0 has a part of type") as caught:
         PROCESSORS[family]().apply_chat_template(chat)
     assert repr(part.get("type") if isinstance(part, dict) else part) in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="row 7, turn 0 has a part of type"):
         read_conversation({"messages": [*chat, {"role": "assistant", "content": "a"}], "images": [0]}, "row 7")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (5, "Message 1 has the content 5: write a text, or a list of parts"),
+        ({"type": "text", "text": "a"}, "Message 1 has the content {'type': 'text', 'text': 'a'}: write a text"),
+        ([text(5)], "Message 1 has the part {'type': 'text', 'text': 5}: write"),
+        (["x" * 999], r"Message 1 has a part of type '(x+)\.\.\. \(921 more characters\)"),
+    ],
+)
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_other_contents_are_refused(family: str, content, message: str) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+    with pytest.raises(ValueError, match=message):
+        PROCESSORS[family]().apply_chat_template(chat)
 
 
 CALL = {"role": "assistant", "tool_calls": [{"name": "look"}]}

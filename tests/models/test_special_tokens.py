@@ -55,7 +55,7 @@ def test_what_a_tokenizer_adds(kind: str) -> None:
     assert added_tokens(tokenizer) == ADDED[kind][1:]
 
 
-@pytest.mark.parametrize("texts", [["<start> a cat", "a cat"], ["a cat", "<start>a cat"], ["a cat"], ["<start> a cat"]])
+@pytest.mark.parametrize("texts", [["<start> a cat", "a cat"], ["a cat", "<start>a cat"], ["<start> a cat"]])
 @pytest.mark.parametrize("kind", ADDED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_begin_token_and_no_end_token(family: str, kind: str, texts: list[str]) -> None:
@@ -70,7 +70,7 @@ def test_one_begin_token_and_no_end_token(family: str, kind: str, texts: list[st
         assert row == [*marks, *begin, *words("a cat")]
 
 
-@pytest.mark.parametrize("kind", ADDED)
+@pytest.mark.parametrize("kind", ["begin", "end", "both"])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_prompts_end_where_the_template_ends(family: str, template: str, kind: str) -> None:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ...models.messages import flat_content
 from ...terminal import printable
 from ..sources.conversations import IMAGE_MARK, Conversation, Message
-from ..sources.errors import LengthError
+from ..sources.errors import ConversationError, LengthError
 from ..sources.images import load_image
 from ..sources.rows import stored_path
 
@@ -164,7 +164,7 @@ class ConversationCollator:
         text, spans = assistant_spans(self.render, messages, where, tokenizer.eos_token)
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if (marks := read["input_ids"].count(image_id)) != len(images):
-            raise ValueError(
+            raise ConversationError(
                 f"{where} has {marks} {IMAGE_MARK} in its turns, but {len(images)} images; make them equal."
             )
         ids = self.processor.begin_tokens(text)

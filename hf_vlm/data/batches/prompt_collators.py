@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin
 
+from ...terminal import quoted
 from ..sources.images import load_image
 from ..sources.rows import Rows
 from .augment import Augmentation
@@ -68,6 +69,8 @@ class PromptBatches:
         for prompt, response, text, where in zip(prompt_ids, response_ids, responses, places, strict=True):
             if len(response) == 1:
                 raise _empty(where, text)
+            if self.processor.image_token_id in response:
+                raise ValueError(f"{where} has the image placeholder in its response: {quoted(text)}. Remove it.")
             length = len(prompt) - num_queries
             if length >= (max_length + 1 if self.is_encoder_decoder else max_length):
                 raise ValueError(
@@ -254,7 +257,7 @@ def _filled(response: Any, where: str) -> str:
 
 
 def _empty(where: str, response: Any) -> ValueError:
-    return ValueError(f"{where} has an empty response: {response!r}. Remove the row or fill it in.")
+    return ValueError(f"{where} has an empty response: {quoted(response)}. Remove the row or fill it in.")
 
 
 def _where(row: Mapping[str, Any], number: int) -> str:
