@@ -113,3 +113,31 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data" / "a.jsonl").write_text('{"image": "../secret.png", "caption": "a"}\n')
     with pytest.raises(ValueError, match="leads out of"):
         list(open_source(str(tmp_path / "data" / "a.jsonl"), ("image",), "train", None))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_ids_of_text_are_as_written_and_columns_keep_their_types(name: str, tmp_path: Path) -> None:
+    images(tmp_path)
+    ids = ["001", "1", "9007199254740993", "9007199254740992", "1e3", "1000", "", ""]
+    rows = [
+        {"image": f"{n % 3}.png", "caption": f"{n}", "id": row_id, "year": 2000 + n} for n, row_id in enumerate(ids)
+    ]
+    if name == "a.csv":
+        lines = ["image,caption,id,year", *(",".join(map(str, row.values())) for row in rows)]
+        (tmp_path / name).write_text("\n".join(lines))
+    else:
+        text = json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows))
+        (tmp_path / name).write_text(text)
+    items = list(open_source(str(tmp_path / name), ("image",), "train", None))
+    assert [item.id for item in items[:6]] == ids[:6]
+    assert len({item.id for item in items}) == len(ids)
+    assert [item.text for item in items] == [row["caption"] for row in rows]
+    assert [item.metadata for item in items] == [{"year": row["year"]} for row in rows]
+
+
+def test_class_names_of_an_index(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [tiny.image(seed=number) for number in range(2)], "label": [1, 0]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    items = list(open_source(str(tmp_path / "saved"), ("image",), "train", {"caption": "label"}))
+    assert [item.text for item in items] == ["dog", "cat"]

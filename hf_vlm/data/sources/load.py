@@ -3,6 +3,7 @@
 `hf_vlm.data.sources.open` reads the formats; `hf_vlm.data.sources.mixing.mix` opens several sources as one.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, overload
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 from torch.utils.data import get_worker_info
 
 from .archives import KEY, URL
-from .cells import read_image, read_pair
+from .cells import is_utf8, read_image, read_pair
 from .open import DataSource, find_columns, open_rows, undecoded, with_text_ids
 from .questions import QuestionRows, QuestionSource
 from .rows import WRONG, Check, OnError, Origin, RowReader, SkipReport, StreamReader, report_for, stored_path
@@ -141,7 +142,9 @@ def _values(row: Any, columns: dict[str, str]) -> dict[str, Any]:
         values |= read_pair(row, columns)
         values["image"] = read_image(values["image"], columns["image"])
     except ValueError as error:
-        values |= {"image": {"path": stored_path(row.get(columns["image"]))}, WRONG: str(error)}
+        path = stored_path(row.get(columns["image"])) if isinstance(row, Mapping) else None
+        named = isinstance(path, str) and is_utf8(path)
+        values |= {"image": {"path": path} if named else None, WRONG: str(error)}
     return values
 
 

@@ -89,7 +89,7 @@ def _json_items(text: io.TextIOWrapper, buffer: str) -> Iterator[Row]:
             buffer, at = buffer[at:] + more, 0
             continue
         if number and buffer[at : at + 1] == ",":
-            at = _SPACE.match(buffer, at + 1).end()
+            at += 1
         elif buffer[at : at + 1] == "]":
             if buffer[at + 1 :].strip() or text.read(_CHUNK).strip():
                 yield _lost(number + 1, "there is text after the list")
@@ -99,6 +99,7 @@ def _json_items(text: io.TextIOWrapper, buffer: str) -> Iterator[Row]:
             return
         number += 1
         while True:
+            at = _SPACE.match(buffer, at).end()
             try:
                 cells, end = _DECODER.raw_decode(buffer, at)
                 break
