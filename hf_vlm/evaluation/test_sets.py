@@ -317,7 +317,10 @@ def own_classes(data: str, split: str, columns: dict[str, str], limit: int) -> T
     cells = [cell for cell in rows.with_format(None)["caption"] if cell is not None]
     classes = dict.fromkeys(name.replace("_", " ") for cell in cells for name in read_captions(cell))
     images = LazyImages(rows, _count(rows, limit))
-    labels = [row["caption"].replace("_", " ") for row in load_texts(rows.select(range(len(images))))]
+    found = [row["caption"] for row in load_texts(rows.select(range(len(images))))]
+    if several := [number for number, label in enumerate(found) if not isinstance(label, str)]:
+        raise ValueError(f"{data}, row {several[0]}: has several classes; give it one.")
+    labels = [label.replace("_", " ") for label in found]
     return TestSet(images, labels=labels, class_names=list(classes))
 
 

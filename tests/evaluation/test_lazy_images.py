@@ -159,3 +159,14 @@ def test_peak_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         peaks.append(int(done.stdout.split()[-1]) / 1024)
     print(f"peak memory: {peaks[0]:.0f} MB at 60 images, {peaks[1]:.0f} MB at 600")
     assert peaks[1] < peaks[0] + 100
+
+
+def test_a_file_is_its_own_test_set(data: Path, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, None)
+    assert list(evaluate_checkpoint(folder, str(data), "test", "", 4, "retrieval", None, QUIET)) == ["test"]
+    with pytest.raises(ValueError, match="no split 'validation'; files hold one split"):
+        evaluate_checkpoint(folder, str(data), "validation", "", 4, "retrieval", None, QUIET)
+    rows = [{"image": "a.png", "label": label} for label in ("cat", ["cat", "dog"])]
+    data.with_name("several.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"several\.jsonl, row 1: has several classes"):
+        evaluate_checkpoint(folder, str(data.with_name("several.jsonl")), "test", "", 0, "zero_shot", None, QUIET)
