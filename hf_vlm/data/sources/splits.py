@@ -52,7 +52,7 @@ def find_streams(path: str, split: str, known: Iterable[str]) -> list[str]:
         SourceError: if a split does not exist, or the expression takes a slice.
     """
     if set(split) & set("[("):
-        raise SourceError(f"{path}: the split {split!r} is a slice, which a stream has not: leave out streaming.")
+        raise SourceError(f"{path}: the split {split!r} is a slice, but streams have no slices: leave out streaming.")
     check_names(path, split, known)
     return list(known) if split == "all" else split_names(split)
 
