@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import errno
 import inspect
 import os
 import sys
@@ -242,8 +241,8 @@ def in_one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, StrictDataclassError):
         return lines[-1]  # says there what is wrong
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space is left on the disk ({error}): make room, then run the same command again."
+    if "No space left on device" in str(error) and "run the same command" not in str(error):
+        return f"no space is left on the disk ({lines[0]}): make room, then run the same command again."
     if lines and isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
         return lines[0]
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "hf_vlm" in frame.filename]
