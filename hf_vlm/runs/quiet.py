@@ -13,6 +13,7 @@ LOGGED = (
 )
 WARNED = (
     "`is_gradient_checkpointing` is deprecated",  # PEFT asks for it
+    "torch.distributed.nn.functional.all_gather is deprecated",
     "Input and output embeddings are no longer tied after merging",  # that is what merging does
 )
 

@@ -260,6 +260,8 @@ def compare_runs(checkpoint: str | Path, facts: Facts, same_order: bool = True) 
         if (group == "fixed" or same_order) and (changed := changes(group)):
             more = f" (and {len(changed) - 1} more changes)" if len(changed) > 1 else ""
             raise ValueError(f"{checkpoint} cannot be resumed: {changed[0]}{more}. {advice}")
+    if rank() > 0:
+        return
     if kept := changes("kept"):
         logger.warning("%s: %s. The checkpoint's value is kept.", checkpoint, "; ".join(kept))
     if taken := changes("taken"):

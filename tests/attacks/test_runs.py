@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cases.recipes import save_parts, tiny_values, write_yaml
 from hf_vlm.training import last_checkpoint
 from hf_vlm.training.resume import MARK
 from processes import TESTS, curve, equal
@@ -64,6 +65,27 @@ def test_all_checkpoints_damaged(whole: Path, tmp_path: Path) -> None:
     train(run)
     assert len(list(run.glob("damaged-checkpoint-*"))) == STEPS
     assert_same(run, whole)
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """The first rank decides for both: one warning, and both resume from the same checkpoint."""
+    save_parts(tmp_path / "parts")
+    values = tiny_values("clip_pretrain", tmp_path / "parts", tmp_path / "run")
+    path = write_yaml(tmp_path / "tiny.yaml", values)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "recipes.clip_pretrain", "--config", str(path)]
+
+    def start(*options: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}"}
+        return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+
+    assert start().returncode == 0
+    (tmp_path / "run" / "checkpoint-2" / "rng_state_1.pth").unlink()
+    resumed = start("--max_steps", "3")
+    assert resumed.returncode == 0
+    assert resumed.stderr.count("checkpoint-2 is not whole: rng_state_1.pth is missing.") == 1
+    assert resumed.stderr.count("checkpoint-1: max_steps was 2 and is 3.") == 1
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
 
 
 @pytest.mark.parametrize("attack", ["kills", "full_disks", "pairs"])
