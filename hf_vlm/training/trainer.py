@@ -207,7 +207,7 @@ class VlmTrainer(Trainer):
         values = {**self.args.to_dict(), "world_size": self.args.world_size}
         is_stream = not isinstance(self.train_dataset, Sized)
         order = {name: values[name] for name in (*ORDER, *(STREAM_ORDER if is_stream else ()))}
-        order["rows"] = None if is_stream else len(self.train_dataset)  # type: ignore[arg-type]  # just checked
+        order["rows"] = None if is_stream else len(self.train_dataset)
         order["rows of a step"] = (
             self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         )
