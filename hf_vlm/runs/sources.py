@@ -39,10 +39,10 @@ def check_streams(sources: Sequence[dict[str, Any]], reader: str | None = None) 
 
     Args:
         sources: Checked `sources` of a YAML file.
-        reader: A recipe that reads no streams. None: one stream is read, and no other source beside it.
+        reader: A recipe that reads no streams. None: streams are read.
 
     Raises:
-        ValueError: if a source is a stream that is not read.
+        ValueError: if a source is a stream that is not read, only some sources are streams, or several have no weight.
     """
     streams = [source for source in sources if source.get("streaming")]
     if streams and reader is not None:
@@ -50,11 +50,16 @@ def check_streams(sources: Sequence[dict[str, Any]], reader: str | None = None) 
             f"The source {streams[0]['path']} has streaming: {streams[0]['streaming']}, but {reader} reads no streams; "
             "leave out streaming."
         )
-    if streams and len(sources) > 1:
+    if streams and len(streams) < len(sources):
         raise ValueError(
-            f"The source {streams[0]['path']} is a stream beside other sources; a recipe reads one stream: name its "
-            "files by one pattern (data/*.parquet), or leave out streaming."
+            f"The source {streams[0]['path']} is a stream beside sources that are not; set streaming for all or none."
         )
+    for source in streams if len(streams) > 1 else []:
+        if source.get("weight") is None:
+            raise ValueError(
+                f"The source {source['path']} is a stream beside others and has no weight: streams do not know their "
+                "sizes. Give each a weight, or name the files of one source by one pattern (data/*.parquet)."
+            )
 
 
 def check_steps(sources: Sequence[dict[str, Any]] | None, max_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Tar archives: every sample is read right or refused with a line that names the archive; streamed and not."""
+"""Tar archives and other files that may be cut: read right or refused with a line that names them; streamed and not."""
 
 import io
 import json
@@ -7,6 +7,9 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
@@ -324,3 +327,72 @@ def test_errors_show_no_control_characters(tmp_path: Path) -> None:
         captions(path, stream=True)
     assert re.search(r"\\x1b", str(caught.value))
     assert str(caught.value).isprintable()
+
+
+@SKIPS
+@STREAMS
+def test_a_cut_arrow_file_is_refused(stream: bool, on_error: str, tmp_path: Path) -> None:
+    """Also between two batches, where arrow itself reads it as a shorter file; in a folder of `save_to_disk` too."""
+    table = pa.table({"image": [png(n) for n in range(9)], "caption": [f"number {n}" for n in range(9)]})
+    path = tmp_path / "a.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        ends = []
+        for start in range(0, 9, 3):
+            writer.write_table(table.slice(start, 3))
+            ends.append(file.tell())
+    whole = path.read_bytes()
+    assert len(list(load_source(DataSource(str(path), streaming=stream), on_error))) == 9
+    blank = whole[: ends[0]] + bytes(8) + whole[ends[0] + 8 :]
+    for data in (whole[: ends[0]], whole[: ends[1]], whole[: ends[2]], whole[:-3], whole[: ends[0] + 50], b"", blank):
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match=r"a\.arrow: (the arrow file was cut|is no arrow file)"):
+            load_source(DataSource(str(path), streaming=stream), on_error)
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    (saved,) = (tmp_path / "saved").glob("*.arrow")
+    saved.write_bytes(whole[: ends[0]])
+    with pytest.raises(SourceError, match=r"\.arrow: the arrow file was cut"):
+        load_source(DataSource(str(tmp_path / "saved"), streaming=stream), on_error)
+
+
+@SKIPS
+@STREAMS
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.json", '[{"image": "0.png", "caption": "a"}, {"image": "0.png", "cap', "rest of the file cannot be read"),
+        ("a.json", '[{"image": "0.png", "caption": "a"} {"image": "0.png"}]', "a comma or ] is missing"),
+        ("a.csv", 'image,caption\n0.png,a\n0.png,"b\n0.png,c\n', "is not valid CSV .*rest of the file"),
+    ],
+)
+def test_a_text_of_which_the_rest_is_lost_is_refused(
+    name: str, text: str, reason: str, stream: bool, on_error: str, tmp_path: Path
+) -> None:
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SourceError, match=reason):
+        list(load_source(DataSource(str(tmp_path / name), streaming=stream), on_error))
+
+
+@STREAMS
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_row_of_zero_bytes_is_a_bad_row(kind: str, stream: bool, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(png(0))
+    lines = {"csv": "0.png,number {}\n", "jsonl": '{{"image": "0.png", "caption": "number {}"}}\n'}
+    text = ("image,caption\n" if kind == "csv" else "") + "".join(lines[kind].format(n) for n in range(5))
+    (tmp_path / f"a.{kind}").write_text(text.replace("number 3", "num\0\0\0 3"), encoding="utf-8")
+    report = SkipReport()
+    source = DataSource(str(tmp_path / f"a.{kind}"), streaming=stream)
+    assert len(list(load_source(source, "skip", report))) == (4 if stream else 5)
+    assert report.count == 1
+    with pytest.raises(ValueError, match=r"zero bytes|not valid JSON"):
+        list(load_source(source))
+
+
+@STREAMS
+def test_a_parquet_file_with_a_damaged_text_is_refused(stream: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"image": [png(0)] * 3, "caption": ["number 0", "Café au lait", "number 2"]}
+    pq.write_table(pa.table(columns), path, use_dictionary=False, compression="none", write_statistics=False)
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xe9\xe9"))
+    with pytest.raises(SourceError, match=r"a\.parquet: is no parquet file, or damaged \(.*UTF8"):
+        list(load_source(DataSource(str(path), streaming=stream)))

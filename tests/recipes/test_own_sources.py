@@ -65,9 +65,12 @@ def test_a_stream_needs_a_number_of_steps(capsys: pytest.CaptureFixture, tmp_pat
 
 
 @pytest.mark.parametrize("recipe", [clip_pretrain, blip_pretrain, blip2_stage1, blip2_stage2])
-def test_two_streams_are_refused_before_anything_is_loaded(recipe: ModuleType) -> None:
-    with pytest.raises(ValueError, match="a recipe reads one stream: name its files by one pattern"):
-        parse(recipe, "--sources", "[{path: a.parquet, streaming: true}, {path: b.parquet, streaming: true}]")
+def test_streams_that_cannot_be_mixed_are_refused_before_anything_is_loaded(recipe: ModuleType) -> None:
+    streams = "[{path: a.parquet, streaming: true, weight: 1}, {path: b.parquet, streaming: true}]"
+    with pytest.raises(ValueError, match=r"b\.parquet is a stream beside others and has no weight"):
+        parse(recipe, "--sources", streams)
+    with pytest.raises(ValueError, match=r"b\.parquet is a stream beside sources that are not"):
+        parse(recipe, "--sources", "[{path: a.parquet}, {path: b.parquet, streaming: true}]")
 
 
 @EACH

@@ -1,29 +1,53 @@
-"""Reads arrow files whole: a file that was cut between two batches of rows lacks the mark of its end, and is refused."""
+"""Reads arrow files: one that was cut between two batches of rows lacks the mark of its end, and is refused."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 from datasets.builder import Key
 from datasets.packaged_modules.arrow.arrow import Arrow
 
-from .rows import SourceError
+from ...terminal import printable
+from .errors import SourceError
+from .parquet import DAMAGED, named_files
 
-_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")  # of a stream and of a file
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def arrow_builder(files: Mapping[str, list[str]]) -> datasets.DatasetBuilder:
+    """The builder of local arrow files, by split.
+
+    Raises:
+        SourceError: if a file is damaged or was cut.
+    """
+    for paths in files.values():
+        for path in paths:
+            check_arrow(path)
+    return ArrowFiles(dataset_name="arrow", hash="hf_vlm", data_files=named_files(files))
 
 
 def check_arrow(path: str | Path) -> None:
-    """Checks that an arrow file has the mark of its end, without which it reads as a shorter one.
+    """Checks that the batches of an arrow file reach to the mark of its end; their rows are not read.
 
     Raises:
-        SourceError: if the end is missing.
+        SourceError: if the file is damaged or was cut.
     """
-    with Path(path).open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 8))
-        if not file.read().endswith(_ENDS):
-            raise SourceError(f"{path}: the arrow file was cut after {size} bytes: its end is missing; write it again.")
+    try:
+        with pa.memory_map(str(path)) as file:
+            stream = _open(file)
+            if not isinstance(stream, pa.RecordBatchStreamReader):
+                return  # the other format ends with a table of its batches, without which it does not open
+            for _ in stream:
+                pass
+            end, size = file.tell(), file.size()
+            file.seek(size - len(_STREAM_END))
+            is_whole = end == size and file.read() == _STREAM_END
+    except DAMAGED as error:
+        raise _damaged(path, error) from error
+    if not is_whole:
+        raise SourceError(f"{path}: the arrow file was cut or damaged after {end} bytes; write it again.")
 
 
 class ArrowFiles(Arrow):
@@ -32,23 +56,26 @@ class ArrowFiles(Arrow):
     def _generate_tables(self, files: list[str]) -> Iterator[tuple[Key, pa.Table]]:
         for number, path in enumerate(files):
             try:
-                check_arrow(path)
                 with Path(path).open("rb") as file:
-                    for part, batch in enumerate(_batches(file)):
+                    opened = _open(file)
+                    is_stream = isinstance(opened, pa.RecordBatchStreamReader)
+                    batches = opened if is_stream else map(opened.get_batch, range(opened.num_record_batches))
+                    for part, batch in enumerate(batches):
                         batch.validate(full=True)
                         yield Key(number, part), self._cast_table(pa.Table.from_batches([batch]))
-            except (pa.ArrowException, OSError) as error:
-                reason = " ".join(str(error).split())
-                raise SourceError(f"{path}: is no arrow file, or damaged ({reason}); write it again.") from error
+            except DAMAGED as error:
+                raise _damaged(path, error) from error
 
 
-def _batches(file: Any) -> Iterator[pa.RecordBatch]:
+def _open(file: Any) -> Any:
     try:
-        stream = pa.ipc.open_stream(file)
+        return pa.ipc.open_stream(file)
     except (OSError, pa.ArrowInvalid):
-        whole = pa.ipc.open_file(file)
-        return (whole.get_batch(number) for number in range(whole.num_record_batches))
-    return iter(stream)
+        return pa.ipc.open_file(file)
 
 
-__all__ = ["ArrowFiles", "check_arrow"]
+def _damaged(path: str | Path, error: BaseException) -> SourceError:
+    return SourceError(f"{path}: is no arrow file, or damaged ({printable(error)}); write it again.")
+
+
+__all__ = ["ArrowFiles", "arrow_builder", "check_arrow"]

@@ -26,6 +26,7 @@ from huggingface_hub.repocard import metadata_load
 from ...paths import is_inside, leads_out
 from ...terminal import quoted
 from .archives import open_archives
+from .arrow import arrow_builder, check_arrow
 from .parquet import parquet_builder
 from .rows import Origin, SourceError
 from .splits import TRAIN, check_names, find_rows, find_streams, split_names, split_of_files
@@ -309,6 +310,8 @@ def _open_kind(source: DataSource, kind: str, files: Mapping[str, list[str]], se
     if kind == "parquet":
         wanted = {*_CONVERSATION, *(columns.get(role, role) for role in source.ROLES)}
         return _build(source, parquet_builder(files, wanted), seed)
+    if kind == "arrow":
+        return _build(source, arrow_builder(files), seed)
     return _build(source, datasets.load_dataset_builder(kind, data_files=_escaped(files)), seed)
 
 
@@ -468,6 +471,8 @@ def _check_saved(path: Path) -> None:
         names = splits or [file["filename"] for file in content["_data_files"]]
         _check_names(f"{path}", listed.name, names)
         _check_links(path, [path / name for name in names])
+        for name in () if splits else names:
+            check_arrow(path / name)
     except (KeyError, TypeError, json.JSONDecodeError):
         raise SourceError(f"{listed}: is not as save_to_disk writes it; save the dataset again.") from None
     for split in splits:

@@ -21,6 +21,8 @@ from datasets.table import table_cast
 from .rows import SourceError
 
 _BATCH = 1000
+# What pyarrow raises for damaged files; a size that was changed asks for more memory than there is.
+DAMAGED = (pa.ArrowException, OSError, ValueError, MemoryError)
 _NOTHING = datasets.Value("null")
 
 
@@ -78,7 +80,7 @@ def _schema(path: str) -> pa.Schema | None:
     try:
         with pq.ParquetFile(path) as file:
             return file.schema_arrow if file.metadata.num_rows else None
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGED as error:
         raise _damaged(path, error) from error
 
 
@@ -103,8 +105,9 @@ class ParquetFiles(Parquet):
                     names = [name for name in file.schema_arrow.names if name in self.info.features]
                     batches = file.iter_batches(_BATCH, None if groups is None else list(groups), names)
                     for part, batch in enumerate(batches):
+                        batch.validate(full=True)  # a text that is not UTF-8 would end the run later, without a name
                         yield Key(number, part), self._cast_table(pa.Table.from_batches([batch]))
-            except (pa.ArrowException, OSError) as error:
+            except DAMAGED as error:
                 raise _damaged(path, error) from error
 
     def _cast_table(self, pa_table: pa.Table) -> pa.Table:
@@ -116,4 +119,4 @@ class ParquetFiles(Parquet):
         return table_cast(pa.table(columns, names=schema.names), schema)
 
 
-__all__ = ["ParquetFiles", "named_files", "parquet_builder"]
+__all__ = ["DAMAGED", "ParquetFiles", "named_files", "parquet_builder"]

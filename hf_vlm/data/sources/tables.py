@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .cells import UNREADABLE, Number, brief, is_utf8
+from .errors import SourceError
 
 TABLES = (".json", ".jsonl", ".csv")
 PLACE = "_place"
@@ -49,6 +50,7 @@ def read_table(file: str) -> Iterator[Row]:
         file: A path or a URL of fsspec; may end in a suffix of a compression, as `.jsonl.gz`.
 
     Raises:
+        SourceError: if the file cannot be read from a place on: a list of JSON or a text in quotes without an end.
         ValueError: if the header of a CSV file cannot be used.
     """
     path = PurePosixPath(file)
@@ -60,7 +62,7 @@ def read_table(file: str) -> Iterator[Row]:
             return
         start = text.read(_CHUNK)
         listed = suffix == ".json" and start.lstrip().startswith("[")
-        yield from _json_items(text, start) if listed else _json_lines(text, start)
+        yield from _json_items(text, start, file) if listed else _json_lines(text, start)
 
 
 def _json_lines(text: io.TextIOWrapper, start: str) -> Iterator[Row]:
@@ -79,7 +81,7 @@ def _lines(text: io.TextIOWrapper, start: str) -> Iterator[str]:
     yield from text
 
 
-def _json_items(text: io.TextIOWrapper, buffer: str) -> Iterator[Row]:
+def _json_items(text: io.TextIOWrapper, buffer: str, file: str) -> Iterator[Row]:
     """The rows of a JSON list; what was read is dropped, so that a long list needs little memory."""
     number, at = 0, buffer.index("[") + 1
     while True:
@@ -92,11 +94,11 @@ def _json_items(text: io.TextIOWrapper, buffer: str) -> Iterator[Row]:
             at += 1
         elif buffer[at : at + 1] == "]":
             if buffer[at + 1 :].strip() or text.read(_CHUNK).strip():
-                yield _lost(number + 1, "there is text after the list")
+                raise _lost(file, f"item {number + 1}", "JSON", "there is text after the list")
             return
         elif number:
-            yield _lost(number + 1, "a comma or ] is missing" if buffer[at:] else "the list has no end")
-            return
+            reason = "a comma or ] is missing" if buffer[at:] else "the list has no end"
+            raise _lost(file, f"item {number + 1}", "JSON", reason)
         number += 1
         while True:
             at = _SPACE.match(buffer, at).end()
@@ -107,14 +109,12 @@ def _json_items(text: io.TextIOWrapper, buffer: str) -> Iterator[Row]:
                 if more := text.read(max(_CHUNK, len(buffer) - at)):
                     buffer, at = buffer[at:] + more, 0
                     continue
-                yield _lost(number, error.msg)
-                return
+                raise _lost(file, f"item {number}", "JSON", error.msg) from None
             except ValueError as error:
                 cells, end = _bad_json(f"{error}"), json.JSONDecoder().raw_decode(buffer, at)[1]
                 break
             except RecursionError:
-                yield _lost(number, "nested too deeply")
-                return
+                raise _lost(file, f"item {number}", "JSON", "nested too deeply") from None
         yield _row(f"item {number}", cells, buffer[at:end])
         at = end
 
@@ -122,14 +122,18 @@ def _json_items(text: io.TextIOWrapper, buffer: str) -> Iterator[Row]:
 def _row(place: str, cells: Any, text: str) -> Row:
     if not is_utf8(text):
         cells = {UNREADABLE: _NOT_UTF8}
+    elif "\0" in text:
+        cells = {UNREADABLE: _ZEROS}
     if isinstance(cells, dict) and UNREADABLE in cells:
         text = json.dumps(cells)
     return Row(place, cells, text)
 
 
-def _lost(number: int, reason: str) -> Row:
-    cells = {UNREADABLE: f"is not valid JSON ({reason}), so the rest of the file cannot be read; correct the file."}
-    return _row(f"item {number}", cells, "")
+def _lost(file: str, place: str, kind: str, reason: str) -> SourceError:
+    """The error for a file that is damaged from a place on: not one bad row, since all that follow are lost."""
+    return SourceError(
+        f"{file}, {place}: is not valid {kind} ({reason}), so the rest of the file cannot be read; correct the file."
+    )
 
 
 def _bad_json(reason: str) -> dict[str, str]:
@@ -158,6 +162,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=Number, parse_constant=Number)
 _NOT_UTF8 = "is not UTF-8 text; save the file as UTF-8."
+_ZEROS = "holds zero bytes, as a damaged file does; write the file again."
 
 
 def _csv_rows(text: io.TextIOWrapper, file: str) -> Iterator[Row]:
@@ -170,9 +175,7 @@ def _csv_rows(text: io.TextIOWrapper, file: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            reason = f"is not valid CSV ({error}), so the rest of the file cannot be read; correct the file."
-            yield Row(f"line {reader.line_num}", {UNREADABLE: reason}, None)
-            return
+            raise _lost(file, f"line {reader.line_num}", "CSV", f"{error}") from None
         if not cells:
             continue
         if header is None:
@@ -184,6 +187,8 @@ def _csv_rows(text: io.TextIOWrapper, file: str) -> Iterator[Row]:
             row = {UNREADABLE: f"has more or fewer cells than the header ({counts}); correct the line."}
         elif not is_utf8("".join(cells)):
             row = {UNREADABLE: _NOT_UTF8}
+        elif any("\0" in cell for cell in cells):
+            row = {UNREADABLE: _ZEROS}
         yield Row(f"line {reader.line_num}", row, None)
 
 
