@@ -213,7 +213,7 @@ def info(
     from ..hub.info import checkpoint_info, format_info
 
     found = checkpoint_info(checkpoint)
-    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else format_info(found))
+    typer.echo(json.dumps(found, indent=2) if as_json else format_info(found))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..terminal import quoted
 from .blocks import read_pixels
 
 
@@ -84,7 +85,7 @@ def embed_texts(
         ValueError: if there are no texts, or `texts` is a single string.
     """
     if isinstance(texts, str) or len(texts) == 0:
-        raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}.")
+        raise ValueError(f"texts must be a non-empty list of strings, got {quoted(texts)}.")
     texts = list(texts)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
     batches = []

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..terminal import quoted
 from .blocks import image_blocks, read_pixels
 from .embed import evaluation_mode
 
@@ -165,7 +166,7 @@ def choose_answers(
         print(choose_answers(model, processor, [image], ["What colour is the cat?"], [0], ["red", "blue"]))
     """
     if isinstance(answers, str) or len(answers) == 0:
-        raise ValueError(f"answers must be a non-empty list of strings, got {answers!r}.")
+        raise ValueError(f"answers must be a non-empty list of strings, got {quoted(answers)}.")
     listed = processor(text=list(answers)).to(model.device)
     batch_size = max(1, RANKED_ROWS // min(num_candidates, len(answers)))
 

@@ -110,7 +110,7 @@ def parquet_image(folder: Path, path: str) -> Path:
 
 
 def saved(folder: Path, path: str) -> Path:
-    of_images("good.png").save_to_disk(folder / "saved")
+    of_images(str(folder / "good.png")).save_to_disk(folder / "saved")
     with pa.OSFile(str(next((folder / "saved").glob("*.arrow"))), "wb") as file:
         table = of_images(path).data.table
         with pa.ipc.new_stream(file, table.schema) as stream:

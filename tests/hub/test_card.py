@@ -395,6 +395,7 @@ def test_text_from_outside_is_text(folder):
     (snippet,) = re.findall(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL)
     assert not any(isinstance(node, ast.Import) and node.names[0].name == "os" for node in ast.walk(ast.parse(snippet)))
     assert escape("a_b\nc") == r"a\_b c"
+    assert escape("a\x1b[2J\u202eb") == r"a\\x1b\[2J\\u202eb"
 
 
 def test_what_is_published_holds_no_secrets_and_no_paths():

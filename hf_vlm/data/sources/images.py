@@ -87,15 +87,15 @@ class LazyImages(Sequence[Image.Image]):
 
     def __init__(self, rows: Any, count: int | None = None):
         self.rows = rows
-        self.count = len(rows) if count is None else count
+        self._length = len(rows) if count is None else count
 
     def __len__(self) -> int:
-        return self.count
+        return self._length
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[number] for number in range(self.count)[index]]
-        number = range(self.count)[index]
+            return [self[number] for number in range(self._length)[index]]
+        number = range(self._length)[index]
         return load_image(self.rows[number]["image"], where=f"row {number}")
 
 

@@ -133,8 +133,8 @@ def image_of(image: Any, origin: Origin, place: str) -> Any:
         if origin.built and _is_listed(path, origin):
             return _fetch(path, place)
         raise ImageError(f"{place}: a URL, which is not downloaded; download the file and give its path.")
-    folders = _downloads() if origin.built and origin.root is None else [origin.root]
-    if folders == [None]:
+    folders = [origin.root] if origin.root is not None else _downloads() if origin.built else []
+    if not folders:
         raise SourceError(f"{place}: the row names a file, but this source has no folder; store the image in the row.")
     if not _can_exist(path):
         raise ImageError(f"{place}: no file can have this name; correct the path or remove the row.")

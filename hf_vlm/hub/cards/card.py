@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ...families import FAMILIES, load_reference
 from ...files import write_text
 from ...metrics.descriptions import DESCRIPTIONS, Description
+from ...terminal import printable
 from ..record import CARD_HASH, RECORD_NAME, Record, read_json, read_record, record_text, write_record
 from .evaluations import EVALUATIONS, OTHER_RUNS, TEST_SETS
 from .types import CHECKPOINT, CardTexts, Evaluation, HeadTexts
@@ -241,7 +242,8 @@ def training_sections(record: Record) -> dict[str, str]:
         sections["parameters"] = table(["part", "parameters", "trained"], rows)
     if record["arguments"]:
         arguments = {group: without_unset(values) for group, values in record["arguments"].items()}
-        sections["arguments"] = json.dumps(arguments, indent=2, ensure_ascii=False)
+        lines = json.dumps(arguments, indent=2, ensure_ascii=False).split("\n")
+        sections["arguments"] = "\n".join(map(printable, lines))
     sections["versions"] = table(["package", "version"], record["versions"].items()) if record["versions"] else ""
     sections["data"] = data_table(record["data"])
     sections["parts"] = entries_table(record["parts"], ("part", "id", "revision", "version", "licence"))
@@ -351,8 +353,8 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def escape(text: Any) -> str:
-    """Text on one line with Markdown and HTML characters escaped."""
-    line = " ".join(("" if text is None else str(text)).split())
+    """Text on one line with control, Markdown and HTML characters escaped."""
+    line = printable(" ".join(("" if text is None else str(text)).split()))
     return re.sub(r"([\\`*_{}\[\]<>#|!&~$])", r"\\\1", line)
 
 
