@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 
-def is_packed(parameter: nn.Parameter) -> bool:
+def is_packed(parameter: torch.Tensor) -> bool:
     """Whether a parameter holds a quantised weight, whose numbers are no weights: a cast would destroy it."""
     return not parameter.is_floating_point() or type(parameter).__name__ in ("Params4bit", "Int8Params")
 

@@ -111,9 +111,12 @@ def cast_weights(language_model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def hidden_states(language_model: PreTrainedModel, **inputs) -> torch.Tensor:
     """Hidden states of shape `(B, L, H)` before the head; for an encoder-decoder LLM, the encoder's."""
-    if language_model.config.is_encoder_decoder:
-        return language_model.get_encoder()(**inputs).last_hidden_state
-    return language_model.base_model(**inputs).last_hidden_state
+    return reader(language_model)(**inputs).last_hidden_state
+
+
+def reader(language_model: PreTrainedModel) -> PreTrainedModel:
+    """The part of an LLM without its head; of an encoder-decoder LLM, the encoder."""
+    return language_model.get_encoder() if language_model.config.is_encoder_decoder else language_model.base_model
 
 
 def logits_of(language_model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
@@ -173,4 +176,5 @@ __all__ = [
     "keep_names",
     "load_language_model",
     "logits_of",
+    "reader",
 ]

@@ -51,6 +51,7 @@ from .pretraining import (
     unpadded_labels,
     with_count,
 )
+from .recording import recording, requested, states_of
 from .towers import (
     build_vision_tower,
     check_image_inputs,
@@ -154,10 +155,13 @@ class VlmBlipModel(VlmBlipPreTrainedModel):
         Returns:
             `last_hidden_state` of shape `(B, L, H)`; without texts, the patch states and `pooler_output`.
         """
-        states = self.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+        with recording(kwargs if input_ids is None else {}, vision=self.vision_model) as recorded:
+            states = self.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         if input_ids is None:
             pooled = pool_tokens(states, self.config.vision_pooling)
-            return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
+            return BaseModelOutputWithPooling(
+                last_hidden_state=states, pooler_output=pooled, **states_of(recorded.get("vision"))
+            )
         if self.text_encoder is not None:
             text_model, token_id = self.text_encoder, self.config.text_config.enc_token_id
         else:
@@ -361,23 +365,34 @@ class VlmBlipForPreTraining(VlmBlipHead):
         """Adds the step's features to the queue; call it once per step, after the last micro-batch."""
         self.momentum.enqueue()
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """`pooler_output`: L2-normalised embeddings `(I, E)`; `last_hidden_state`: patch states `(I, P, width)`."""
-        states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_images(states))
+        with recording(kwargs, vision=self.model.vision_model) as recorded:
+            states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+        embeds = self.similarity.embed_images(states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states, pooler_output=embeds, **states_of(recorded.get("vision"))
+        )
 
+    @can_return_tuple
     def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """`pooler_output`: L2-normalised embeddings `(B, E)` of texts as the tokenizer returns them."""
         encoder = self.model.require_text_encoder()
-        states = encoder(input_ids, attention_mask, first_only=True).last_hidden_state
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
+        output = encoder(input_ids, attention_mask, first_only=True, return_dict=True, **requested(kwargs))
+        output.pooler_output = self.similarity.embed_texts(output.last_hidden_state)
+        return output
 
     def project_memory(self, states: torch.Tensor) -> ImageKeyValues:
         """Projects patch states `(I, P, width)` to the images' keys and values for `match`."""
@@ -504,6 +519,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
         sample_seed: int | None = None,
         interpolate_pos_encoding: bool = False,
         return_loss: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VlmBlipOutput:
         """Compares images with texts; with `return_loss`, computes the objectives of non-zero weight.
 
@@ -521,6 +537,7 @@ class VlmBlipForPreTraining(VlmBlipHead):
             sample_seed: Seed of the hard negatives; must be the same on all ranks.
             interpolate_pos_encoding: Accept images of another size than the tower's.
             return_loss: Whether to compute the losses; otherwise only matching logits and embeddings are computed.
+            **kwargs: `output_hidden_states` and `output_attentions`: record them in the image tower.
 
         Returns:
             [`VlmBlipOutput`] with `itm_logits`, embeddings and, with `return_loss`, losses, logits and targets.
@@ -530,9 +547,11 @@ class VlmBlipForPreTraining(VlmBlipHead):
         """
         input_ids = require_input_ids(input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        images = self.get_image_features(pixel_values, vision_features, interpolate_pos_encoding)
-        output = VlmBlipOutput(image_embeds=images.pooler_output)
-        output.text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
+        images = self.get_image_features(
+            pixel_values, vision_features, interpolate_pos_encoding, return_dict=True, **requested(kwargs)
+        )
+        output = VlmBlipOutput(image_embeds=images.pooler_output, **states_of(images))
+        output.text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
         if not return_loss:
             memory = self.project_memory(images.last_hidden_state)
             output.itm_logits = self.match(memory, input_ids, attention_mask)

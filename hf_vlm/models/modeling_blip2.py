@@ -28,8 +28,10 @@ from .language_model import (
     hidden_states,
     keep_names,
     load_language_model,
+    reader,
 )
 from .modeling_qformer import VlmQFormerModel
+from .recording import recording, states_of
 from .towers import build_vision_tower, check_image_inputs, freeze_unused, tower_states
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "trust_remote_code")
@@ -184,6 +186,7 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
         check_image_inputs(pixel_values, vision_features)
         if pixel_values is not None:
             vision_features = tower_states(self.vision_model, pixel_values, interpolate_pos_encoding)
+        assert vision_features is not None  # check_image_inputs
         return self.vision_norm(cast_for(self.vision_norm, vision_features))
 
     def read_images(
@@ -243,15 +246,19 @@ class VlmBlip2Model(VlmBlip2PreTrainedModel):
 
         Returns:
             `last_hidden_state` of shape `(B, L, width of the LLM)` (the encoder's for an encoder-decoder LLM), or
-            `(I, Q, H)` without texts; and `pooler_output`, the mean of the queries.
+            `(I, Q, H)` without texts; and `pooler_output`, the mean of the queries. Recorded `hidden_states` and
+            `attentions` are those of the LLM, or of the Q-Former without texts.
         """
         states = self.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
-        queries = self.read_images(states, qformer_input_ids, qformer_attention_mask)
-        last = queries
-        if input_ids is not None and self.language_model is not None:
-            embeds = self.embed(input_ids, queries)
-            last = hidden_states(self.language_model, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
-        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=queries.mean(dim=1))
+        llm = None if input_ids is None else self.language_model
+        with recording(kwargs, last=self.qformer if llm is None else reader(llm)) as recorded:
+            last = queries = self.read_images(states, qformer_input_ids, qformer_attention_mask)
+            if input_ids is not None and llm is not None:
+                embeds = self.embed(input_ids, queries)
+                last = hidden_states(llm, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last, pooler_output=queries.mean(dim=1), **states_of(recorded.get("last"))
+        )
 
     def fetch_language_model(self, source: str | PreTrainedModel | None = None) -> None:
         """Loads the LLM that a checkpoint leaves out.

@@ -16,22 +16,24 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_blip2 import VlmBlip2Config
 from .language_head import generate_from_embeds, language_loss, mean_loss, prompt_mask
-from .language_model import commit_of, hidden_states, load_language_model
+from .language_model import commit_of, hidden_states, load_language_model, reader
 from .losses import token_cross_entropy
 from .modeling_blip2 import VlmBlip2Model, VlmBlip2PreTrainedModel
+from .recording import NestedOutput, recording, states_of
 from .towers import config_without_path
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
-class VlmBlip2GenerationOutput(ModelOutput):
+class VlmBlip2GenerationOutput(NestedOutput):
     """Output of BLIP-2 with an LLM.
 
     Args:
@@ -40,12 +42,18 @@ class VlmBlip2GenerationOutput(ModelOutput):
             computes logits at supervised positions only.
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, width)`): The LLM's hidden states.
         past_key_values: The LLM's key/value cache.
+        vision_outputs: Output of the image tower, if hidden states or attentions were asked for.
+        qformer_outputs: The same of the Q-Former.
+        language_model_outputs: The same of the LLM.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
+    vision_outputs: ModelOutput | None = None
+    qformer_outputs: ModelOutput | None = None
+    language_model_outputs: ModelOutput | None = None
 
 
 class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin):
@@ -165,7 +173,29 @@ class VlmBlip2ForConditionalGeneration(VlmBlip2PreTrainedModel, GenerationMixin)
         if input_ids is None:
             raise ValueError("The texts are missing: pass input_ids with the placeholders of the images.")
         inputs = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
-        llm, embeds = self.model.require_language_model(), self._embed(input_ids, *inputs)
+        llm, body = self.model.require_language_model(), self.model
+        called = llm if labels is None or llm.config.is_encoder_decoder else reader(llm)
+        parts = {"vision_outputs": body.vision_model, "qformer_outputs": body.qformer, "language_model_outputs": called}
+        with recording(kwargs, **parts) as recorded:
+            output = self._answer(
+                self._embed(input_ids, *inputs), attention_mask, labels, decoder_input_ids, num_items_in_batch, **kwargs
+            )
+        for name, part_output in recorded.items():
+            output[name] = part_output
+        if (queries := output.qformer_outputs) is not None:  # without the keys and values
+            output.qformer_outputs = BaseModelOutputWithCrossAttentions(
+                last_hidden_state=queries.last_hidden_state,
+                cross_attentions=queries.cross_attentions,
+                **states_of(queries),
+            )
+        return output
+
+    def _answer(
+        self, embeds, attention_mask, labels, decoder_input_ids, num_items_in_batch, **kwargs
+    ) -> VlmBlip2GenerationOutput:
+        """Logits, or with `labels` the loss, of the LLM's inputs `(B, L, width)`."""
+        llm = self.model.require_language_model()
+        kwargs["return_dict"] = True
         if labels is None:
             decoder = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
             output = llm(inputs_embeds=embeds, attention_mask=attention_mask, **decoder, **kwargs)

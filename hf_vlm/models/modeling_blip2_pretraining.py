@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .bert import VlmBlipLMHead, bert_qformer_config, copy_bert_to_qformer, require_input_ids, with_first_token
@@ -43,11 +44,12 @@ from .pretraining import (
     unpadded_labels,
     with_count,
 )
+from .recording import NestedOutput, recording, requested, states_of
 from .towers import config_without_path, copy_vision_tower, load_tower
 
 
 @dataclass
-class VlmBlip2Output(ModelOutput):
+class VlmBlip2Output(NestedOutput):
     """Output of BLIP-2's pretraining heads.
 
     Args:
@@ -64,6 +66,8 @@ class VlmBlip2Output(ModelOutput):
         image_embeds (`torch.FloatTensor` of shape `(images, Q, projection_dim)`): L2-normalised, one per query.
         text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised.
         query_output (`torch.FloatTensor` of shape `(images, Q, H)`): The Q-Former's outputs of the queries.
+        text_model_output: The Q-Former's output of the texts, if hidden states or attentions were asked for.
+        vision_model_output: The image tower's output, if hidden states or attentions were asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -77,6 +81,8 @@ class VlmBlip2Output(ModelOutput):
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     query_output: torch.Tensor | None = None
+    text_model_output: ModelOutput | None = None
+    vision_model_output: ModelOutput | None = None
 
 
 class VlmBlip2Similarity(VlmSimilarity):
@@ -183,25 +189,35 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         head.freeze_parts()
         return head
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """`pooler_output`: L2-normalised `(I, Q, E)`, one per query; `last_hidden_state`: queries `(I, Q, H)`."""
         states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
-        queries = self.model.read_images(states)
+        with recording(kwargs, qformer=self.model.qformer) as recorded:
+            queries = self.model.read_images(states)
+        embeds = self.similarity.embed_queries(queries)
         return BaseModelOutputWithPooling(
-            last_hidden_state=queries, pooler_output=self.similarity.embed_queries(queries)
+            last_hidden_state=queries, pooler_output=embeds, **states_of(recorded.get("qformer"))
         )
 
+    @can_return_tuple
     def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """`pooler_output`: L2-normalised embeddings `(B, E)` of texts as the tokenizer returns them."""
-        states = self.model.qformer(None, input_ids, attention_mask, keep=1).last_hidden_state
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.similarity.embed_texts(states))
+        output = self.model.qformer(None, input_ids, attention_mask, keep=1, return_dict=True, **requested(kwargs))
+        states = output.last_hidden_state
+        embeds = self.similarity.embed_texts(states)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=embeds, **states_of(output))
 
     def project_memory(self, states: torch.Tensor) -> QFormerKeyValues:
         """Projects normalised patch states `(I, P, width)` to the images' keys and values for `match`."""
@@ -268,6 +284,7 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
         sample_seed: int | None = None,
         interpolate_pos_encoding: bool = False,
         return_loss: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VlmBlip2Output:
         """Compares images with texts; with `return_loss`, computes the objectives of non-zero weight.
 
@@ -283,19 +300,26 @@ class VlmBlip2ForPreTraining(VlmBlip2PreTrainedModel):
             sample_seed: Seed of the hard negatives; must be the same on all ranks.
             interpolate_pos_encoding: Accept images of another size than the tower's.
             return_loss: Whether to compute the losses; otherwise only matching logits and embeddings are computed.
+            **kwargs: `output_hidden_states` and `output_attentions`: record them in the image tower and of the texts.
 
         Raises:
             ValueError: if images or texts are missing, or if their numbers differ with `return_loss`.
         """
         input_ids = require_input_ids(input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+        with recording(kwargs, vision_model_output=self.model.vision_model) as recorded:
+            states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
         memory = self.model.qformer.project_memory(states)
         queries = self.model.qformer(memory)
         image_embeds = self.similarity.embed_queries(queries.last_hidden_state)
-        text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
+        texts = self.get_text_features(input_ids, attention_mask, return_dict=True, **requested(kwargs))
+        text_embeds = texts.pooler_output
         output = VlmBlip2Output(
-            image_embeds=image_embeds, text_embeds=text_embeds, query_output=queries.last_hidden_state
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            query_output=queries.last_hidden_state,
+            text_model_output=texts if requested(kwargs) else None,
+            vision_model_output=recorded.get("vision_model_output"),
         )
         if not return_loss:
             output.itm_logits = self.match(memory, input_ids, attention_mask)

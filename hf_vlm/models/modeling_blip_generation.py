@@ -22,6 +22,12 @@ from .modeling_blip import VlmBlipHead
 from .modeling_blip_text import VlmBlipOutput, prompts, text_generation_config
 from .modeling_fusion import ImageKeyValues
 from .pretraining import language_modeling_part
+from .recording import recording, requested, states_of
+
+
+def unrecorded(options: dict) -> dict:
+    """Options of a `forward` that record nothing: with an image, transformers' BLIP returns the tower's states only."""
+    return {name: value for name, value in options.items() if name not in requested(options)}
 
 
 class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
@@ -86,19 +92,24 @@ class VlmBlipForConditionalGeneration(VlmBlipHead, GenerationMixin):
         Returns:
             [`VlmBlipOutput`] with `loss`, or, without labels, `logits`.
         """
+        vision = None
         if memory is None:
-            states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+            with recording(kwargs, vision=self.model.vision_model) as recorded:
+                states = self.model.encode_images(pixel_values, vision_features, interpolate_pos_encoding)
+            vision, kwargs = recorded.get("vision"), unrecorded(kwargs)
             memory = self.model.require_text_decoder().project_memory(states)
             input_ids = with_first_token(input_ids, self.config.text_config.bos_token_id)
-        states = self.model.require_text_decoder()(
-            input_ids, attention_mask, memory, None, None, position_ids, past_key_values, **kwargs
-        ).last_hidden_state
+        output = self.model.require_text_decoder()(
+            input_ids, attention_mask, memory, None, None, position_ids, past_key_values, return_dict=True, **kwargs
+        )
+        states, seen = output.last_hidden_state, states_of(vision or output)
         if labels is None:
             logits = self.lm_head(states[:, -logits_to_keep:])
-            return VlmBlipOutput(logits=logits, last_hidden_state=states, past_key_values=past_key_values)
+            return VlmBlipOutput(logits=logits, last_hidden_state=states, past_key_values=past_key_values, **seen)
         part = language_modeling_part(states, labels, self.lm_head, self.config.label_smoothing)
         divisor = torch.as_tensor(part[1] if num_items_in_batch is None else num_items_in_batch)
-        return VlmBlipOutput(loss=part[0] / divisor.clamp(min=1), parts={"lm": part}, last_hidden_state=states)
+        loss = part[0] / divisor.clamp(min=1)
+        return VlmBlipOutput(loss=loss, parts={"lm": part}, last_hidden_state=states, **seen)
 
     @torch.no_grad()
     def generate(
@@ -224,27 +235,30 @@ class VlmBlipForQuestionAnswering(VlmBlipHead, GenerationMixin):
             the number of questions; or, without labels, `logits`.
         """
         input_ids = require_input_ids(input_ids)
+        vision = None
         if question_memory is not None:
             answer_ids, answer_mask = input_ids, attention_mask
         else:
-            question_memory = self.read(
-                pixel_values, input_ids, attention_mask, vision_features, interpolate_pos_encoding
-            )
+            with recording(kwargs, vision=self.model.vision_model) as recorded:
+                question_memory = self.read(
+                    pixel_values, input_ids, attention_mask, vision_features, interpolate_pos_encoding
+                )
+            vision, kwargs = recorded.get("vision"), unrecorded(kwargs)
             answers = decoder_input_ids if labels is None else labels
             if answers is None:
                 raise ValueError("Pass the answers as labels, or as decoder_input_ids, or call generate().")
             answer_ids, answer_mask = self.decoder_inputs(answers)
         memory, memory_mask = question_memory
-        states = self.model.require_text_decoder()(
-            answer_ids, answer_mask, memory, answer_index, memory_mask, position_ids, past_key_values, **kwargs
-        ).last_hidden_state
+        where = (memory, answer_index, memory_mask, position_ids, past_key_values)
+        output = self.model.require_text_decoder()(answer_ids, answer_mask, *where, return_dict=True, **kwargs)
+        states, seen = output.last_hidden_state, states_of(vision or output)
         if labels is None:
             logits = self.lm_head(states[:, -logits_to_keep:])
-            return VlmBlipOutput(logits=logits, last_hidden_state=states, past_key_values=past_key_values)
+            return VlmBlipOutput(logits=logits, last_hidden_state=states, past_key_values=past_key_values, **seen)
         smoothing = self.config.label_smoothing
         total, _ = language_modeling_part(states, labels, self.lm_head, smoothing, answer_weights)
         part = torch.stack([total, total.new_tensor(len(input_ids))])
-        return VlmBlipOutput(loss=part[0] / part[1], parts={"lm": part}, last_hidden_state=states)
+        return VlmBlipOutput(loss=part[0] / part[1], parts={"lm": part}, last_hidden_state=states, **seen)
 
     @torch.no_grad()
     def generate(

@@ -26,6 +26,7 @@ from .bert import VlmBlipLMHead
 from .configuration_blip import VlmBlipConfig, VlmBlipTextConfig
 from .freezing import PartlyFrozenModel
 from .modeling_fusion import ImageKeyValues, VlmFusionCrossAttention, VlmFusionLayer, VlmFusionSelfAttention
+from .recording import is_recording
 
 
 @dataclass
@@ -50,6 +51,9 @@ class VlmBlipOutput(ModelOutput):
         text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised.
         last_hidden_state (`torch.FloatTensor` of shape `(batch, length, H)`): Text states.
         past_key_values: Key/value cache of the decoder's self-attention.
+        hidden_states: Hidden states of the image tower, with `output_hidden_states=True`, as in transformers' BLIP. In
+            generation, where the image's keys and values are given, those of the decoder.
+        attentions: The same of attention weights, with `output_attentions=True`.
     """
 
     loss: torch.Tensor | None = None
@@ -67,6 +71,8 @@ class VlmBlipOutput(ModelOutput):
     text_embeds: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class VlmBlipTextEmbeddings(nn.Module):
@@ -188,7 +194,8 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
             memory_mask (`torch.BoolTensor` of shape `(I, S)`): False at padding of the memory.
             position_ids (`torch.LongTensor` of shape `(B, L)`): 0, 1, 2, ... by default.
             past_key_values: Key/value cache of a decoder.
-            first_only: Return only the first token's state.
+            first_only: Return only the first token's state; the last layer computes no other, unless hidden states or
+                attentions are recorded.
 
         Returns:
             `last_hidden_state` of shape `(B, L, H)`, or `(B, 1, H)` with `first_only`.
@@ -205,6 +212,7 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
             mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )
+        records = is_recording(self.config, kwargs)
         for i, layer in enumerate(self.layers):
             key, value = (None, None) if memory is None else memory[i]
             is_last = i == len(self.layers) - 1
@@ -216,11 +224,11 @@ class VlmBlipTextModel(VlmBlipPreTrainedModel):
                 memory_index,
                 memory_mask,
                 self.is_causal,
-                first_only and is_last,
+                first_only and is_last and not records,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states[:, :1] if first_only else hidden_states)
 
 
 def text_generation_config(config: PreTrainedConfig) -> GenerationConfig:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .casting import cast_for
@@ -27,6 +28,7 @@ from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
 from .freezing import PartlyFrozenModel, freeze, keep_frozen_in_eval
 from .losses import contrastive_loss, sigmoid_loss
 from .modeling_tower import VlmTextTowerModel
+from .recording import NestedOutput
 from .towers import (
     build_vision_tower,
     check_image_inputs,
@@ -41,7 +43,7 @@ TOWER_NAMES = ("vision", "text")
 
 
 @dataclass
-class VlmClipOutput(ModelOutput):
+class VlmClipOutput(NestedOutput):
     """Output of [`VlmClipModel`].
 
     Args:
@@ -50,6 +52,8 @@ class VlmClipOutput(ModelOutput):
         logits_per_text (`torch.FloatTensor` of shape `(texts, images)`): The transpose of `logits_per_image`.
         text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`): L2-normalised text embeddings.
         image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`): L2-normalised image embeddings.
+        text_model_output: Output of the text tower, if its hidden states or attentions were asked for.
+        vision_model_output: The same of the image tower.
     """
 
     loss: torch.Tensor | None = None
@@ -57,6 +61,8 @@ class VlmClipOutput(ModelOutput):
     logits_per_text: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
 
 
 class VlmClipSimilarity(nn.Module):
@@ -80,13 +86,12 @@ class VlmClipSimilarity(nn.Module):
         # Float32 even under autocast: at a factor of 100, bfloat16 would round logits by up to 0.25.
         with torch.autocast(image_embeds.device.type, enabled=False):
             scale, image_embeds, text_embeds = self.logit_scale.float().exp(), image_embeds.float(), text_embeds.float()
-            bias = None if self.logit_bias is None else self.logit_bias.float()
-            if return_loss and bias is None:
+            if return_loss and self.logit_bias is None:
                 return contrastive_loss(image_embeds, text_embeds, scale, pair_ids)
             if return_loss:
-                return sigmoid_loss(image_embeds, text_embeds, scale, bias, pair_ids)
+                return sigmoid_loss(image_embeds, text_embeds, scale, self.logit_bias.float(), pair_ids)
             logits = scale * image_embeds @ text_embeds.T
-            return logits if bias is None else logits + bias
+            return logits if self.logit_bias is None else logits + self.logit_bias.float()
 
     def loss(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, pair_ids: torch.Tensor | None
@@ -215,23 +220,38 @@ class VlmClipModel(PartlyFrozenModel):
 
     def vision_pooled(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """Pooled output of the image tower before the projection, `(B, H)`."""
-        options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-        if self.config.vision_config.model_type == VlmTowerConfig.model_type:
-            options["pooled_only"] = self.config.vision_pooling == "tower"
-        outputs = self.vision_model(pixel_values=pixel_values, **options)
-        if self.config.vision_pooling == "tower":
-            return outputs.pooler_output
-        return pool_tokens(outputs.last_hidden_state, self.config.vision_pooling)
+        return self._run_vision_tower(pixel_values, interpolate_pos_encoding).pooler_output
 
     def text_pooled(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Pooled output of the text tower before the projection, `(B, H)`; it can be passed as `text_features`."""
-        options = {}
-        if self.config.text_config.model_type == VlmTextTowerConfig.model_type:
-            options["pooled_only"] = self.config.text_pooling == "tower"
-        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return self._run_text_tower(input_ids, attention_mask).pooler_output
+
+    def _run_vision_tower(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """The image tower's output, with the output of the config's pooling."""
+        options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+        if self.config.vision_config.model_type == VlmTowerConfig.model_type:
+            options["pooled_only"] = self.config.vision_pooling == "tower"
+        output = self.vision_model(pixel_values=pixel_values, return_dict=True, **options, **kwargs)
+        if self.config.vision_pooling == "tower":
+            return output
+        return with_pooled(output, pool_tokens(output.last_hidden_state, self.config.vision_pooling))
+
+    def _run_text_tower(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """The text tower's output, with the output of the config's pooling."""
+        options = {"pooled_only": self.config.text_pooling == "tower"}
+        if self.config.text_config.model_type != VlmTextTowerConfig.model_type:
+            options = {}
+        output = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **options, **kwargs
+        )
         if self.config.text_pooling == "tower":
-            return outputs.pooler_output
-        return pool_tokens(outputs.last_hidden_state, self.config.text_pooling, attention_mask)
+            return output
+        pooled = pool_tokens(output.last_hidden_state, self.config.text_pooling, attention_mask)
+        return with_pooled(output, pooled)
 
     def _pool_vision_features(self, vision_features: torch.Tensor) -> torch.Tensor:
         if vision_features.ndim == 2:
@@ -251,6 +271,7 @@ class VlmClipModel(PartlyFrozenModel):
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Embeds images.
 
@@ -262,19 +283,27 @@ class VlmClipModel(PartlyFrozenModel):
             interpolate_pos_encoding: Accept images of another size than the tower's.
 
         Returns:
-            `pooler_output` of shape `(batch, projection_dim)`: projected, not normalised.
+            `pooler_output` of shape `(batch, projection_dim)`: projected, not normalised. For images also the image
+            tower's `last_hidden_state` (one token, if only that is computed) and what else was asked for.
 
         Raises:
             ValueError: unless exactly one of `pixel_values` and `vision_features` is given.
         """
+        return self._project_images(pixel_values, vision_features, interpolate_pos_encoding, **kwargs)
+
+    def _project_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+        interpolate_pos_encoding: bool,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
         check_image_inputs(pixel_values, vision_features)
         if pixel_values is not None:
-            pooled = self.vision_pooled(pixel_values, interpolate_pos_encoding)
+            output = self._run_vision_tower(pixel_values, interpolate_pos_encoding, **kwargs)
         elif vision_features is not None:
-            pooled = self._pool_vision_features(vision_features)
-        return BaseModelOutputWithPooling(
-            pooler_output=self.visual_projection(cast_for(self.visual_projection, pooled))
-        )
+            output = BaseModelOutputWithPooling(pooler_output=self._pool_vision_features(vision_features))
+        return with_pooled(output, self.visual_projection(cast_for(self.visual_projection, output.pooler_output)))
 
     @can_return_tuple
     def get_text_features(
@@ -282,6 +311,7 @@ class VlmClipModel(PartlyFrozenModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         text_features: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Embeds texts.
 
@@ -292,15 +322,28 @@ class VlmClipModel(PartlyFrozenModel):
                 pooled output ([`~VlmClipModel.text_pooled`]). The tower is then not called.
 
         Returns:
-            `pooler_output` of shape `(batch, projection_dim)`: projected, not normalised.
+            `pooler_output` of shape `(batch, projection_dim)`: projected, not normalised. For token ids also the text
+            tower's `last_hidden_state` (one token, if only that is computed) and what else was asked for.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `text_features` is given.
         """
+        return self._project_texts(input_ids, attention_mask, text_features, **kwargs)
+
+    def _project_texts(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        text_features: torch.Tensor | None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
         if (input_ids is None) == (text_features is None):
             raise ValueError("Pass either input_ids or text_features.")
-        pooled = text_features if input_ids is None else self.text_pooled(input_ids, attention_mask)
-        return BaseModelOutputWithPooling(pooler_output=self.text_projection(cast_for(self.text_projection, pooled)))
+        if input_ids is not None:
+            output = self._run_text_tower(input_ids, attention_mask, **kwargs)
+        else:
+            output = BaseModelOutputWithPooling(pooler_output=text_features)
+        return with_pooled(output, self.text_projection(cast_for(self.text_projection, output.pooler_output)))
 
     @can_return_tuple
     def forward(
@@ -314,6 +357,7 @@ class VlmClipModel(PartlyFrozenModel):
         interpolate_pos_encoding: bool = False,
         return_loss: bool | None = None,
         token_type_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VlmClipOutput:
         """Compares images with texts.
 
@@ -328,6 +372,8 @@ class VlmClipModel(PartlyFrozenModel):
             return_loss: Whether to compute the loss over the pairs of all ranks; row i of the images belongs to row i
                 of the texts.
             token_type_ids: Not used. BERT's tokenizers return them, and pipelines pass on all outputs of a tokenizer.
+            **kwargs: `output_hidden_states` and `output_attentions`: record them in the towers, which then compute
+                their last layer at all tokens.
 
         Returns:
             [`VlmClipOutput`]; logits compare this rank's images and texts. Without texts, only `image_embeds`, as the
@@ -336,11 +382,12 @@ class VlmClipModel(PartlyFrozenModel):
         Raises:
             ValueError: if the images are missing, or if the numbers of images and texts differ with `return_loss`.
         """
-        image_embeds = self.get_image_features(pixel_values, vision_features, interpolate_pos_encoding).pooler_output
+        images = self._project_images(pixel_values, vision_features, interpolate_pos_encoding, **kwargs)
+        image_embeds = F.normalize(images.pooler_output.float(), dim=-1)
         if input_ids is None and text_features is None and not return_loss:
-            return VlmClipOutput(image_embeds=F.normalize(image_embeds.float(), dim=-1))
-        text_embeds = self.get_text_features(input_ids, attention_mask, text_features).pooler_output
-        image_embeds, text_embeds = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
+            return VlmClipOutput(image_embeds=image_embeds, vision_model_output=recorded(images))
+        texts = self._project_texts(input_ids, attention_mask, text_features, **kwargs)
+        text_embeds = F.normalize(texts.pooler_output.float(), dim=-1)
         loss = None
         if return_loss:
             if len(image_embeds) != len(text_embeds):
@@ -353,7 +400,24 @@ class VlmClipModel(PartlyFrozenModel):
             logits_per_text=logits_per_image.T,
             text_embeds=text_embeds,
             image_embeds=image_embeds,
+            text_model_output=recorded(texts),
+            vision_model_output=recorded(images),
         )
+
+
+def with_pooled(output: ModelOutput, pooled: torch.Tensor) -> BaseModelOutputWithPooling:
+    """A tower's output with another pooled output."""
+    return BaseModelOutputWithPooling(
+        last_hidden_state=output.get("last_hidden_state"),
+        pooler_output=pooled,
+        hidden_states=output.get("hidden_states"),
+        attentions=output.get("attentions"),
+    )
+
+
+def recorded(output: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling | None:
+    """A tower's output if hidden states or attentions were recorded; otherwise nothing keeps the states in memory."""
+    return None if output.hidden_states is None and output.attentions is None else output
 
 
 __all__ = ["VlmClipModel", "VlmClipOutput"]

@@ -37,6 +37,7 @@ from .configuration_llava import VlmLlavaConfig
 from .freezing import freeze, is_frozen, keep_frozen_in_eval
 from .language_head import check_placeholders, generate_from_embeds, language_loss, place_images, prompt_mask
 from .language_model import AdapterNames, build_language_model, keep_names, load_language_model, logits_of
+from .recording import is_recording
 from .towers import (
     build_vision_tower,
     config_without_path,
@@ -60,13 +61,17 @@ class VlmLlavaOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(B, L, vocabulary)`): None with labels, since training computes logits at
             supervised positions only.
         past_key_values: The LLM's key/value cache.
-        last_hidden_state (`torch.FloatTensor` of shape `(B, L, H)`): The LLM's hidden states.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, H)`): The LLM's last hidden states.
+        hidden_states: The LLM's hidden states of every layer, with `output_hidden_states=True`.
+        attentions: The LLM's attention weights of every layer, with `output_attentions=True`.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class VlmLlavaProjector(nn.Module):
@@ -199,13 +204,18 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         """The projector's input `(T, P, width)` for views `(T, channels, height, width)`; it can be cached."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
             states = layer_states(self.vision_model, pixel_values, self.config.vision_feature_layer)
+        return self._without_class_token(states)
+
+    def _without_class_token(self, states: torch.Tensor) -> torch.Tensor:
         return states[:, 1:] if self.config.vision_feature_select_strategy == "default" else states
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """The tokens of each image, ready for the LLM.
 
@@ -214,6 +224,8 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
             image_sizes (`torch.LongTensor` of shape `(I, 2)`): Height and width of each image, with "anyres".
             vision_features (`torch.FloatTensor` of shape `(T, P, width)`): Output of `get_vision_features`, in place
                 of the views.
+            **kwargs: `output_hidden_states` and `output_attentions`: record them in the tower, which then runs all
+                layers.
 
         Returns:
             `last_hidden_state` (the tower's) and `pooler_output` (a list with the tokens `(tokens, H)` of each image).
@@ -222,12 +234,35 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         Raises:
             ValueError: unless exactly one of `pixel_values` and `vision_features` is given.
         """
-        if pixel_values is not None and vision_features is None:
-            vision_features = self.get_vision_features(pixel_values)
-        elif vision_features is None or pixel_values is not None:
+        return self._project_images(pixel_values, image_sizes, vision_features, **kwargs)
+
+    def _project_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        tower = None
+        if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass either pixel_values or vision_features.")
+        if pixel_values is not None and is_recording(self.vision_model.config, kwargs):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
+                tower = self.vision_model(
+                    pixel_values=pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
+                )
+            vision_features = self._without_class_token(tower.hidden_states[self.config.vision_feature_layer])
+        elif pixel_values is not None:
+            vision_features = self.get_vision_features(pixel_values)
+        assert vision_features is not None  # one of the two is given
         states = cast_for(self.projector, vision_features)
-        return BaseModelOutputWithPooling(states, pooler_output=self.projector(states, image_sizes))
+        wants_states = kwargs.get("output_hidden_states", self.vision_model.config.output_hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states,
+            pooler_output=self.projector(states, image_sizes),
+            hidden_states=tower.hidden_states if tower is not None and wants_states else None,
+            attentions=None if tower is None else tower.get("attentions"),
+        )
 
     def _no_images(self, device: torch.device) -> list[torch.Tensor]:
         """Zero image tokens, connected to every trainable parameter and to every module that all ranks must run."""
@@ -258,7 +293,7 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
         if mm_encoder_outputs is not None:
             images = mm_encoder_outputs["image"].pooler_output
         elif _any_rows(pixel_values) or _any_rows(vision_features):
-            images = self.get_image_features(pixel_values, image_sizes, vision_features).pooler_output
+            images = self._project_images(pixel_values, image_sizes, vision_features).pooler_output
         else:
             images = None
         check_placeholders(input_ids == self.config.image_token_id, images or [])
@@ -296,9 +331,12 @@ class VlmLlavaModel(VlmLlavaPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            return_dict=True,
             **kwargs,
         )
         output.last_hidden_state = output.last_hidden_state.view(*shape[:2], -1)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(states.view(*shape[:2], -1) for states in output.hidden_states)
         return output
 
 
@@ -427,13 +465,18 @@ class VlmLlavaForConditionalGeneration(VlmLlavaPreTrainedModel, GenerationMixin)
             image_sizes=image_sizes,
             vision_features=vision_features,
             mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
             **kwargs,
         )
         llm, states = self.model.language_model, output.last_hidden_state
+        recorded = {"hidden_states": output.hidden_states, "attentions": output.attentions}
         if labels is None:
             logits = logits_of(llm, slice_logits_to_keep(states, logits_to_keep))
-            return VlmLlavaOutput(logits=logits, past_key_values=output.past_key_values, last_hidden_state=states)
-        return VlmLlavaOutput(loss=language_loss(llm, states, labels, num_items_in_batch), last_hidden_state=states)
+            return VlmLlavaOutput(
+                logits=logits, past_key_values=output.past_key_values, last_hidden_state=states, **recorded
+            )
+        loss = language_loss(llm, states, labels, num_items_in_batch)
+        return VlmLlavaOutput(loss=loss, last_hidden_state=states, **recorded)
 
     @torch.no_grad()
     def generate(

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_qformer import VlmQFormerConfig
 from .freezing import freeze
 from .modeling_fusion import LayerKeyValues, VlmFusionCrossAttention, VlmFusionMLP, VlmFusionSelfAttention
+from .recording import is_recording
 
 # Keys and values of every layer; None for layers without cross-attention.
 QFormerKeyValues = tuple[LayerKeyValues | None, ...]
@@ -44,6 +45,7 @@ class VlmQFormerOutput(ModelOutput):
 
     last_hidden_state: torch.Tensor | None = None
     query_states: QueryStates | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -162,6 +164,7 @@ class VlmQFormerModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_record_outputs = {
+        "hidden_states": OutputRecorder(VlmQFormerLayer, index=0),
         "attentions": OutputRecorder(VlmFusionSelfAttention, index=1),
         "cross_attentions": OutputRecorder(VlmFusionCrossAttention, index=1),
     }
@@ -217,7 +220,8 @@ class VlmQFormerModel(PreTrainedModel):
             memory_index (`torch.LongTensor` of shape `(B,)`): The image of each row; see [`VlmFusionLayer`].
             num_rows: B, for queries alone; by default the number of texts or images.
             prefix: `query_states` of a pass of queries alone. The text attends to them and to its own earlier tokens.
-            keep: Compute and return only the first n tokens in the last layer.
+            keep: Return only the first n tokens; the last layer computes no others, unless hidden states or attentions
+                are recorded.
 
         Returns:
             [`VlmQFormerOutput`]: `last_hidden_state` of shape `(B, tokens, H)`, queries first, and `query_states`.
@@ -232,6 +236,7 @@ class VlmQFormerModel(PreTrainedModel):
         hidden_states = self.embeddings(num_rows, input_ids, num_queries > 0)
         mask = self._mask(hidden_states, num_queries, attention_mask, prefix)
         states = []
+        records = is_recording(self.config, kwargs)
         for i, layer in enumerate(self.layers):
             is_last = i == len(self.layers) - 1
             layer_memory = None if memory is None else memory[i]
@@ -246,11 +251,11 @@ class VlmQFormerModel(PreTrainedModel):
                 memory_index,
                 prefix_key,
                 prefix_value,
-                keep if is_last else None,
+                keep if is_last and not records else None,
                 **kwargs,
             )
             states.append((key, value))
-        return VlmQFormerOutput(last_hidden_state=hidden_states, query_states=tuple(states))
+        return VlmQFormerOutput(last_hidden_state=hidden_states[:, :keep], query_states=tuple(states))
 
     def _mask(
         self,

@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .casting import cast_for
 from .configuration_tower import VlmTextTowerConfig, VlmTowerConfig
+from .recording import is_recording
 
 
 def eager_attention(
@@ -355,7 +356,8 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
             stop_at_layer: Index into the hidden states: 0 for the embeddings, -1 for the last layer, -2 for LLaVA's
                 choice. The state is returned as `last_hidden_state`, without final norm and pooled output. Later
                 layers are not run.
-            pooled_only: Compute only the pooled output. Ignored for `pooling="mean"`, which needs every token.
+            pooled_only: Compute only the pooled output. Ignored for `pooling="mean"`, which needs every token, and if
+                hidden states or attentions are recorded.
 
         Returns:
             `last_hidden_state` of shape `(batch, tokens, hidden)` (one token with `pooled_only`) and `pooler_output` of
@@ -369,6 +371,7 @@ class VlmTowerModel(VlmTowerPreTrainedModel):
             hidden_states = self.pre_norm(hidden_states)
         num_layers = resolve_layer(stop_at_layer, len(self.layers))
         last_query = None
+        pooled_only = pooled_only and not is_recording(self.config, kwargs)
         if pooled_only and stop_at_layer is None and self.config.pooling == "class":
             last_query = torch.zeros(len(hidden_states), dtype=torch.long, device=hidden_states.device)
         for i, layer in enumerate(self.layers[:num_layers]):
@@ -410,7 +413,7 @@ class VlmTextTowerModel(VlmTowerPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, each row with an end-of-text token.
             attention_mask (`torch.LongTensor` of shape `(batch, length)`): Accepted but not used: with a causal mask,
                 padding on the right cannot change the pooled output.
-            pooled_only: Compute only the pooled output.
+            pooled_only: Compute only the pooled output. Ignored if hidden states or attentions are recorded.
 
         Returns:
             `last_hidden_state` of shape `(batch, length, hidden)` (one token with `pooled_only`) and `pooler_output` of
@@ -430,6 +433,7 @@ class VlmTextTowerModel(VlmTowerPreTrainedModel):
         end = self.feature_positions(input_ids)
         # Flash attention accepts no mask for the single query.
         pooled_only = pooled_only and self.config._attn_implementation in ("sdpa", "eager")
+        pooled_only = pooled_only and not is_recording(self.config, kwargs)
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, mask, **kwargs)
         if pooled_only:
