@@ -6,6 +6,7 @@ read or publish another file of this machine.
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 _OUTWARD = re.compile(r"^([/\\~]|[A-Za-z][A-Za-z0-9+.-]*:)|(^|[/\\])\.\.([/\\]|$)|::|\0")
@@ -16,13 +17,25 @@ def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
 
     The folder of a commit in the Hub's cache holds links to the `blobs` of its repository, which count as inside.
     """
-    real, root = _resolved(path), _resolved(folder)
-    return real.is_relative_to(root) or any(real.is_relative_to(blobs) for blobs in _blobs(root))
+    return resolve_inside(path, folder) is not None
+
+
+def resolve_inside(path: str | os.PathLike, folder: str | os.PathLike) -> str | None:
+    """The path of a file after links are resolved, if it lies below a folder as in [`is_inside`]; otherwise None."""
+    real = os.path.realpath(path)
+    return real if os.path.join(real, "").startswith(_inner(os.path.abspath(folder))) else None
 
 
 def leads_out(name: str) -> bool:
     """Whether a name or pattern may leave its folder by what it says: an absolute path, a URL, or one with `..`."""
     return _OUTWARD.search(name) is not None
+
+
+@lru_cache(256)  # every row that names a file asks
+def _inner(folder: str) -> tuple[str, ...]:
+    """The beginnings of the real paths inside a folder."""
+    root = _resolved(folder)
+    return tuple(os.path.join(each, "") for each in (root, *_blobs(root)))
 
 
 def _resolved(path: str | os.PathLike) -> Path:
@@ -39,4 +52,4 @@ def _blobs(root: Path) -> list[Path]:
     return []
 
 
-__all__ = ["is_inside", "leads_out"]
+__all__ = ["is_inside", "leads_out", "resolve_inside"]

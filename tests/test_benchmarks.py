@@ -47,6 +47,16 @@ def test_clip_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sources_are_read_by_two_checkouts() -> None:
+    command = [sys.executable, "benchmarks/sources.py", "--checkouts", ".", ".", "--rows", "8", "--repeats", "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert {"rows.csv", "rows.tar, stream", "image folder", "questions, rows.jsonl"} <= {
+        line[:24].strip() for line in run.stdout.splitlines()
+    }
+
+
+@pytest.mark.slow
 def test_blip_runs(tmp_path: Path) -> None:
     output = tmp_path / "blip.json"
     command = [sys.executable, "benchmarks/blip.py", "--size", "tiny", "--repeats", "1", "--device", "cpu"]

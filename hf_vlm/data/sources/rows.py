@@ -16,7 +16,7 @@ import datasets
 import fsspec
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ...paths import is_inside
+from ...paths import is_inside, resolve_inside
 from ...terminal import printable, quoted
 from .cells import read_pair
 from .errors import CaptionError, RowError, SourceError
@@ -94,10 +94,13 @@ def _read_values(row: dict[str, Any], place: str, columns: dict[str, str] | None
     if row.get(WRONG) is not None:
         raise CaptionError(f"{place}: {row[WRONG]}")
     roles: dict[str, str] = {role: role for role in ("image", "caption", "id") if role in row}
-    try:
-        values = read_pair(row, roles, columns)
-    except ValueError as error:
-        raise CaptionError(f"{place}: {error}") from None
+    if WRONG in row:  # its cells were read when the source was opened
+        values: dict[str, Any] = {role: row[role] for role in roles}
+    else:
+        try:
+            values = read_pair(row, roles, columns)
+        except ValueError as error:
+            raise CaptionError(f"{place}: {error}") from None
     captions = values["caption"]
     values["caption"] = captions[0] if len(captions) == 1 else captions
     return values
@@ -138,10 +141,11 @@ def image_of(image: Any, origin: Origin, place: str) -> Any:
         raise SourceError(f"{place}: the row names a file, but this source has no folder; store the image in the row.")
     if not _can_exist(path):
         raise ImageError(f"{place}: no file can have this name; correct the path or remove the row.")
-    file = Path(os.path.realpath(folders[0] / path))
-    if not any(is_inside(file, folder) for folder in folders):
+    named = os.path.join(folders[0], path)
+    file = next((file for folder in folders if (file := resolve_inside(named, folder)) is not None), None)
+    if file is None:
         raise SourceError(f"{place}: the path leads out of {folders[0]}; move the image into the folder.")
-    return file
+    return Path(file)
 
 
 def _can_exist(path: str) -> bool:
