@@ -139,6 +139,7 @@ def image_of(image: Any, origin: Origin, place: str) -> Any:
     folders = [origin.root] if origin.root is not None else _downloads() if origin.built else []
     if not folders:
         raise SourceError(f"{place}: the row names a file, but this source has no folder; store the image in the row.")
+    folders = _downloads() if origin.root is None else [origin.root]
     if not _can_exist(path):
         raise ImageError(f"{place}: no file can have this name; correct the path or remove the row.")
     named = os.path.join(folders[0], path)
