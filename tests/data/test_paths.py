@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from hf_vlm.data.sources.conversations import open_conversations
-from hf_vlm.data.sources.images import ImageError
+from hf_vlm.data.sources.images import ImageError, load_image
 from hf_vlm.data.sources.load import load_source
 from hf_vlm.data.sources.open import DataSource, _check_built, open_rows, undecoded
 from hf_vlm.data.sources.questions import QuestionSource
@@ -207,6 +208,12 @@ def test_an_index_of_a_folder_follows_no_link_out_of_it(folder: Path) -> None:
         folder_items(folder)
     (folder / "link.png").unlink()
     assert [item.text for item in folder_items(folder)] == ["good.png"]
+
+
+def test_a_pipe_is_no_image(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(ImageError, match=r"pipe\.png: a pipe or device"):
+        load_image(folder / "pipe.png")
 
 
 # Folders that name their files

@@ -5,6 +5,7 @@ palette, CMYK, 16-bit and transparent images keep their stored mode. The image p
 """
 
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,15 @@ def _read(path: str, where: str) -> bytes:
     if "://" in path:
         raise ImageError(f"{where}: a URL, which is not downloaded; download the file and give its path.")
     try:
+        if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
+            raise ImageError(f"{where}: a pipe or device, not a file; remove it.")  # reading it could wait for ever
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise ImageError(f"{where}: no such file; correct the path or remove the row.") from None
     except IsADirectoryError:
         raise ImageError(f"{where}: a folder, not an image; give a file in it.") from None
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:
         reason = printable(getattr(error, "strerror", None) or error, 80)
         raise ImageError(f"{where}: cannot be read ({reason}); correct the path or permissions.") from error
