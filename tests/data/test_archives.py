@@ -396,3 +396,11 @@ def test_a_parquet_file_with_a_damaged_text_is_refused(stream: bool, tmp_path: P
     path.write_bytes(path.read_bytes().replace("é".encode(), b"\xe9\xe9"))
     with pytest.raises(SourceError, match=r"a\.parquet: is no parquet file, or damaged \(.*UTF8"):
         list(load_source(DataSource(str(path), streaming=stream)))
+
+
+def test_compressed_archives_are_refused(tmp_path: Path) -> None:
+    for name, mode in (("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz")):
+        with tarfile.open(tmp_path / name, mode):
+            pass
+        with pytest.raises(SourceError, match=rf"{re.escape(name)}: of unknown kind; name files that end in .*\.tar"):
+            load_source(source(tmp_path / name, stream=True))
