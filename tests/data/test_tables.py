@@ -1,5 +1,6 @@
 """Damaged tables: a row that cannot be read is a bad row, a file that cannot be read is refused; streamed or not."""
 
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hf_vlm.data import DataSource, load_questions, load_source, open_conversati
 from hf_vlm.data.sources import tables as tables_module
 from hf_vlm.data.sources.cells import UNREADABLE
 from hf_vlm.data.sources.errors import CaptionError, SourceError
+from hf_vlm.data.sources.open import open_rows
 from hf_vlm.data.sources.parquet import ParquetFiles, parquet_builder
 from hf_vlm.data.sources.skipped import SkipReport
 from hf_vlm.data.sources.tables import WrittenRows, read_table
@@ -114,17 +116,14 @@ LOST_ENDS: dict[str, tuple[str, bytes, str]] = {
 
 
 @STREAMS
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
 @pytest.mark.parametrize("case", LOST_ENDS)
-def test_a_file_without_its_end_says_so(case: str, stream: bool, folder: Path) -> None:
+def test_a_file_without_its_end_is_refused(case: str, on_error: str, stream: bool, folder: Path) -> None:
     name, content, wrong = LOST_ENDS[case]
     (folder / name).write_bytes(content)
-    source = DataSource(str(folder / name), streaming=stream)
-    with pytest.raises((SourceError, CaptionError), match=f"{wrong}.*the rest of the file cannot be read"):
-        list(load_source(source))
-    report = SkipReport(max_skipped=1.0)
-    rows = list(load_source(source, on_error="skip", report=report))
-    assert {row["caption"] for row in rows} == {"a"}
-    assert report.count == 1
+    with pytest.raises(SourceError, match=f"{wrong}.*the rest of the file cannot be read") as caught:
+        list(load_source(DataSource(str(folder / name), streaming=stream), on_error))
+    assert "\n" not in str(caught.value)
 
 
 @STREAMS
@@ -163,7 +162,7 @@ def test_whole_files_in_their_variants(case: str, stream: bool, folder: Path) ->
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json"])
 def test_odd_line_ends_within_a_cell_stay(name: str, folder: Path) -> None:
-    caption = "a\u2028b\u0085c\x0bd\r\ne\rf\ng\x00h\t"
+    caption = "a\u2028b\u0085c\x0bd\r\ne\rf\ng\x1fh\t"
     quoted = caption.encode() if name == "rows.csv" else json.dumps(caption, ensure_ascii=False).encode()
     if name == "rows.csv":
         (folder / name).write_bytes(b'image,caption\n0.png,"' + quoted + b'"\n')
@@ -199,6 +198,25 @@ def test_written_rows_take_little_more_memory_than_their_file(tmp_path: Path) ->
     rows = WrittenRows.read([str(path)])
     assert len(rows) == 50_000
     assert pa.total_allocated_bytes() - before < 1.5 * path.stat().st_size
+
+
+@STREAMS
+def test_compressed_tables_of_a_folder(stream: bool, tmp_path: Path) -> None:
+    whole = gzip.compress(b"image,caption,id\n" + b"0.png,a,001\n" * 9)
+    (tmp_path / "train.csv.gz").write_bytes(whole)
+    (first, *_) = open_rows(DataSource(str(tmp_path), streaming=stream)).rows
+    assert {name: first[name] for name in ("image", "caption", "id")} == {"image": "0.png", "caption": "a", "id": "001"}
+    (tmp_path / "train.csv.gz").write_bytes(whole[:-12])
+    with pytest.raises(SourceError, match=r"train\.csv\.gz: cannot be read"):
+        list(open_rows(DataSource(str(tmp_path), streaming=stream)).rows)
+
+
+@STREAMS
+def test_a_later_file_without_a_usable_header(stream: bool, folder: Path) -> None:
+    (folder / "0.csv").write_text("image,caption\n0.png,a\n")
+    (folder / "1.csv").write_text("image,image\n0.png,a\n")
+    with pytest.raises(SourceError, match=r"1\.csv, line 1: two columns are called 'image'"):
+        list(load_source(DataSource(str(folder / "*.csv"), streaming=stream)))
 
 
 def test_questions_and_conversations_skip_bad_lines(folder: Path) -> None:

@@ -133,9 +133,12 @@ def kept(caption: str, row_id: str) -> bool:
 # Properties
 
 
+CSV_TEXTS = TEXTS.filter(lambda text: "\0" not in text)  # a zero byte in CSV is refused, as damage
+
+
 @pytest.mark.slow
 @ROWS
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.booleans())
+@given(st.lists(st.tuples(CSV_TEXTS, CSV_TEXTS), min_size=1, max_size=4), st.booleans())
 def test_csv_texts(folder: Path, cells: Cells, stream: bool) -> None:
     check(write_csv, folder / "rows.csv", cells, stream)
 

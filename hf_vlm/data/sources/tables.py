@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -51,18 +52,21 @@ def read_table(file: str) -> Iterator[Row]:
 
     Raises:
         SourceError: if the file cannot be read from a place on: a list of JSON or a text in quotes without an end.
-        ValueError: if the header of a CSV file cannot be used.
+        SourceError: if the file is damaged, or the header of a CSV file cannot be used.
     """
     path = PurePosixPath(file)
     suffix = path.suffix if path.suffix in TABLES else PurePosixPath(path.stem).suffix
-    with fsspec.open(file, "rb", compression="infer") as binary:
-        text = io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="" if suffix == ".csv" else "\n")
-        if suffix == ".csv":
-            yield from _csv_rows(text, file)
-            return
-        start = text.read(_CHUNK)
-        listed = suffix == ".json" and start.lstrip().startswith("[")
-        yield from _json_items(text, start, file) if listed else _json_lines(text, start)
+    try:
+        with fsspec.open(file, "rb", compression="infer") as binary:
+            text = io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="" if suffix == ".csv" else "\n")
+            if suffix == ".csv":
+                yield from _csv_rows(text, file)
+                return
+            start = text.read(_CHUNK)
+            listed = suffix == ".json" and start.lstrip().startswith("[")
+            yield from _json_items(text, start, file) if listed else _json_lines(text, start)
+    except (EOFError, OSError, zlib.error) as error:
+        raise SourceError(f"{file}: cannot be read ({error}); correct the path, or write the file again.") from error
 
 
 def _json_lines(text: io.TextIOWrapper, start: str) -> Iterator[Row]:
@@ -194,9 +198,9 @@ def _csv_rows(text: io.TextIOWrapper, file: str) -> Iterator[Row]:
 
 def _header(names: list[str], file: str) -> list[str]:
     if not is_utf8("".join(names)):
-        raise ValueError(f"{file}, line 1: {_NOT_UTF8}")
+        raise SourceError(f"{file}, line 1: {_NOT_UTF8}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{file}, line 1: two columns are called {twice[0]!r}; rename one of them.")
+        raise SourceError(f"{file}, line 1: two columns are called {twice[0]!r}; rename one of them.")
     return names
 
 
