@@ -17,7 +17,6 @@ import tarfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import datasets
@@ -149,7 +148,7 @@ def read_samples(path: str) -> Iterator[dict[str, Any]]:
                     yield sample
                 sample = {KEY: key, URL: path}
             cell: dict[str, Any] = {"data": _body(file, member, path), "problem": None}
-            if PurePosixPath(column).suffix.lstrip(".") in _COMPRESSED or column in _COMPRESSED:
+            if column.rsplit(".", 1)[-1] in _COMPRESSED:
                 cell = {"data": None, "problem": f"holds a compressed file ({column}); store the file itself."}
             if column in sample and sample[column] != cell:
                 problem = f"holds a file that its archive holds twice ({key}.{column}); remove one of them."
@@ -232,12 +231,12 @@ def _members(file: BinaryIO, path: str) -> Iterator[tuple[tarfile.TarInfo, str, 
 
 def _place(member: tarfile.TarInfo, path: str) -> tuple[str, str] | None:
     """The sample and column of a member; None for folders, hidden files and files without a dot in their name."""
-    name = PurePosixPath(member.name)
+    parts = member.name.split("/")
     if member.size < 0:
         raise SourceError(f"{path}: the size of {quoted(member.name)} is negative; write the archive again.")
-    if name.is_absolute() or ".." in name.parts:
+    if member.name.startswith("/") or ".." in parts:
         raise SourceError(f"{path}: the name {quoted(member.name)} leads out of the archive; rename the file.")
-    if member.isdir() or name.name.startswith((".", "__")):
+    if member.isdir() or parts[-1].startswith((".", "__")):
         return None
     if not member.isreg() or member.issparse():
         kind = "a link" if member.issym() or member.islnk() else "no plain file"
