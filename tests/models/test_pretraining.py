@@ -14,6 +14,13 @@ def test_total_is_the_weighted_sum_of_the_losses_that_were_computed() -> None:
     assert losses["itc"].grad.item() == 0.25
 
 
+def test_no_loss_at_all_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"of all losses are 0 \(itc, itm\): give one of them a positive weight"
+    ):
+        total_loss({"itc": None, "itm": None}, {"itc": 0.0, "itm": 0.0})
+
+
 def test_mean_of_sum_and_count() -> None:
     assert mean_of(with_count(torch.tensor(1.5), 4)).item() == 1.5
     assert mean_of(torch.tensor([0.0, 0.0])).item() == 0.0
