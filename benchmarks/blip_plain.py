@@ -24,7 +24,7 @@ class PlainBlip(VlmBlipForPreTraining):
     """Computes what [`VlmBlipForPreTraining`] computes, on one rank; see the top of this file."""
 
     def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """Embeddings of texts, from a last layer over all tokens."""
         states = self.model.text_encoder(input_ids, attention_mask).last_hidden_state

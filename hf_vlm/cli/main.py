@@ -11,6 +11,7 @@ import typer
 
 from ..data.builtin.table import BUILTIN
 from ..metrics.descriptions import DESCRIPTIONS
+from ..runs.quiet import hide_warnings
 from ..terminal import printable
 from .index import index_app
 from .recipes import PASS_ON, recipes_app, train
@@ -219,6 +220,7 @@ def info(
 def main() -> None:
     """Run the command line; a known error is printed in one line, with exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    hide_warnings()
     try:
         app()
     except Exception as error:

@@ -32,6 +32,7 @@ from .anyres import anyres_views
 from .images import ImageError, decode_image, image_of_array, shortened, to_rgb
 
 MAX_ASPECT_RATIO = 16
+LONGEST_PATH = 4096
 RESIZE_MODES = ("crop", "squash", "pad", "anyres")
 
 
@@ -200,6 +201,7 @@ def _read(source: str) -> tuple[bytes, str]:
         except httpx.HTTPError as error:
             raise ImageError(f"{where}: cannot be downloaded ({shortened(str(error))}); correct the URL.") from None
     if os.path.isfile(source):
+        where = shortened(source, LONGEST_PATH)
         try:
             return Path(source).read_bytes(), where
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Warnings of libraries that the user of a recipe can do nothing about; they are hidden while a recipe runs."""
+"""Warnings of libraries that a user can do nothing about; recipes and the command line hide them."""
 
 import logging
 import re
@@ -10,7 +10,9 @@ LOGGED = (
     r"LOAD REPORT(?![\s\S]*(MISSING|MISMATCH))",  # a part of a checkpoint is loaded on purpose
     "will be initialized from a multivariate normal distribution",
     "mtime may not be reliable on this filesystem",  # the order of steps is taken instead
+    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes then computes without this kernel
 )
+UNHANDLED = ("bitsandbytes.backends.cpu.ops",)  # loggers that write while their package is imported
 WARNED = (
     "`is_gradient_checkpointing` is deprecated",  # PEFT asks for it
     "torch.distributed.nn.functional.all_gather is deprecated",
@@ -33,6 +35,8 @@ def hide_warnings() -> None:
     for message in WARNED:
         warnings.filterwarnings("ignore", message=message)
     hide = HideLogged()
+    for name in UNHANDLED:
+        logging.getLogger(name).addFilter(hide)
     for name in ("transformers", ""):
         for handler in logging.getLogger(name).handlers:
             if not any(isinstance(each, HideLogged) for each in handler.filters):

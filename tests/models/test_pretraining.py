@@ -15,9 +15,7 @@ def test_total_is_the_weighted_sum_of_the_losses_that_were_computed() -> None:
 
 
 def test_no_loss_at_all_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"of all losses are 0 \(itc, itm\): give one of them a positive weight"
-    ):
+    with pytest.raises(ValueError, match=r"of all losses are 0 \(itc, itm\): give one of them a positive weight"):
         total_loss({"itc": None, "itm": None}, {"itc": 0.0, "itm": 0.0})
 
 
