@@ -126,14 +126,16 @@ def full_disks(folder: Path, values: dict[str, Any], moments: random.Random, cou
 
 
 def pairs(folder: Path, values: dict[str, Any], moments: random.Random, count: int = 20) -> list[str]:
-    """Two processes in one folder, the second a moment later."""
+    """Two processes in one folder, the second at once, or in the first third of the first one's run."""
+    began = time.monotonic()
     whole, wrong = folder / "whole", []
     if finish(start(whole, values)):
         return [whole.with_suffix(".log").read_text()]
+    seconds = time.monotonic() - began
     for number in range(count):
         run = folder / f"pair-{number}"
         children = [start(run, values)]
-        time.sleep(moments.choice([0.0, moments.uniform(0.0, 1.0)]))
+        time.sleep(moments.choice([0.0, moments.uniform(0.0, 0.3)]) * seconds)
         children.append(start(run, values))
         codes = sorted(finish(child) for child in children)
         if codes != [0, 1]:
