@@ -13,6 +13,7 @@ from harness import DTYPES, Times, TrainingStep, peak_memory, synchronize
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_vlm import VlmBlipConfig, VlmBlipForConditionalGeneration, VlmBlipForPreTraining
@@ -107,10 +108,11 @@ def prepare_steps(folder: Path, size: str, image_size: int, batch: int) -> None:
 
 
 class GivenStates(nn.Module):
-    """A stand-in for an image tower: constant hidden states with a gradient."""
+    """A stand-in for an image tower of a config: constant hidden states with a gradient."""
 
-    def __init__(self, states: torch.Tensor):
+    def __init__(self, states: torch.Tensor, config: PreTrainedConfig):
         super().__init__()
+        self.config = config
         self.states = nn.Parameter(states)
 
     def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
@@ -130,7 +132,8 @@ class PretrainingStep(TrainingStep):
         self.inputs = {**texts, "sample_seed": 0, "return_loss": True}
         self.pixel_values = batch["pixel_values"]
         # Frozen for the averaged tower: gradients reach only the trained one.
-        self.given = GivenStates(batch["states"]), GivenStates(batch["states"].clone()).requires_grad_(False)
+        tower, states = model.config.vision_config, batch["states"]
+        self.given = GivenStates(states, tower), GivenStates(states.clone(), tower).requires_grad_(False)
         ids = torch.full((len(batch["queue_images"]),), -1, device=device)
         model.momentum.queue.add(batch["queue_images"], batch["queue_texts"], ids)
         self.optimizer.register_step_post_hook(lambda *_: model.enqueue())
