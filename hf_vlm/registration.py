@@ -98,8 +98,7 @@ class AutoMap:
 def load_config(family: Family) -> Any:
     """The config class of a family, with its `auto_map`."""
     config = load_class(family.config)
-    if not hasattr(config, "auto_map"):
-        config.auto_map = AutoMap(family)
+    config.auto_map = AutoMap(family)  # on each class: InstructBLIP's would otherwise inherit BLIP-2's
     return config
 
 

@@ -8,12 +8,13 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.kto import KTOConfig, KTOTrainer
 
 from cases import tiny, tiny_llava
 from hf_vlm import VlmLlavaConfig, VlmLlavaForConditionalGeneration
+from hf_vlm.families import FAMILIES
 
 PROMPT = [{"role": "user", "content": "a red cat"}]
 CHOSEN, REJECTED = ([{"role": "assistant", "content": text}] for text in ("the dog", "tree house"))
@@ -103,3 +104,13 @@ def test_a_registered_config_names_the_auto_class_of_its_head(checkpoint: str, t
     loaded = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
     assert type(loaded) is VlmLlavaForConditionalGeneration
     assert torch.isfinite(next(loaded.parameters())).all()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_each_family_names_its_own_classes(model_type: str) -> None:
+    """InstructBLIP's config is a subclass of BLIP-2's."""
+    CONFIG_MAPPING["vlm_blip2"]
+    named = {f"hf_vlm.models.{name}" for name in FAMILIES[model_type].classes}
+    auto_map = CONFIG_MAPPING[model_type].auto_map
+    assert auto_map["AutoModel"] == f"hf_vlm.models.{FAMILIES[model_type].model}"
+    assert set(auto_map.values()) <= named
